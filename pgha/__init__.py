@@ -1,0 +1,26 @@
+"""pgha: automatic failover for PostgreSQL that a DBA can trust while asleep.
+
+The flow goes in one direction:
+
+    observe/ (what is so)  →  decide/ (what follows)  →  act/ (make it so)
+
+`agent.py` is the only file that knows all three; `lock/` holds what must work when nothing else does.
+
+Who may import whom (kept by tests/test_architecture.py):
+
+    model/     imports nothing of pgha but clock and model itself: values without policy
+    decide/    model only: no clock, I/O, log, random, global
+    config/    model, errors
+    dcs/       model, errors, clock
+    postgres/  model, errors, clock
+    lock/      model, dcs (interface), errors, clock; `guard`, `recipe` and `protocol`: standard library and clock only
+    observe/   dcs, postgres, lock, model
+    act/       dcs, postgres, lock, model
+    rest/      model, decide (for pure health answers), observe's values; never act
+    ctl/       model, config, dcs; never the agent
+"""
+
+__version__ = "0.1.0"
+
+#: The level of the reference's wire behaviour that this version speaks; peers parse it as dotted integers.
+COMPATIBLE_VERSION = "4.1.4"

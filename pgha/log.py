@@ -1,0 +1,102 @@
+"""Logging: an event and its facts, one line each, to standard error (or the configured file).
+
+    log.info("promoted", timeline=8, took_s=1.2)   →   … INFO promoted timeline=8 took_s=1.2
+
+Values whose key looks like a secret are never written, whatever they are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from typing import Any, TextIO
+
+_SECRET = re.compile(r"passw|secret|token|private", re.IGNORECASE)
+#: Credentials inside connection strings and URLs, whoever put them into a text.
+_EMBEDDED = re.compile(r"(password=)('(?:[^'\\]|\\.)*'|\S+)|(://[^:/@\s]*:)[^@/\s]+(@)", re.IGNORECASE)
+
+
+def scrub(text: str) -> str:
+    """`text` without passwords in conninfo strings or URLs."""
+    return _EMBEDDED.sub(lambda m: f"{m[1]}***" if m[1] else f"{m[3]}***{m[4]}", text)
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, float):
+        value = round(value, 3)
+    text = scrub(str(value))
+    return json.dumps(text) if not text or re.search(r'[\s"=]', text) else text
+
+
+class Log:
+    """A named logger whose calls take an event and facts."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def debug(self, event: str, /, **facts: Any) -> None:
+        self._emit(logging.DEBUG, event, facts)
+
+    def info(self, event: str, /, **facts: Any) -> None:
+        self._emit(logging.INFO, event, facts)
+
+    def warning(self, event: str, /, **facts: Any) -> None:
+        self._emit(logging.WARNING, event, facts)
+
+    def error(self, event: str, /, **facts: Any) -> None:
+        self._emit(logging.ERROR, event, facts)
+
+    def exception(self, event: str, /, **facts: Any) -> None:
+        """With the traceback of the exception being handled."""
+        self._emit(logging.ERROR, event, facts, exc_info=True)
+
+    def _emit(self, level: int, event: str, facts: dict[str, Any], *, exc_info: bool = False) -> None:
+        if self._logger.isEnabledFor(level):
+            clean = {k: "***" if _SECRET.search(k) else v for k, v in facts.items()}
+            self._logger.log(level, "%s", scrub(event), extra={"facts": clean}, exc_info=exc_info)
+
+
+class PlainFormatter(logging.Formatter):
+    """Time, level, event, key=value."""
+
+    default_msec_format = "%s.%03d"
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts: dict[str, Any] = getattr(record, "facts", {})
+        tail = "".join(f" {k}={_format_value(v)}" for k, v in facts.items())
+        line = f"{self.formatTime(record)} {record.levelname} {record.getMessage()}{tail}"
+        if record.exc_info:
+            line += "\n" + scrub(self.formatException(record.exc_info))
+        return line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def __init__(self, static: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self._static = static or {}
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts: dict[str, Any] = getattr(record, "facts", {})
+        out = {"time": self.formatTime(record), "level": record.levelname, "event": record.getMessage(), **self._static}
+        out.update({k: v if isinstance(v, (int, float, bool)) or v is None else scrub(str(v)) for k, v in facts.items()})
+        if record.exc_info:
+            out["traceback"] = scrub(self.formatException(record.exc_info))
+        return json.dumps(out, ensure_ascii=False)
+
+
+def set_up(*, level: str = "INFO", form: str = "plain", loggers: dict[str, str] | None = None,
+           static: dict[str, Any] | None = None, stream: TextIO | None = None) -> None:
+    """Configure the root logger anew. `form`: "plain" or "json"."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter(static) if form == "json" else PlainFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for noisy in ("httpx", "httpcore"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for name, wanted in (loggers or {}).items():
+        logging.getLogger(name).setLevel(wanted)

@@ -1,0 +1,112 @@
+"""The lock record and the licence to write that follows from it (safety model 2 and 3)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Literal
+
+from msgspec import Struct
+
+from pgha.clock import DRIFT, Deadline, Instant
+
+LockMode = Literal["held", "paused", "released"]
+
+
+class LockRecord(Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """The value of `pgha/lock`. `sequence` counts the renewals of one incarnation from 1.
+
+    Fields that a newer version adds are ignored when reading: whoever takes over writes its own record in any case.
+    """
+
+    holder: str
+    node_id: str
+    incarnation: str
+    sequence: int
+    ttl_s: float
+    mode: LockMode = "held"
+    lsn: int = 0
+    timeline: int = 0
+
+
+class Epoch(Struct, frozen=True, kw_only=True):
+    """The value of `pgha/epoch`: how many takeovers there were, and the timeline claimed by the latest.
+
+    `claims` are the claims of former epochs that nobody is known to have completed, newest last; a later promotion
+    takes a number above all of them. `timeline` is 0 while the holder has not claimed one (it may never need to).
+    """
+
+    number: int
+    holder: str
+    incarnation: str
+    timeline: int = 0
+    claims: tuple[tuple[int, str], ...] = ()
+
+
+class Identity(Struct, frozen=True, kw_only=True):
+    """Who this agent is. `node_id` outlives restarts (state directory), `incarnation` is made at each start."""
+
+    name: str
+    node_id: str
+    incarnation: str
+
+
+class LicenceState(StrEnum):
+    """What this process knows of its own lock."""
+
+    NONE = "none"            # nothing of this incarnation is known to be committed
+    ACQUIRING = "acquiring"  # a take-over or re-adoption was sent and is not settled
+    HELD = "held"            # committed, and valid until `valid_until`
+    RELEASING = "releasing"  # a release was sent: never renewed again
+    LOST = "lost"            # another's record was seen in place of ours
+
+
+class Licence(Struct, frozen=True, kw_only=True):
+    """This incarnation's licence to let PostgreSQL accept writes, as the renewer knows it now."""
+
+    state: LicenceState = LicenceState.NONE
+    sequence: int = 0
+    ttl_s: float = 0.0
+    since: Instant | None = None        # first send of the last committed sequence; None: none was committed
+    valid_until: Deadline | None = None
+    revision: int = 0                   # of the committed record
+    epoch: int = 0
+    epoch_revision: int = 0
+    mode: LockMode = "held"
+    acquired_pass: int = 0              # the loop's pass in which it was acquired: promotion needs a later one
+    failing_since: Instant | None = None  # renewals have failed since then
+    failing_why: str = ""
+    lost_to: str = ""                   # whose record replaced ours
+
+
+def licence_s(ttl_s: float) -> float:
+    """How long a holder may rely on a record, from its first send: the ttl less what clocks may differ."""
+    return ttl_s * (1 - DRIFT)
+
+
+def wait_s(ttl_s: float) -> float:
+    """How long a candidate waits on its own clock before a record that it saw counts as expired."""
+    return ttl_s * (1 + DRIFT)
+
+
+def fence_budget_s(ttl_s: float) -> float:
+    """How long before the licence's end the killing begins (safety model 15)."""
+    return max(0.25, 0.05 * ttl_s)
+
+
+def fence_at(licence_until: Deadline, ttl_s: float) -> Deadline:
+    """The moment from which the guard kills every postmaster of this data directory."""
+    return licence_until.plus_s(-fence_budget_s(ttl_s))
+
+
+def demote_at(licence_until: Deadline, ttl_s: float, *, since: Instant, loop_wait_s: float) -> Deadline:
+    """When an orderly demotion begins if no renewal has been committed (safety model 8).
+
+    Early enough for a fast shutdown, but not while an etcd election may still end well; in any case half a second
+    before the fence.
+    """
+    fence = fence_at(licence_until, ttl_s)
+    wanted = fence.plus_s(-max(3.0, ttl_s / 3))
+    not_before = since.plus_s(loop_wait_s + 3.0)
+    latest = fence.plus_s(-0.5)
+    begin = Instant.of(max(wanted.boot_ns, not_before.boot_ns), max(wanted.raw_ns, not_before.raw_ns))
+    return Instant.of(min(begin.boot_ns, latest.boot_ns), min(begin.raw_ns, latest.raw_ns))
