@@ -13,33 +13,22 @@ trio's own clock is used only to wake up; whoever wakes re-checks here.
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 #: How much faster or slower two clocks may run, as a fraction (safety model 15).
 DRIFT = 0.01
 
 
-class Instant(tuple[int, int]):
-    """One reading of both clocks, in nanoseconds: (boot_ns, raw_ns). Build it with `Instant.of`."""
+class Instant(NamedTuple):
+    """One reading of both clocks, in nanoseconds."""
 
-    __slots__ = ()
-
-    @staticmethod
-    def of(boot_ns: int, raw_ns: int) -> Instant:
-        return Instant((boot_ns, raw_ns))
-
-    @property
-    def boot_ns(self) -> int:
-        return self[0]
-
-    @property
-    def raw_ns(self) -> int:
-        return self[1]
+    boot_ns: int
+    raw_ns: int
 
     def plus_s(self, seconds: float) -> Instant:
         """The same point later (or earlier, if negative) on both clocks."""
         ns = round(seconds * 1e9)
-        return Instant((self[0] + ns, self[1] + ns))
+        return Instant(self[0] + ns, self[1] + ns)
 
 
 #: A deadline is an instant that has passed as soon as either clock has passed it.
@@ -63,7 +52,7 @@ def remaining_s(deadline: Deadline, now: Instant) -> float:
 
 def earlier(a: Deadline, b: Deadline) -> Deadline:
     """The deadline that has passed as soon as one of the two has."""
-    return Instant((min(a[0], b[0]), min(a[1], b[1])))
+    return Instant(min(a[0], b[0]), min(a[1], b[1]))
 
 
 class Clock(Protocol):
@@ -82,7 +71,7 @@ class SystemClock:
     """The machine's clocks."""
 
     def now(self) -> Instant:
-        return Instant((time.clock_gettime_ns(time.CLOCK_BOOTTIME), time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)))
+        return Instant(time.clock_gettime_ns(time.CLOCK_BOOTTIME), time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW))
 
     def wall_s(self) -> float:
         return time.time()

@@ -108,5 +108,5 @@ def demote_at(licence_until: Deadline, ttl_s: float, *, since: Instant, loop_wai
     wanted = fence.plus_s(-max(3.0, ttl_s / 3))
     not_before = since.plus_s(loop_wait_s + 3.0)
     latest = fence.plus_s(-0.5)
-    begin = Instant.of(max(wanted.boot_ns, not_before.boot_ns), max(wanted.raw_ns, not_before.raw_ns))
-    return Instant.of(min(begin.boot_ns, latest.boot_ns), min(begin.raw_ns, latest.raw_ns))
+    begin = Instant(max(wanted.boot_ns, not_before.boot_ns), max(wanted.raw_ns, not_before.raw_ns))
+    return Instant(min(begin.boot_ns, latest.boot_ns), min(begin.raw_ns, latest.raw_ns))
