@@ -1,0 +1,255 @@
+"""Wire JSON: which keys there are below `/<namespace>/<scope>/`, and how each is read and written.
+
+Reading never fails: a value that does not parse is named in `ClusterView.problems` and counts as absent where that is
+safe. An unreadable lock record is *not* absent: it is foreign, and held until it changes or expires by the longest ttl.
+Unknown fields are kept in `raw`, so that what is written back still holds them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from pgha.dcs import Entry, Snapshot
+from pgha.model.cluster import (
+    ClusterView,
+    FailoverKey,
+    HistoryEntry,
+    Member,
+    Status,
+    Sync,
+    Tags,
+)
+from pgha.model.lock import Epoch, LockRecord
+
+LOCK = "pgha/lock"
+EPOCH = "pgha/epoch"
+
+#: Stands in for a lock record that does not parse: nobody's, and believed to be held for as long as any may be.
+UNREADABLE_LOCK = LockRecord(holder="", node_id="", incarnation="", sequence=0, ttl_s=30.0)
+
+
+class Keys:
+    """Full paths of one cluster."""
+
+    def __init__(self, namespace: str, scope: str) -> None:
+        parts = [p for p in (*namespace.split("/"), *scope.split("/")) if p]
+        self.root = "/" + "/".join(parts) + "/"
+
+    def path(self, key: str) -> str:
+        return self.root + key
+
+    def member(self, name: str) -> str:
+        return f"{self.root}members/{name}"
+
+
+def encode(value: Any) -> bytes:
+    """Compact JSON, as all keys have it."""
+    if isinstance(value, msgspec.Struct):
+        return msgspec.json.encode(value)
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def parse(snapshot: Snapshot, keys: Keys) -> ClusterView:
+    """One consistent view of all keys."""
+    reader = _Reader({k.removeprefix(keys.root): e for k, e in snapshot.entries.items() if k.startswith(keys.root)})
+    lock_entry = reader.entries.get(LOCK)
+    leader = reader.entries.get("leader")
+    members = {name.removeprefix("members/"): reader.member(name) for name in reader.entries if name.startswith("members/")}
+    return ClusterView(
+        revision=snapshot.revision,
+        initialize=reader.text("initialize"),
+        config=reader.object("config"),
+        leader=reader.text("leader") or "",
+        leader_lease=leader.lease if leader else 0,
+        lock=reader.lock(),
+        lock_revision=lock_entry.revision if lock_entry else 0,
+        lock_value=lock_entry.value if lock_entry else b"",
+        epoch=reader.epoch(),
+        members=members,
+        status=reader.status(),
+        failover=reader.failover(),
+        sync=reader.sync(),
+        history=reader.history(),
+        failsafe={k: v for k, v in (reader.object("failsafe") or {}).items() if isinstance(v, str)},
+        revisions={k: e.revision for k, e in reader.entries.items()},
+        leases={k: e.lease for k, e in reader.entries.items() if e.lease},
+        problems=tuple(reader.problems),
+    )
+
+
+def parse_lock(value: bytes) -> LockRecord:
+    """UNREADABLE_LOCK if it does not parse or makes no sense."""
+    try:
+        record = msgspec.json.decode(value, type=LockRecord)
+    except (msgspec.DecodeError, msgspec.ValidationError):
+        return UNREADABLE_LOCK
+    return record if 0 < record.ttl_s <= 86400 else UNREADABLE_LOCK
+
+
+class _Reader:
+    """Parses entries by short key, collecting what it could not read."""
+
+    def __init__(self, entries: dict[str, Entry]) -> None:
+        self.entries = entries
+        self.problems: list[str] = []
+
+    def _problem(self, key: str, why: str) -> None:
+        self.problems.append(f"{key}: {why}; treated as absent")
+
+    def text(self, key: str) -> str | None:
+        entry = self.entries.get(key)
+        return None if entry is None else entry.value.decode(errors="replace")
+
+    def json(self, key: str) -> Any:
+        """The decoded value; None if the key is absent or is not JSON."""
+        entry = self.entries.get(key)
+        if entry is None:
+            return None
+        try:
+            return json.loads(entry.value)
+        except ValueError:
+            self._problem(key, "is not JSON")
+            return None
+
+    def object(self, key: str) -> dict[str, Any] | None:
+        value = self.json(key)
+        if value is None or isinstance(value, dict):
+            return value
+        self._problem(key, "is not a JSON object")
+        return None
+
+    def lock(self) -> LockRecord | None:
+        entry = self.entries.get(LOCK)
+        if entry is None:
+            return None
+        record = parse_lock(entry.value)
+        if record is UNREADABLE_LOCK:
+            self.problems.append(f"{LOCK}: is no lock record; treated as held by somebody unknown until it expires")
+        return record
+
+    def epoch(self) -> Epoch:
+        none = Epoch(number=0, holder="", incarnation="")
+        entry = self.entries.get(EPOCH)
+        if entry is None:
+            return none
+        try:
+            return msgspec.json.decode(entry.value, type=Epoch)
+        except (msgspec.DecodeError, msgspec.ValidationError):
+            self._problem(EPOCH, "does not parse")
+            return none
+
+    def member(self, key: str) -> Member:
+        entry = self.entries[key]
+        name = key.removeprefix("members/")
+        raw: dict[str, Any] = {}
+        if entry.value.startswith(b"postgres"):      # the reference's form before JSON
+            raw = {"conn_url": entry.value.decode(errors="replace").partition("?application_name=")[0]}
+            raw["api_url"] = entry.value.decode(errors="replace").partition("?application_name=")[2]
+        else:
+            raw = self.object(key) or {}
+        return member_from(name, raw, revision=entry.revision, lease=entry.lease)
+
+    def status(self) -> Status:
+        value = self.json("status")
+        if value is None and "optime/leader" in self.entries:
+            value = self.json("optime/leader")
+        if isinstance(value, int) and not isinstance(value, bool):
+            return Status(optime=max(0, value))
+        if not isinstance(value, dict):
+            if value is not None:
+                self._problem("status", "is neither an object nor a number")
+            return Status()
+        slots = value.get("slots")
+        retain = value.get("retain_slots")
+        return Status(
+            optime=_integer(value.get("optime")),
+            slots={k: v for k, v in slots.items() if isinstance(v, int)} if isinstance(slots, dict) else {},
+            retain_slots=tuple(x for x in retain if isinstance(x, str)) if isinstance(retain, list) else (),
+            raw=value,
+        )
+
+    def failover(self) -> FailoverKey:
+        entry = self.entries.get("failover")
+        if entry is None or not entry.value:
+            return FailoverKey()
+        if not entry.value.lstrip().startswith(b"{"):      # the reference's form before JSON: leader:candidate
+            leader, _, candidate = entry.value.decode(errors="replace").partition(":")
+            return FailoverKey(leader=leader.strip(), candidate=candidate.strip())
+        value = self.object("failover") or {}
+        return FailoverKey(leader=_string(value.get("leader")), candidate=_string(value.get("member")),
+                           scheduled_at=_string(value.get("scheduled_at")), raw=value)
+
+    def sync(self) -> Sync:
+        value = self.object("sync") or {}
+        leader = _string(value.get("leader"))
+        names = tuple(n.strip() for n in _string(value.get("sync_standby")).split(",") if n.strip())
+        return Sync(leader=leader, quorum=_integer(value.get("quorum")) if leader else 0, members=names if leader else (), raw=value)
+
+    def history(self) -> tuple[HistoryEntry, ...] | None:
+        value = self.json("history")
+        if value is None:
+            return None
+        rows = []
+        for row in value if isinstance(value, list) else [None]:
+            if not isinstance(row, list) or len(row) < 2 or not all(isinstance(x, int) for x in row[:2]):
+                self._problem("history", "is not a list of [timeline, lsn, reason, timestamp, leader]")
+                return None
+            rest = [x if isinstance(x, str) else "" for x in (*row[2:5], "", "", "")]
+            rows.append(HistoryEntry(timeline=row[0], lsn=row[1], reason=rest[0], timestamp=rest[1], leader=rest[2]))
+        return tuple(rows)
+
+
+def member_from(name: str, raw: dict[str, Any], *, revision: int = 0, lease: int = 0) -> Member:
+    """A member from its JSON object, whoever wrote it."""
+    host, port = _host_port(_string(raw.get("conn_url")))
+    own = raw.get("pgha")
+    tags = raw.get("tags")
+    checkpoint = raw.get("checkpoint_after_promote")
+    return Member(
+        name=name, revision=revision, lease=lease, conn_url=_string(raw.get("conn_url")), api_url=_string(raw.get("api_url")),
+        host=host, port=port, state=_string(raw.get("state")),
+        role="primary" if raw.get("role") == "master" else _string(raw.get("role")), version=_string(raw.get("version")),
+        tags=Tags.of(tags if isinstance(tags, dict) else {}),
+        xlog_location=_integer(raw.get("xlog_location")), receive_lsn=_integer(raw.get("receive_lsn")),
+        replay_lsn=_integer(raw.get("replay_lsn")), replication_state=_string(raw.get("replication_state")),
+        timeline=_integer(raw.get("timeline")), pause=raw.get("pause") is True,
+        checkpoint_after_promote=checkpoint if isinstance(checkpoint, bool) else None,
+        node_id=_string(own.get("node_id")) if isinstance(own, dict) else "", is_pgha=isinstance(own, dict), raw=raw,
+    )
+
+
+def encode_history(rows: tuple[HistoryEntry, ...]) -> bytes:
+    """Rows of two to five items, trailing empty ones left out, as the reference writes them."""
+    out = []
+    for row in rows:
+        item: list[Any] = [row.timeline, row.lsn, row.reason, row.timestamp, row.leader]
+        while item and item[-1] == "":
+            item.pop()
+        out.append(item)
+    return encode(out)
+
+
+def _string(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        return 0
+    if isinstance(value, int):
+        return max(0, value)
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value)
+    return 0
+
+
+def _host_port(conn_url: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit(conn_url)
+        return parts.hostname or "", parts.port or 5432
+    except ValueError:
+        return "", 5432

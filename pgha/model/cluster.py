@@ -1,0 +1,185 @@
+"""What the configuration store says about the cluster: every key, parsed, with the revision it was read at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import Struct
+
+from pgha.clock import Instant
+from pgha.model.lock import Epoch, LockRecord
+from pgha.model.wal import Position
+
+
+class Tags(Struct, frozen=True, kw_only=True):
+    """A member's tags as they count for decisions (compatibility spec 6); `raw` is what it published."""
+
+    nofailover: bool = False
+    failover_priority: int = 1
+    nosync: bool = False
+    sync_priority: int = 1
+    noloadbalance: bool = False
+    clonefrom: bool = False
+    replicatefrom: str | None = None
+    nostream: bool = False
+    raw: dict[str, Any] = {}
+
+    @staticmethod
+    def of(raw: dict[str, Any]) -> Tags:
+        """`nofailover` wins over a priority; a priority of 0 or less means nofailover. Nonsense counts as absent."""
+        def flag(key: str) -> bool:
+            return raw.get(key) in (True, 1, "true", "True", "on", "yes", "1")
+
+        def number(key: str) -> int:
+            value = raw.get(key, 1)
+            try:
+                return int(value)
+            except (TypeError, ValueError):
+                return 1
+
+        nofailover = flag("nofailover") if "nofailover" in raw else number("failover_priority") <= 0
+        nosync = flag("nosync") if "nosync" in raw else number("sync_priority") <= 0
+        upstream = raw.get("replicatefrom")
+        return Tags(
+            nofailover=nofailover, failover_priority=0 if nofailover else number("failover_priority"),
+            nosync=nosync, sync_priority=0 if nosync else number("sync_priority"),
+            noloadbalance=flag("noloadbalance"), clonefrom=flag("clonefrom"),
+            replicatefrom=upstream if isinstance(upstream, str) and upstream else None, nostream=flag("nostream"), raw=raw,
+        )
+
+
+class Member(Struct, frozen=True, kw_only=True):
+    """One `members/<name>` key. `raw` is the whole object, with what we do not know."""
+
+    name: str
+    revision: int = 0
+    lease: int = 0
+    conn_url: str = ""
+    api_url: str = ""
+    host: str = ""
+    port: int = 5432
+    state: str = ""
+    role: str = ""
+    version: str = ""
+    tags: Tags = Tags()
+    xlog_location: int = 0
+    receive_lsn: int = 0
+    replay_lsn: int = 0
+    replication_state: str = ""
+    timeline: int = 0
+    pause: bool = False
+    checkpoint_after_promote: bool | None = None
+    node_id: str = ""           # pgha's own; empty for a member of another make
+    is_pgha: bool = False
+    raw: dict[str, Any] = {}
+
+    @property
+    def lsn(self) -> int:
+        """The furthest position that it published."""
+        return max(self.xlog_location, self.receive_lsn, self.replay_lsn)
+
+
+class Status(Struct, frozen=True, kw_only=True):
+    """`status`: the leader's last position and the slots' positions."""
+
+    optime: int = 0
+    slots: dict[str, int] = {}
+    retain_slots: tuple[str, ...] = ()
+    raw: dict[str, Any] = {}
+
+
+class Sync(Struct, frozen=True, kw_only=True):
+    """`sync`: who may be promoted in the synchronous modes. Empty leader: the mode is not active."""
+
+    leader: str = ""
+    quorum: int = 0
+    members: tuple[str, ...] = ()
+    raw: dict[str, Any] = {}
+
+
+class FailoverKey(Struct, frozen=True, kw_only=True):
+    """`failover`: a switchover (with `leader`) or failover (without) that was asked for."""
+
+    leader: str = ""
+    candidate: str = ""
+    scheduled_at: str = ""
+    raw: dict[str, Any] = {}
+
+    @property
+    def empty(self) -> bool:
+        return not (self.leader or self.candidate or self.scheduled_at)
+
+
+class HistoryEntry(Struct, frozen=True, kw_only=True):
+    """One row of `history`; `timestamp` and `leader` may be empty."""
+
+    timeline: int
+    lsn: int
+    reason: str = ""
+    timestamp: str = ""
+    leader: str = ""
+
+
+class LockSeen(Struct, frozen=True, kw_only=True):
+    """The lock record as this node sees it. `record` None: the key is absent (or does not parse: then `foreign`).
+
+    `since`: when this very revision was first seen here (a candidate's timer starts then; safety model 4).
+    `absent_since`: first linearizable read of an unbroken row of reads that found no key.
+    """
+
+    record: LockRecord | None = None
+    revision: int = 0
+    value: bytes = b""
+    since: Instant | None = None
+    absent_since: Instant | None = None
+
+
+class ClusterView(Struct, frozen=True, kw_only=True):
+    """All keys, as of one revision of the store. `revisions` has each key's own (0 = absent), by short name."""
+
+    revision: int = 0
+    initialize: str | None = None
+    config: dict[str, Any] | None = None
+    leader: str = ""
+    leader_lease: int = 0
+    lock: LockRecord | None = None
+    lock_revision: int = 0
+    lock_value: bytes = b""
+    epoch: Epoch = Epoch(number=0, holder="", incarnation="")
+    members: dict[str, Member] = {}
+    status: Status = Status()
+    failover: FailoverKey = FailoverKey()
+    sync: Sync = Sync()
+    history: tuple[HistoryEntry, ...] | None = None
+    failsafe: dict[str, str] = {}
+    revisions: dict[str, int] = {}
+    leases: dict[str, int] = {}
+    problems: tuple[str, ...] = ()
+
+    @property
+    def timeline(self) -> int:
+        """The cluster's timeline as `history` tells it; 0 if unknown (compatibility spec 1.5)."""
+        if self.history is None:
+            return 0
+        return self.history[-1].timeline + 1 if self.history else 1
+
+    @property
+    def initialized(self) -> bool:
+        """Does `initialize` hold a system identifier?"""
+        return is_system_identifier(self.initialize)
+
+    def revision_of(self, key: str) -> int:
+        return self.revisions.get(key, 0)
+
+    @property
+    def published_position(self) -> Position:
+        """The last position that a leader is known to have reached."""
+        lock = self.lock
+        if lock is not None and lock.lsn >= self.status.optime:
+            return Position(timeline=lock.timeline, lsn=lock.lsn)
+        return Position(timeline=lock.timeline if lock else 0, lsn=self.status.optime)
+
+
+def is_system_identifier(text: str | None) -> bool:
+    """At least ten characters, all digits: anything else counts as "not initialised" (compatibility spec 1.1)."""
+    return text is not None and len(text) >= 10 and text.isascii() and text.isdigit()

@@ -1,0 +1,95 @@
+"""What a pass decided, why, and what the next pass needs to remember."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec import Struct
+
+from pgha.clock import Deadline, Instant
+from pgha.model.action import Action
+
+
+class Reason(Struct, frozen=True, kw_only=True):
+    """One rule asked: its address (`promotion.caught_up` is `def caught_up` in decide/promotion.py), whether it held,
+    and why, with both numbers."""
+
+    rule: str
+    holds: bool
+    because: str
+
+
+class Mandate(Struct, frozen=True, kw_only=True):
+    """Until when the renewer may go on renewing without another word from the loop (safety model 10)."""
+
+    kind: Literal["none", "running", "starting", "stopping", "operation"] = "none"
+    until: Deadline | None = None
+    why: str = ""
+
+
+class Election(Struct, frozen=True, kw_only=True):
+    """An election that this node takes part in."""
+
+    epoch: int                      # the epoch that just ended: votes are for its succession
+    lock_revision: int
+    began_at: Instant
+    frozen_at: Instant | None = None
+    voted_at: Instant | None = None  # own position is final since then
+    unfrozen_until: Instant | None = None
+    attempts: int = 0
+
+
+class Memory(Struct, frozen=True, kw_only=True):
+    """What one pass hands to the next. Everything else is observed anew."""
+
+    election: Election | None = None
+    promotion_failed_at: Instant | None = None
+    crash_seen_at: Instant | None = None       # PostgreSQL died while this node was leader
+    handover_why: str = ""
+    start_failures: int = 0
+    last_start_failed_at: Instant | None = None
+    clone_failures: int = 0
+    last_clone_failed_at: Instant | None = None
+    rewind_failed: str = ""                     # why; cleared when the upstream changes
+    not_streaming_since: Instant | None = None
+    upstream_wanted: str = ""
+    switchover_revision: int = 0                # the failover key's revision being carried out
+    last_ended_id: int = 0                      # the last operation whose end was taken note of
+    last_status_at: Instant | None = None
+    last_capacity_at: Instant | None = None
+    history_written_for: int = 0
+    released_revision: int = 0                  # after giving the lock up on purpose, do not take it back at once
+    stand_back_until: Instant | None = None
+    stand_back_why: str = ""
+
+
+class PeerQuestion(Struct, frozen=True, kw_only=True):
+    """Whom to ask for positions, and for the succession of which epoch. Empty names: nobody."""
+
+    names: dict[str, str] = {}      # name → api_url
+    epoch: int = -1
+    every_s: float = 0.1
+
+
+class Vote(Struct, frozen=True, kw_only=True):
+    """What this node answers to peers: its position, and for which epoch it is final (-1: still moving)."""
+
+    epoch: int = -1
+    timeline: int = 0
+    lsn: int = 0
+
+
+class Decision(Struct, frozen=True, kw_only=True):
+    """The outcome of one pass."""
+
+    situation: str                              # which rung of the ladder
+    summary: str                                # one sentence for the log and for people
+    reasons: tuple[Reason, ...] = ()
+    actions: tuple[Action, ...] = ()
+    memory: Memory = Memory()
+    mandate: Mandate = Mandate()
+    ask_peers: PeerQuestion = PeerQuestion()
+    vote: Vote = Vote()
+    state: str = ""                             # PostgreSQL's state for the member key and REST (compatibility spec 1.10)
+    role: str = ""                              # spec 1.11
+    wake_in_s: float = 10.0

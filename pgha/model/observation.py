@@ -1,0 +1,143 @@
+"""All that a decision may know: one frozen value a pass. It serialises, so that any pass can be run again."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from pgha.clock import Instant
+from pgha.model.cluster import ClusterView, LockSeen, Tags
+from pgha.model.lock import Identity, Licence
+from pgha.model.node import DataDirectoryFacts, GuardFacts, PostgresFacts, WatchdogFacts
+from pgha.model.wal import HistoryRow, Position
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """What of the configuration decisions depend on. Effective values; units in the names."""
+
+    ttl_s: float = 30.0
+    loop_wait_s: float = 10.0
+    retry_timeout_s: float = 10.0
+    maximum_lag_on_failover_bytes: int = 1048576
+    check_timeline: bool = False
+    primary_start_timeout_s: float = 300.0
+    primary_stop_timeout_s: float = 0.0
+    primary_hang_timeout_s: float = 29.0
+    crash_handover_after_s: float = 3.0
+    member_slots_ttl_s: float = 1800.0
+    max_timelines_history: int = 0
+    pause: bool = False
+    use_pg_rewind: bool = False
+    use_slots: bool = True
+    remove_data_directory_on_rewind_failure: bool = False
+    remove_data_directory_on_diverged_timelines: bool = False
+    has_bootstrap_section: bool = True
+    tags: Tags = Tags()
+    watchdog_required: bool = False
+    postgres_host: str = ""              # how peers reach this PostgreSQL: connect_address
+    postgres_port: int = 5432
+
+
+class DcsFacts(Struct, frozen=True, kw_only=True):
+    """The store, as this node sees it. `view` None: never read since the start.
+
+    `trusted_from`: the store has changed its generation (restored, rebuilt); until then no release is believed, and
+    no record is anybody's by right (safety model 4). None: nothing is wrong.
+    """
+
+    view: ClusterView | None = None
+    lock_seen: LockSeen = LockSeen()
+    heard_at: Instant | None = None       # last sign of life of the store (event, answered read or write)
+    read_at: Instant | None = None        # when the last successful linearizable read was *begun*
+    unreachable_since: Instant | None = None
+    why: str = ""
+    trusted_from: Instant | None = None
+    generation_changed: str = ""
+    remembered_ttl_s: float = 0.0         # largest ttl seen in a record, persisted
+    remembered_members: dict[str, str] = {}   # name → api_url of members seen within member_slots_ttl
+    last_positions: dict[str, Position] = {}  # last position that each member published, also if its key is gone
+    remembered_history: tuple[HistoryRow, ...] = ()
+
+
+class Peer(Struct, frozen=True, kw_only=True):
+    """What a member answered when asked, or that it did not (`answered` false, `why`)."""
+
+    name: str
+    asked_at: Instant
+    answered: bool = False
+    why: str = ""
+    is_pgha: bool = False
+    in_recovery: bool | None = None
+    timeline: int = 0
+    lsn: int = 0
+    frozen_epoch: int = -1               # the epoch for which it stopped streaming and gives this as its vote
+    running: bool = False
+    tags: Tags = Tags()
+    watchdog_failed: bool = False
+    system_identifier: str = ""
+    history: tuple[HistoryRow, ...] = ()  # of its timeline, if it says
+
+
+class Upstream(Struct, frozen=True, kw_only=True):
+    """What an inspection of the leader's PostgreSQL found (replication connection)."""
+
+    name: str
+    asked_at: Instant
+    ok: bool = False
+    why: str = ""
+    system_identifier: str = ""
+    timeline: int = 0
+    lsn: int = 0
+    in_recovery: bool = False
+    history: tuple[HistoryRow, ...] = ()
+
+
+class Operation(Struct, frozen=True, kw_only=True):
+    """A long operation: the one in flight, or the last that ended."""
+
+    kind: str
+    id: int
+    started_at: Instant
+    detail: str = ""
+    progress: str = ""                   # "1.2 GiB of 3.4 GiB"
+    ended_at: Instant | None = None
+    ok: bool = False
+    why: str = ""
+    cancelling: bool = False
+    facts: dict[str, Any] = {}
+
+    @property
+    def running(self) -> bool:
+        return self.ended_at is None
+
+
+class Request(Struct, frozen=True, kw_only=True):
+    """What an operator asked this agent for through REST. `kind`: restart, reload; switchovers travel in the DCS key."""
+
+    id: int
+    kind: Literal["restart", "reload", "switchover", "failover"]
+    at: Instant
+    options: dict[str, Any] = {}
+
+
+class Observation(Struct, frozen=True, kw_only=True):
+    """One pass's knowledge."""
+
+    now: Instant
+    wall_s: float
+    number: int                          # of this pass
+    me: Identity
+    settings: Settings
+    dcs: DcsFacts = DcsFacts()
+    licence: Licence = Licence()
+    postgres: PostgresFacts = PostgresFacts()
+    directory: DataDirectoryFacts = DataDirectoryFacts()
+    guard: GuardFacts = GuardFacts()
+    watchdog: WatchdogFacts = WatchdogFacts()
+    peers: dict[str, Peer] = {}
+    upstream: Upstream | None = None
+    operation: Operation | None = None   # in flight
+    ended: Operation | None = None       # the last one that ended
+    requests: tuple[Request, ...] = ()
+    shutting_down: bool = False
