@@ -1,0 +1,153 @@
+"""Run one of PostgreSQL's programs: never past its deadline, never leaving a child behind, never showing a secret.
+
+Rules of this file:
+* A program runs in its own session, so that a signal reaches its children too (pg_rewind starts `postgres --single`,
+  pg_basebackup forks a WAL receiver), and so that a terminal's Ctrl-C does not.
+* Deadline and cancellation end alike: SIGTERM to the whole group, `GRACE_S` to comply, then SIGKILL, and it is reaped.
+* Output is streamed to `on_output` if asked; of each stream only the last `TAIL_BYTES` are kept.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import trio
+from msgspec import Struct
+
+from pgha.errors import CommandFailed, PostgresTimeout, PostgresUnreachable
+
+#: What a program has between SIGTERM and SIGKILL.
+GRACE_S = 1.0
+#: How much of each output stream is kept: enough for an error and its context.
+TAIL_BYTES = 64 * 1024
+
+#: Environment through which libpq would be told things behind our back. Listed, not matched by prefix: backup tools
+#: called by archive_command have variables that begin with PG, too.
+_LIBPQ_VARIABLE = re.compile(
+    "PG(HOST|HOSTADDR|PORT|DATABASE|USER|PASSWORD|PASSFILE|REQUIREAUTH|CHANNELBINDING|SERVICE|SERVICEFILE|OPTIONS|APPNAME"
+    "|SSL[A-Z]+|REQUIRESSL|REQUIREPEER|GSS[A-Z]+|KRBSRVNAME|CONNECT_TIMEOUT|CLIENTENCODING|TARGETSESSIONATTRS"
+    "|LOADBALANCEHOSTS|M(IN|AX)PROTOCOLVERSION|SYSCONFDIR|LOCALEDIR|OAUTH[A-Z]+)")
+
+
+def clean_environment(extra: Mapping[str, str] | None = None, *, messages_in_english: bool = False) -> dict[str, str]:
+    """Our environment without what is the agent's own or libpq's, plus `extra`.
+
+    PostgreSQL must not see NOTIFY_SOCKET (it would speak to systemd in the agent's name) nor any secret of ours.
+    `messages_in_english` is for programs whose output is parsed.
+    """
+    env = {
+        name: value for name, value in os.environ.items()
+        if not name.startswith(("PGHA_", "PATRONI_")) and name != "NOTIFY_SOCKET" and not _LIBPQ_VARIABLE.fullmatch(name)
+    }
+    if messages_in_english:
+        env.pop("LANGUAGE", None)
+        env |= {"LC_ALL": "C", "LANG": "C"}
+    return env | dict(extra or {})
+
+
+class Completed(Struct, frozen=True, kw_only=True):
+    """A program that ended. `stdout` and `stderr` are the tails of the two streams."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+class _Tail:
+    """The last bytes of a stream, passed on as they come."""
+
+    def __init__(self, on_output: Callable[[bytes], None] | None) -> None:
+        self._kept = bytearray()
+        self._on_output = on_output
+
+    async def fill(self, stream: trio.abc.ReceiveStream) -> None:
+        async with stream:
+            async for chunk in stream:
+                self._kept += chunk
+                if len(self._kept) > 2 * TAIL_BYTES:
+                    del self._kept[:-TAIL_BYTES]
+                if self._on_output is not None:
+                    self._on_output(bytes(chunk))
+
+    def text(self) -> str:
+        return bytes(self._kept[-TAIL_BYTES:]).decode(errors="replace")
+
+
+async def _exited(pid: int) -> None:
+    """Wait for the child's end without reaping it: while it is a zombie, its group's number cannot be another's."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        await trio.lowlevel.wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
+
+
+async def _end(process: trio.Process) -> None:
+    """SIGTERM to the group, a grace, SIGKILL, reap. Shielded; bounded by the grace and the kernel's kill."""
+    with trio.CancelScope(shield=True):
+        _signal_group(process.pid, signal.SIGTERM)
+        with trio.move_on_after(GRACE_S):
+            await _exited(process.pid)
+        # Also when it ended by itself: nothing that it started may outlive it.
+        _signal_group(process.pid, signal.SIGKILL)
+        await process.wait()
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        pass  # the whole group is gone already
+
+
+async def run(
+    argv: Sequence[str | Path], *, deadline_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None,
+    on_output: Callable[[bytes], None] | None = None, on_error_output: Callable[[bytes], None] | None = None,
+) -> Completed:
+    """Run `argv` with stdin closed. `env` is complete, or None for `clean_environment(messages_in_english=True)`.
+
+    PostgresTimeout at the deadline, PostgresUnreachable if the program cannot be started. A non-zero exit code is
+    an answer, not an error: see `run_checked`.
+    """
+    name = Path(argv[0]).name
+    out, err = _Tail(on_output), _Tail(on_error_output)
+    with trio.move_on_after(deadline_s):
+        try:
+            process = await trio.lowlevel.open_process(
+                [str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env=dict(env) if env is not None else clean_environment(messages_in_english=True), cwd=cwd,
+                start_new_session=True)
+        except OSError as e:
+            raise PostgresUnreachable(f"cannot start {argv[0]}: {e.strerror}") from e
+        assert process.stdout is not None, name
+        assert process.stderr is not None, name
+        async with trio.open_nursery() as nursery:
+            try:
+                nursery.start_soon(out.fill, process.stdout)
+                nursery.start_soon(err.fill, process.stderr)
+                await _exited(process.pid)
+            finally:
+                await _end(process)
+        assert process.returncode is not None, name
+        return Completed(exit_code=process.returncode, stdout=out.text(), stderr=err.text())
+    raise PostgresTimeout(f"{name} had not ended after {deadline_s:g} s: {err.text().strip()[-500:]}")
+
+
+async def run_checked(
+    argv: Sequence[str | Path], *, deadline_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None,
+) -> Completed:
+    """`run`, with CommandFailed for a non-zero exit code."""
+    done = await run(argv, deadline_s=deadline_s, env=env, cwd=cwd)
+    if done.exit_code != 0:
+        raise CommandFailed(Path(argv[0]).name, done.exit_code, done.stderr or done.stdout)
+    return done
+
+
+def binary(bin_dir: Path | str, name: str) -> str:
+    """Path of one of PostgreSQL's programs; an empty `bin_dir` means the search path."""
+    return str(Path(bin_dir) / name) if str(bin_dir) not in ("", ".") else name

@@ -1,0 +1,172 @@
+"""Tests on a real PostgreSQL, which refuses to run as root.
+
+When pytest runs as root, each test of this directory (its fixtures included) runs in a forked child that has become
+user postgres; the child sends its reports back. One data directory is made by initdb for the whole run and copied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from _pytest.runner import runtestprotocol
+
+BIN = Path(os.environ.get("PGHA_TEST_PG_BIN", "/usr/lib/postgresql/15/bin"))
+PR_SET_CHILD_SUBREAPER = 36
+_base: Path | None = None
+
+
+def workspace(config: pytest.Config) -> Path:
+    """A directory of user postgres, for the whole run."""
+    global _base
+    if _base is None:
+        _base = Path(tempfile.mkdtemp(prefix="pgha-postgres-", dir="/dev/shm"))
+        if os.getuid() == 0:
+            user = pwd.getpwnam("postgres")
+            os.chown(_base, user.pw_uid, user.pw_gid)
+        config.add_cleanup(lambda: shutil.rmtree(_base, ignore_errors=True))
+    return _base
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    if Path(__file__).parent not in Path(item.fspath).parents:
+        return None
+    workspace(item.config)
+    if os.getuid() != 0:
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in _in_child(item):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def _in_child(item):
+    read_fd, write_fd = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.close(read_fd)
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a test orphans is ours to reap
+            user = pwd.getpwnam("postgres")
+            os.setgroups([])
+            os.setgid(user.pw_gid)
+            os.setuid(user.pw_uid)
+            os.chdir(_base)
+            os.environ |= {"HOME": str(_base), "USER": "postgres", "TMPDIR": str(_base)}
+            reports = runtestprotocol(item, log=False)
+            data = [item.config.hook.pytest_report_to_serializable(config=item.config, report=r) for r in reports]
+            with os.fdopen(write_fd, "wb") as f:
+                pickle.dump(data, f)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(write_fd)
+    with os.fdopen(read_fd, "rb") as f:
+        data = f.read()
+    os.waitpid(pid, 0)
+    if not data:
+        pytest.exit(f"the child of {item.nodeid} died without a report", returncode=3)
+    return [item.config.hook.pytest_report_from_serializable(config=item.config, data=d) for d in pickle.loads(data)]
+
+
+@pytest.fixture
+def base(request, tmp_path_factory):
+    """A fresh directory for one test; every PostgreSQL process under it is killed at its end."""
+    path = Path(tempfile.mkdtemp(dir=workspace(request.config)))
+    yield path
+    _kill_under(path)
+    shutil.rmtree(path)
+
+
+def _kill_under(path: Path):
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                if os.readlink(f"/proc/{name}/cwd").startswith(str(path)):
+                    os.kill(int(name), signal.SIGKILL)
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                pass
+    while True:
+        try:
+            if os.waitpid(-1, 0)[0] == 0:
+                return
+        except ChildProcessError:
+            return
+
+
+@pytest.fixture
+def bin_dir():
+    return BIN
+
+
+def template(config) -> Path:
+    path = workspace(config) / "template"
+    if not path.exists():
+        making = workspace(config) / f"template.{os.getpid()}"
+        subprocess.run([BIN / "initdb", "-D", making, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8",
+                        "--locale=C", "--no-instructions"], check=True, stdout=subprocess.DEVNULL)
+        with (making / "postgresql.conf").open("a") as f:
+            f.write("\nfsync = off\nmax_connections = 30\nshared_buffers = 8MB\nmax_wal_size = 64MB\nwal_log_hints = on\n"
+                    "wal_keep_size = 64MB\n")
+        making.rename(path)
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Node:
+    """A data directory with its port and socket directory, and the words to start it and connect to it."""
+
+    def __init__(self, directory: Path, name: str):
+        from pgha.postgres.server import Server
+        self.name = name
+        self.data_dir = directory / name
+        self.socket_dir = directory
+        self.port = free_port()
+        self.server = Server(self.data_dir, BIN, log_path=directory / f"{name}.log")
+        self.parameters = {"port": str(self.port), "listen_addresses": "127.0.0.1",
+                           "unix_socket_directories": str(self.socket_dir)}
+        self.conninfo = {"host": str(self.socket_dir), "port": self.port, "user": "postgres", "dbname": "postgres"}
+
+    async def start(self, **parameters: str):
+        postmaster = await self.server.start(self.parameters | parameters)
+        await self.server.wait_ready(postmaster, deadline_s=20)
+        return postmaster
+
+    async def connect(self, **more):
+        from pgha.postgres.connection import Connection
+        return await Connection.connect(self.conninfo | more, deadline_s=5)
+
+    async def sql(self, text: str):
+        conn = await self.connect()
+        try:
+            return await conn.query(text, deadline_s=10)
+        finally:
+            conn.close()
+
+
+@pytest.fixture
+def make_node(base, request):
+    """make_node("a"): a fresh primary's data directory, not started. make_node("b", copy=False): nothing yet."""
+    def make(name: str = "a", *, copy: bool = True) -> Node:
+        if copy:
+            shutil.copytree(template(request.config), base / name)
+            (base / name).chmod(0o700)
+        return Node(base, name)
+    return make
