@@ -1,0 +1,106 @@
+"""Clients on every node of a bed, from before a fault until after it, and the verdict on what they remember."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import history
+
+from pgha.demo.bed import Bed
+from pgha.demo.node import Node
+from pgha.demo.processes import spawn
+
+#: More than the hundred a second that the scenarios are to have, so that a busy machine still reaches them.
+RATE = 150
+TABLE = "CREATE TABLE IF NOT EXISTS traffic (id bigint PRIMARY KEY, stamp timestamptz NOT NULL)"
+_WRITER = Path(__file__).with_name("writer.py")
+
+
+class Traffic:
+    """One plain writer per node; `add` puts others beside them. Use as a context; `finish` gives the verdict."""
+
+    def __init__(self, bed: Bed) -> None:
+        self.bed = bed
+        self.faults: list[tuple[str, int]] = []
+        self._children: list[tuple[subprocess.Popen[bytes], Path]] = []
+        leader = bed.wait_healthy()
+        with leader.connect() as connection:
+            connection.execute(TABLE)
+            self._number = 1 + (connection.execute("SELECT coalesce(max(id) / 1000000000000, 0) FROM traffic").fetchone() or [0])[0]
+
+    def __enter__(self) -> Self:
+        for node in self.bed.nodes:
+            if node.agent is not None:
+                self.add("plain", node)
+        self.wait_for_more(100)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+
+    def add(self, kind: str, node: Node) -> None:
+        out = self.bed.directory / f"acks-{self._number}-{kind}-{node.name}"
+        out.touch()
+        spec = {"dsn": node.dsn(), "node": node.name, "number": self._number, "rate": RATE}
+        self._number += 1
+        child = spawn([sys.executable, str(_WRITER), kind, str(out), json.dumps(spec)], log=out.with_suffix(".log"), directory=_WRITER.parent,
+                      environment={"PGPASSWORD": self.bed.settings.password})
+        self._children.append((child, out))
+
+    def acks(self) -> list[history.Ack]:
+        """All so far."""
+        return [ack for _, out in self._children for ack in history.read(out)]
+
+    def count(self, kind: str = "") -> int:
+        """How many rows were acknowledged so far (of one kind of client)."""
+        return sum(out.read_bytes().count(b"\n") for _, out in self._children if f"-{kind}" in out.name)
+
+    def wait_for_more(self, rows: int, *, kind: str = "", timeout_s: float = 60) -> None:
+        """Until that many more rows have been acknowledged: proof that writing works now."""
+        for child, out in self._children:
+            assert child.poll() is None, f"a writer ended: {out.with_suffix('.log').read_text()}"
+        goal = self.count(kind) + rows
+        self.bed.wait(lambda: self.count(kind) >= goal, timeout_s, f"{rows} more acknowledged rows")
+
+    def fault(self, what: str) -> float:
+        """Note that it happens now; gives time.monotonic()."""
+        now = time.monotonic()
+        self.faults.append((what, round(now * 1e6)))
+        return now
+
+    def _end(self) -> None:
+        for child, _ in self._children:
+            child.send_signal(signal.SIGTERM)
+        for child, _ in self._children:
+            try:
+                child.wait(3)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait(10)
+
+    def finish(self, *, timeout_s: float = 60) -> history.Verdict:
+        """Wait until all is well again and written to, stop, compare with the final primary's table; prints the verdict."""
+        self.bed.wait_healthy(timeout_s)
+        self.wait_for_more(50)
+        self._end()
+        leader = self.bed.wait_healthy()
+        with leader.connect() as connection:
+            present = {row[0] for row in connection.execute("SELECT id FROM traffic").fetchall()}
+        verdict = history.judge(self.acks(), present)
+        for what, at_us in self.faults:
+            print(f"{what}: writing again after {self.resumed_after_s(at_us):.2f} s")
+        print(verdict)
+        return verdict
+
+    def resumed_after_s(self, at_us: int) -> float:
+        """From that moment to the end of the longest gap in writing that began no earlier than a second before it."""
+        after = [a.ack_us for a in self.acks() if a.ack_us > at_us - 1_000_000]
+        gap = history.longest_gap(after)
+        return max(0.0, gap.began_us / 1e6 + gap.length_s - at_us / 1e6)
