@@ -1,0 +1,165 @@
+"""argv → what to do. Each command imports what it needs, so that `ctl`, `guard` and `--version` start quickly.
+
+Exit codes of every command: 0 done, 1 failed, 2 wrong usage or configuration, 3 refused (the reasons are printed),
+4 outcome unknown, 5 nothing reachable. Operating errors are one clear line each; a traceback is a mistake of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from pgha import __version__
+from pgha.errors import ConfigError, DcsUnreachable, PghaError, PostgresUnreachable, Refused
+
+if TYPE_CHECKING:
+    import argparse
+
+DONE, FAILED, USAGE, REFUSED, UNKNOWN, UNREACHABLE = range(6)
+
+_USAGE = """\
+usage: pgha COMMAND …
+
+  run CONFIG                         the agent of one node: keep PostgreSQL running and the lock honest
+  guard CONFIG --data-dir DIR        the process that fences when the agent cannot (started by the agent)
+  config check CONFIG                every mistake of a configuration file, in one run
+  config sample                      print a configuration to start from
+  ctl [-c CONFIG] …                  look at a cluster and change it; `pgha ctl --help`
+  demo …                             a real three-node cluster on this machine, and a failover to watch
+  replay FILE                        decide again on a recorded observation, and print the decision
+  --version, --help
+
+exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 refused, 4 outcome unknown, 5 nothing reachable
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. `argv` without the program's name; None: this process's own."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command == "--version":
+        print(f"pgha {__version__}")
+        return DONE
+    if command in ("--help", "-h"):
+        print(_USAGE, end="")
+        return DONE
+    known = _COMMANDS.get(command)
+    if known is None:
+        why = f"no such command: {command}\n\n" if command else ""
+        print(f"{why}{_USAGE}", end="", file=sys.stderr)
+        return USAGE
+    try:
+        return known(rest)
+    except PghaError as error:
+        for line in error.problems if isinstance(error, ConfigError) else (str(error),):
+            print(f"pgha: {line}", file=sys.stderr)
+        return _exit_code(error)
+    except KeyboardInterrupt:
+        return 130  # what a shell reports for SIGINT
+    except BrokenPipeError:
+        # The reader left (`| head`). What is still buffered must not raise again when Python flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _exit_code(error: PghaError) -> int:
+    if isinstance(error, ConfigError):
+        return USAGE
+    if isinstance(error, Refused):
+        return REFUSED
+    if isinstance(error, (DcsUnreachable, PostgresUnreachable)):
+        return UNREACHABLE
+    return FAILED
+
+
+def _parser(command: str, does: str) -> argparse.ArgumentParser:
+    import argparse
+
+    return argparse.ArgumentParser(prog=f"pgha {command}", description=does, allow_abbrev=False)
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _parser("run", "The agent of one node.")
+    parser.add_argument("config", metavar="CONFIG", help="pgha.toml of this node")
+    from pgha import agent
+
+    return agent.main(parser.parse_args(arguments).config)
+
+
+def _guard(arguments: list[str]) -> int:
+    parser = _parser("guard", "Fences one data directory when its agent cannot. Ends when the agent says so, or when no agent has been there for 60 s.")
+    parser.add_argument("config", metavar="CONFIG", help="pgha.toml of this node")
+    parser.add_argument("--data-dir", metavar="DIR", required=True, help="the data directory to fence")
+    parser.add_argument("--runtime-dir", metavar="DIR", help="where socket and file of the guard are (default: as CONFIG says)")
+    parser.add_argument("--agent-lock", metavar="FILE", help="the file that a living agent holds locked (default: as CONFIG says)")
+    given = parser.parse_args(arguments)
+    from pgha.lock import guard
+
+    if given.runtime_dir is None or given.agent_lock is None:
+        # Only somebody who starts a guard by hand comes here; it costs the memory of reading a configuration.
+        from pgha.config.directories import guard_places
+
+        runtime_dir, agent_lock = guard_places(given.config, os.environ)
+        given.runtime_dir = given.runtime_dir or runtime_dir
+        given.agent_lock = given.agent_lock or agent_lock
+    return guard.run(data_dir=given.data_dir, runtime_dir=given.runtime_dir, agent_lock=given.agent_lock)
+
+
+def _config(arguments: list[str]) -> int:
+    parser = _parser("config", "The configuration file of a node.")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    check = actions.add_parser("check", help="every mistake, in one run", allow_abbrev=False)
+    check.add_argument("config", metavar="CONFIG")
+    actions.add_parser("sample", help="print a configuration to start from", allow_abbrev=False)
+    chosen = parser.parse_args(arguments)
+    if chosen.action == "sample":
+        from pgha.config.sample import sample
+
+        print(sample(), end="")
+        return DONE
+    from pgha.config.check import check as problems_of
+
+    problems = problems_of(chosen.config, os.environ)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        return USAGE
+    print(f"{chosen.config}: no mistakes found")
+    return DONE
+
+
+def _ctl(arguments: list[str]) -> int:
+    from pgha.ctl import main as ctl
+
+    return ctl(arguments)
+
+
+def _demo(arguments: list[str]) -> int:
+    from pgha.demo import main as demo
+
+    return demo(arguments)
+
+
+def _replay(arguments: list[str]) -> int:
+    parser = _parser("replay", "Decide again on a recorded pass (an observation and the memory before it), and print the decision.")
+    parser.add_argument("file", metavar="FILE", help='JSON: {"observation": …, "memory": …}')
+    from pgha.replay import replay
+
+    print(replay(parser.parse_args(arguments).file))
+    return DONE
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "run": _run,
+    "guard": _guard,
+    "config": _config,
+    "ctl": _ctl,
+    "demo": _demo,
+    "replay": _replay,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
