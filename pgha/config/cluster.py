@@ -1,0 +1,279 @@
+"""The configuration that the whole cluster shares: the JSON of `/config` (compatibility spec 5.2, 5.4).
+
+Two ways in, because others write there, too:
+
+* `ClusterConfig.from_json` takes whatever stands there. It never fails: what cannot be used is repaired as the spec
+  says and named in the problems.
+* `validate_change` judges what *we* are asked to write, strictly, and only what it changes.
+
+pgha's own keys stand under "pgha", which the reference keeps and ignores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from msgspec import field
+
+from pgha.config import gucs
+from pgha.config.schema import Key, Path, Report, Section, fields, read
+from pgha.config.values import (
+    Kind,
+    Wrong,
+    choice,
+    duration,
+    flag,
+    integer,
+    lines,
+    path,
+    program_options,
+    size,
+    text,
+    texts,
+    type_name,
+)
+
+OptionList = tuple[tuple[str, str | None], ...]
+
+#: What the reference raises a lower ttl and retry_timeout to; they count while one of its members is present.
+PATRONI_MINIMUM_TTL_S = 20.0
+PATRONI_MINIMUM_RETRY_TIMEOUT_S = 3.0
+
+LATER = "not supported yet by this version; allowed: leave it out"
+_ONLY_LOCAL = "is known only to the node itself; allowed: in the node's own file"
+_HBA = "a list of pg_hba.conf lines"
+_IDENT = "a list of pg_ident.conf lines"
+
+
+def _recovery_conf(value: Any) -> dict[str, Any]:
+    settings = gucs.parameters(value)
+    for name in settings:
+        if name.startswith("recovery_target") or name in ("primary_conninfo", "primary_slot_name", "standby_mode"):
+            raise Wrong(f"has {name}, which pgha sets itself")
+    return settings
+
+
+def _replica_methods(value: Any) -> tuple[str, ...]:
+    methods: tuple[str, ...] = texts().parse(value)
+    if methods != ("basebackup",):
+        raise Wrong("has something else than basebackup")
+    return methods
+
+
+class BinNames(Section, frozen=True, kw_only=True):
+    """Other names of PostgreSQL's programs in bin_dir; "" = their own."""
+
+    pg_ctl: Annotated[str, Key(text("a file name"))] = ""
+    initdb: Annotated[str, Key(text("a file name"))] = ""
+    pg_controldata: Annotated[str, Key(text("a file name"))] = ""
+    pg_basebackup: Annotated[str, Key(text("a file name"))] = ""
+    postgres: Annotated[str, Key(text("a file name"))] = ""
+    pg_isready: Annotated[str, Key(text("a file name"))] = ""
+    pg_rewind: Annotated[str, Key(text("a file name"))] = ""
+    pg_waldump: Annotated[str, Key(text("a file name"))] = ""
+
+
+class SharedPostgresql(Section, frozen=True, kw_only=True):
+    """The keys of `postgresql` that a node's file and `/config` may both have: the node's own win, `parameters` merge."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("callbacks", "pre_promote", "before_stop", "custom_conf", "rewind"), LATER),
+        **dict.fromkeys((f"{key}_{role}" for key in ("parameters", "pg_hba", "pg_ident") for role in ("primary", "replica", "standby_leader")), LATER),
+    }
+
+    database: Annotated[str, Key(text())] = "postgres"
+    bin_dir: Annotated[str, Key(path())] = ""
+    bin_name: BinNames = BinNames()
+    use_unix_socket: Annotated[bool, Key(flag())] = False
+    use_unix_socket_repl: Annotated[bool, Key(flag())] = False
+    parameters: Annotated[dict[str, Any], Key(Kind(gucs.parameters, "a table of PostgreSQL's parameters", shape="table"))] = field(default_factory=dict)
+    pg_hba: Annotated[tuple[str, ...], Key(lines(_HBA))] = ()
+    pg_ident: Annotated[tuple[str, ...], Key(lines(_IDENT))] = ()
+    recovery_conf: Annotated[dict[str, Any], Key(Kind(_recovery_conf, "restore_command, archive_cleanup_command, recovery_min_apply_delay and the like, without recovery_target*", shape="table"))] = field(default_factory=dict)
+    basebackup: Annotated[OptionList, Key(program_options(
+        "pgdata", "format", "wal-method", "xlog-method", "gzip", "version", "dbname", "host", "port", "username", "password",
+        program="pg_basebackup"))] = ()
+    create_replica_methods: Annotated[tuple[str, ...], Key(Kind(_replica_methods, '["basebackup"]; other methods are not supported yet by this version', shape="list"))] = ("basebackup",)
+    pg_ctl_timeout_s: Annotated[float, Key(duration(1), name="pg_ctl_timeout")] = 60.0
+    use_pg_rewind: Annotated[bool, Key(flag())] = False
+    remove_data_directory_on_rewind_failure: Annotated[bool, Key(flag())] = False
+    remove_data_directory_on_diverged_timelines: Annotated[bool, Key(flag())] = False
+    krbsrvname: Annotated[str, Key(text())] = ""
+
+
+class ClusterPostgresql(SharedPostgresql, frozen=True, kw_only=True):
+    """`postgresql` in `/config`."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **SharedPostgresql.REFUSED,
+        **dict.fromkeys(("connect_address", "proxy_address", "listen", "config_dir", "data_dir", "pgpass", "authentication"), _ONLY_LOCAL),
+    }
+
+    use_slots: Annotated[bool, Key(flag())] = True
+
+
+class ClusterOwn(Section, frozen=True, kw_only=True):
+    """`pgha` in `/config` (safety model 10 and 16). `primary_hang_timeout_s` 0: not given, so min(ttl, 30) - 1."""
+
+    crash_handover_after_s: Annotated[float, Key(duration(0), name="crash_handover_after", aliases=("crash_handover_after_s",))] = 3.0
+    primary_hang_timeout_s: Annotated[float, Key(duration(1), name="primary_hang_timeout", aliases=("primary_hang_timeout_s",))] = 0.0
+    compaction: Annotated[bool, Key(flag())] = True
+
+
+def _table(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Wrong(f"is {type_name(value)}, not a table")
+    return value
+
+
+def _tables(value: Any) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise Wrong(f"is {type_name(value)}" if not isinstance(value, list) else "has an item that is no table")
+    return tuple(value)
+
+
+SynchronousMode = Literal["off", "on", "quorum"]
+
+
+class ClusterConfig(Section, frozen=True, kw_only=True):
+    """Effective values of `/config`. What later issues carry out is parsed, too, and named by `unsupported`."""
+
+    ttl_s: Annotated[float, Key(duration(3, whole=True), name="ttl")] = 30.0
+    loop_wait_s: Annotated[float, Key(duration(1, whole=True), name="loop_wait")] = 10.0
+    retry_timeout_s: Annotated[float, Key(duration(1, whole=True), name="retry_timeout")] = 10.0
+    maximum_lag_on_failover_bytes: Annotated[int, Key(size(0), name="maximum_lag_on_failover")] = 1048576
+    maximum_lag_on_syncnode_bytes: Annotated[int, Key(size(-1), name="maximum_lag_on_syncnode")] = -1
+    max_timelines_history: Annotated[int, Key(integer(0))] = 0
+    primary_start_timeout_s: Annotated[float, Key(duration(0), name="primary_start_timeout", aliases=("master_start_timeout",))] = 300.0
+    primary_stop_timeout_s: Annotated[float, Key(duration(0), name="primary_stop_timeout", aliases=("master_stop_timeout",))] = 0.0
+    primary_race_backoff_s: Annotated[float, Key(duration(0), name="primary_race_backoff")] = 0.0
+    synchronous_mode: Annotated[SynchronousMode, Key(choice("off", "on", "quorum", also={False: "off", True: "on"}))] = "off"
+    synchronous_mode_strict: Annotated[bool, Key(flag())] = False
+    synchronous_node_count: Annotated[int, Key(integer(1))] = 1
+    failsafe_mode: Annotated[bool, Key(flag())] = False
+    check_timeline: Annotated[bool, Key(flag())] = False
+    pause: Annotated[bool, Key(flag())] = False
+    member_slots_ttl_s: Annotated[float, Key(duration(0), name="member_slots_ttl")] = 1800.0
+    slots: Annotated[dict[str, Any], Key(Kind(_table, "a table of slots", shape="table"), aliases=("permanent_replication_slots", "permanent_slots"))] = field(default_factory=dict)
+    ignore_slots: Annotated[tuple[dict[str, Any], ...], Key(Kind(_tables, "a list of tables with name, type, database, plugin", shape="list"))] = ()
+    standby_cluster: Annotated[dict[str, Any], Key(Kind(_table, "a table with host, port, primary_slot_name, restore_command and the like", shape="table"))] = field(default_factory=dict)
+    postgresql: ClusterPostgresql = ClusterPostgresql()
+    pgha: ClusterOwn = ClusterOwn()
+
+    @staticmethod
+    def from_json(raw: Any, *, patroni_member_present: bool) -> tuple[ClusterConfig, tuple[str, ...]]:
+        """What `/config` means, and what had to be repaired (lines with key, fault and what is used instead)."""
+        report = Report("/config", strict=False)
+        config = read(ClusterConfig, {} if raw is None else raw, (), report)
+        for key in unsupported(config):
+            report.problem((key,), "not supported yet by this version; it has no effect")
+        for name, value in config.postgresql.parameters.items():
+            if fault := gucs.problem(name, value):
+                report.problem(("postgresql", "parameters", name), f"{fault}; not used")
+        return _repaired(config, report, patroni_member_present=patroni_member_present), tuple(report.problems)
+
+    @property
+    def primary_hang_timeout_s(self) -> float:
+        """How long a silent primary keeps its mandate (safety model 10)."""
+        return self.pgha.primary_hang_timeout_s or min(self.ttl_s, 30.0) - 1.0
+
+
+def _repaired(config: ClusterConfig, report: Report, *, patroni_member_present: bool) -> ClusterConfig:
+    """The timing rule of spec 5.2: 1 + 2 * retry_timeout ≤ ttl, then loop_wait + 2 x retry_timeout ≤ ttl."""
+    ttl, loop_wait, retry = config.ttl_s, config.loop_wait_s, config.retry_timeout_s
+    if patroni_member_present:
+        for key, value, minimum in (("ttl", ttl, PATRONI_MINIMUM_TTL_S), ("retry_timeout", retry, PATRONI_MINIMUM_RETRY_TIMEOUT_S)):
+            if value < minimum:
+                report.problem((key,), f"is {value:g} s, raised to {minimum:g} s because a Patroni member is present")
+        ttl, retry = max(ttl, PATRONI_MINIMUM_TTL_S), max(retry, PATRONI_MINIMUM_RETRY_TIMEOUT_S)
+    if loop_wait + 2 * retry > ttl:
+        written = _timing(ttl, loop_wait, retry)
+        if 1 + 2 * retry > ttl:
+            loop_wait, retry = 1.0, float((ttl - 1) // 2)
+        else:
+            loop_wait = ttl - 2 * retry
+        report.problem(("ttl",), f"{written}; used instead: loop_wait {loop_wait:g} s, retry_timeout {retry:g} s")
+    assert loop_wait >= 1 and retry >= 1 and loop_wait + 2 * retry <= ttl, (ttl, loop_wait, retry)  # noqa: PT018  (one rule)
+    return msgspec.structs.replace(config, ttl_s=ttl, loop_wait_s=loop_wait, retry_timeout_s=retry)
+
+
+def _timing(ttl: float, loop_wait: float, retry: float) -> str:
+    return f"loop_wait + 2 x retry_timeout is {loop_wait:g} + 2 x {retry:g} = {loop_wait + 2 * retry:g} s, more than ttl {ttl:g} s"
+
+
+def unsupported(config: ClusterConfig) -> tuple[str, ...]:
+    """Keys that are switched on but belong to a later version: saying so beats pretending."""
+    return tuple(key for key, on in (
+        ("synchronous_mode", config.synchronous_mode != "off"),
+        ("failsafe_mode", config.failsafe_mode),
+        ("pause", config.pause),
+        ("slots", bool(config.slots)),
+        ("ignore_slots", bool(config.ignore_slots)),
+        ("standby_cluster", bool(config.standby_cluster)),
+        ("primary_race_backoff", config.primary_race_backoff_s > 0),
+    ) if on)
+
+
+# --- what we write ourselves -----------------------------------------------------------------------------------------
+
+def read_strictly(raw: Any, at: Path, report: Report) -> ClusterConfig:
+    """`raw` as ClusterConfig, with every rule that our own writes obey. Problems are in `report`, below `at`."""
+    config = read(ClusterConfig, raw, at, report)
+    if config.loop_wait_s + 2 * config.retry_timeout_s > config.ttl_s:
+        report.problem((*at, "ttl"), f"{_timing(config.ttl_s, config.loop_wait_s, config.retry_timeout_s)}; "
+                       "allowed: a larger ttl, or smaller loop_wait and retry_timeout")
+    for key in unsupported(config):
+        report.problem((*at, key), "not supported yet by this version; allowed: leave it out or off")
+    for name, value in config.postgresql.parameters.items():
+        if fault := gucs.problem(name, value):
+            report.problem((*at, "postgresql", "parameters", name), fault)
+    return config
+
+
+def validate_dynamic(raw: Any) -> list[str]:
+    """Everything that is wrong with `raw` as a whole new `/config`; one line each."""
+    report = Report("/config")
+    read_strictly(raw, (), report)
+    return report.problems
+
+
+def validate_change(old: dict[str, Any] | None, new: Any) -> list[str]:
+    """What is wrong with replacing `old` by `new`: only faults that `old` did not have in the same words.
+
+    So an operator can change one key although somebody else has written nonsense under another.
+    """
+    before = set(validate_dynamic(old or {}))
+    return [problem for problem in validate_dynamic(new) if problem not in before]
+
+
+def merge_patch(old: Any, patch: Any) -> Any:
+    """`patch` laid over `old`: tables merge, null deletes, everything else replaces (compatibility spec 3.5)."""
+    if not isinstance(patch, dict):
+        return patch
+    merged = dict(old) if isinstance(old, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = merge_patch(merged.get(key), value)
+    return merged
+
+
+def normalised(raw: dict[str, Any]) -> dict[str, Any]:
+    """`raw` as it is written to the store: top-level numbers and booleans without units and words, which any reader takes."""
+    out = dict(raw)
+    for known in fields(ClusterConfig):
+        if known.key is None or known.key.kind.shape != "scalar" or known.name not in raw:
+            continue
+        try:
+            value = known.key.kind.parse(raw[known.name])
+        except Wrong:
+            continue
+        if known.name == "synchronous_mode":
+            value = {"off": False, "on": True}.get(value, value)
+        out[known.name] = int(value) if isinstance(value, float) and value == int(value) else value
+    return out
+
+

@@ -1,0 +1,181 @@
+"""Files and environment → Loaded; Loaded and `/config` → Effective (the layers of compatibility spec 5.1).
+
+    built-in defaults  <  /config  <  the node's file(s)  <  PGHA_… variables
+
+`load` raises one ConfigError with every problem found.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from pgha.config import gucs
+from pgha.config.cluster import ClusterConfig, SharedPostgresql
+from pgha.config.environment import WHOLE, overlay
+from pgha.config.local import LocalConfig, Postgresql
+from pgha.config.rules import finish, secret_paths
+from pgha.config.schema import Path, Report, dotted, fields, read
+from pgha.errors import ConfigError
+from pgha.model.observation import Settings
+
+#: Nobody's configuration is larger; somebody's mistyped path may be.
+FILE_LIMIT_BYTES = 4 << 20
+
+
+class Loaded(Struct, frozen=True, kw_only=True):
+    """A node's configuration. `consumed_env`: variables to remove from os.environ, so that nobody inherits them.
+
+    Whoever reloads passes the same environment again: keep a copy of it.
+    """
+
+    local: LocalConfig
+    warnings: tuple[str, ...]
+    consumed_env: frozenset[str]
+
+
+class Effective(Struct, frozen=True, kw_only=True):
+    """What counts, all layers together. `problems`: what in `/config` was repaired or is ignored."""
+
+    local: LocalConfig
+    cluster: ClusterConfig
+    postgresql: Postgresql
+    settings: Settings
+    problems: tuple[str, ...] = ()
+
+    @property
+    def use_slots(self) -> bool:
+        return self.cluster.postgresql.use_slots
+
+
+# --- the node's own --------------------------------------------------------------------------------------------------
+
+def load(where: str | os.PathLike[str], environ: Mapping[str, str], *, purpose: Literal["agent", "ctl"] = "agent") -> Loaded:
+    """Read a file, or a directory of *.toml in the order of their names, laid over each other; then the environment.
+
+    For ctl only what ctl needs has to be there; the rest may be empty. Raises ConfigError with all problems.
+    """
+    raw: dict[str, Any] = {}
+    sources: dict[Path, str] = {}
+    problems: list[str] = []
+    warnings: list[str] = []
+    base = f"environment {WHOLE}" if WHOLE in environ else os.fspath(where)
+    if WHOLE in environ:
+        _add(environ[WHOLE].encode(), base, raw, sources, problems)
+    else:
+        for file in _files(FilePath(where), problems):
+            _read_file(file, raw, sources, problems, warnings)
+    unread = bool(problems)
+    consumed = overlay(raw, sources, environ, problems)
+    report = Report(base, complete=purpose == "agent" and not unread, sources=sources)
+    local = read(LocalConfig, raw, (), report)
+    # What follows from several keys is worth asking only if all of them could be read.
+    local = local if unread else finish(local, report)
+    if problems or report.problems:
+        raise ConfigError(*problems, *report.problems)
+    return Loaded(local=local, warnings=(*warnings, *report.warnings), consumed_env=consumed)
+
+
+def _files(where: FilePath, problems: list[str]) -> list[FilePath]:
+    """The files to read, in order."""
+    try:
+        if not stat.S_ISDIR(where.stat().st_mode):
+            return [where]
+        found = sorted(p for p in where.iterdir() if p.suffix == ".toml" and not p.name.startswith("."))
+    except OSError as error:
+        problems.append(f"{where}: cannot be read ({error.strerror}); allowed: a TOML file, or a directory with *.toml")
+        return []
+    if not found:
+        problems.append(f"{where}: holds no *.toml; allowed: a TOML file, or a directory with *.toml")
+    return found
+
+
+def _read_file(file: FilePath, raw: dict[str, Any], sources: dict[Path, str], problems: list[str], warnings: list[str]) -> None:
+    try:
+        with file.open("rb") as f:
+            mode = os.fstat(f.fileno()).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISFIFO(mode):
+                problems.append(f"{file}: is no file; allowed: a TOML file, or a directory with *.toml")
+                return
+            content = f.read(FILE_LIMIT_BYTES + 1)
+    except OSError as error:
+        problems.append(f"{file}: cannot be read ({error.strerror}); allowed: a TOML file, or a directory with *.toml")
+        return
+    if len(content) > FILE_LIMIT_BYTES:
+        problems.append(f"{file}: is larger than {FILE_LIMIT_BYTES >> 20} MiB; allowed: a TOML file")
+        return
+    table = _add(content, str(file), raw, sources, problems)
+    secrets = secret_paths(table)
+    if secrets and mode & stat.S_IROTH:
+        names = ", ".join(dotted(path) for path in secrets)
+        warnings.append(f"{file}: is readable by everybody (mode {stat.S_IMODE(mode):04o}) and holds {names}; allowed: chmod o= {file}, or password_file")
+
+
+def _add(content: bytes, name: str, raw: dict[str, Any], sources: dict[Path, str], problems: list[str]) -> dict[str, Any]:
+    """Lay one TOML text over `raw`; it is returned alone, too."""
+    try:
+        table = tomllib.loads(content.decode())
+    except tomllib.TOMLDecodeError as error:
+        problems.append(f"{name}: is no valid TOML: {error}")
+        return {}
+    except UnicodeDecodeError as error:
+        problems.append(f"{name}: is not UTF-8 (byte {error.start}); allowed: TOML in UTF-8")
+        return {}
+    _merge(raw, table, (), name, sources)
+    return table
+
+
+def _merge(into: dict[str, Any], table: dict[str, Any], path: Path, name: str, sources: dict[Path, str]) -> None:
+    for key, value in table.items():
+        here = (*path, key)
+        if isinstance(value, dict):
+            if not isinstance(into.get(key), dict):
+                into[key] = {}
+                sources[here] = name
+            _merge(into[key], value, here, name, sources)
+        else:
+            into[key] = value
+            sources[here] = name
+
+
+# --- together with the cluster's -------------------------------------------------------------------------------------
+
+def effective(local: LocalConfig, dynamic: Any, *, patroni_member_present: bool = False) -> Effective:
+    """All layers together. `dynamic`: the JSON of `/config`, or None where there is none yet. Never fails."""
+    cluster, problems = ClusterConfig.from_json(dynamic, patroni_member_present=patroni_member_present)
+    postgresql = _layered(local.postgresql, cluster)
+    settings = Settings(
+        ttl_s=cluster.ttl_s, loop_wait_s=cluster.loop_wait_s, retry_timeout_s=cluster.retry_timeout_s,
+        maximum_lag_on_failover_bytes=cluster.maximum_lag_on_failover_bytes, check_timeline=cluster.check_timeline,
+        primary_start_timeout_s=cluster.primary_start_timeout_s, primary_stop_timeout_s=cluster.primary_stop_timeout_s,
+        primary_hang_timeout_s=cluster.primary_hang_timeout_s, crash_handover_after_s=cluster.pgha.crash_handover_after_s,
+        member_slots_ttl_s=cluster.member_slots_ttl_s, max_timelines_history=cluster.max_timelines_history, pause=cluster.pause,
+        use_pg_rewind=postgresql.use_pg_rewind, use_slots=cluster.postgresql.use_slots,
+        remove_data_directory_on_rewind_failure=postgresql.remove_data_directory_on_rewind_failure,
+        remove_data_directory_on_diverged_timelines=postgresql.remove_data_directory_on_diverged_timelines,
+        has_bootstrap_section="bootstrap" in local.given, tags=local.tags,
+        watchdog_required=local.watchdog.mode == "required",
+        postgres_host=postgresql.connect_address.host, postgres_port=postgresql.connect_address.port,
+    )
+    return Effective(local=local, cluster=cluster, postgresql=postgresql, settings=settings, problems=problems)
+
+
+def _layered(local: Postgresql, cluster: ClusterConfig) -> Postgresql:
+    """The node's keys over the cluster's; `parameters` merge, and those that pgha controls come from the cluster only."""
+    shared = cluster.postgresql
+    values: dict[str, Any] = {}
+    for field in fields(SharedPostgresql):
+        name = field.attribute
+        if name in shared.given and name not in local.given:
+            values[name] = getattr(shared, name)
+    ours = {k: v for k, v in shared.parameters.items() if not gucs.problem(k, v)}
+    mine = {k: v for k, v in local.parameters.items() if k.lower() not in gucs.CONTROLLED}
+    values["parameters"] = {**{k: v for k, v in ours.items() if k.lower() not in {m.lower() for m in mine}}, **mine}
+    return replace(local, **values)

@@ -1,0 +1,320 @@
+"""This node's configuration: the keys of patroni.yml, in TOML (compatibility spec 5.6), and pgha's own in [pgha].
+
+Attributes carry their unit (`pg_ctl_timeout_s`), keys do not (`pg_ctl_timeout = "1min"`). Passwords are `Secret`s.
+What depends on several keys is in rules.py; load.py puts both together.
+
+A key of the reference that this version does not carry out is refused by name (REFUSED), never silently dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from msgspec import field
+
+from pgha.config.addresses import Address, Listen, address, addresses, bracketed, listen, url
+from pgha.config.cluster import LATER, OptionList, SharedPostgresql
+from pgha.config.schema import Key, Section
+from pgha.config.values import (
+    Kind,
+    Secret,
+    Wrong,
+    boolean,
+    choice,
+    duration,
+    flag,
+    integer,
+    lines,
+    mapping,
+    path,
+    program_options,
+    secret,
+    shown,
+    text,
+    texts,
+    type_name,
+)
+from pgha.model.cluster import Tags
+
+CLUSTER_WIDE = "belongs to the whole cluster, not to this file; allowed: bootstrap.dcs before the first start, `pgha ctl edit-config` after it"
+NO_THREADS = "has no meaning, since pgha has no thread pool; allowed: leave it out"
+
+
+class Credentials(Section, frozen=True, kw_only=True):
+    """A user name and a password, for REST and ctl. `password` is already read if it came from `password_file`."""
+
+    EXCLUSIVE: ClassVar = (("password", "password_file"),)
+
+    username: Annotated[str, Key(text())] = ""
+    password: Annotated[Secret, Key(secret())] = Secret("")
+    password_file: Annotated[str, Key(path())] = ""
+
+
+class PostgresUser(Section, frozen=True, kw_only=True):
+    """How one of pgha's PostgreSQL users connects. libpq's connection keywords; "" = libpq's default."""
+
+    EXCLUSIVE: ClassVar = (("password", "password_file"),)
+
+    username: Annotated[str, Key(text())] = ""
+    password: Annotated[Secret, Key(secret())] = Secret("")
+    password_file: Annotated[str, Key(path())] = ""
+    sslmode: Annotated[str, Key(choice("disable", "allow", "prefer", "require", "verify-ca", "verify-full"))] = ""
+    sslkey: Annotated[str, Key(path())] = ""
+    sslpassword: Annotated[Secret, Key(secret())] = Secret("")
+    sslcert: Annotated[str, Key(path())] = ""
+    sslrootcert: Annotated[str, Key(text("a path, or system"))] = ""
+    sslcrl: Annotated[str, Key(path())] = ""
+    sslcrldir: Annotated[str, Key(path())] = ""
+    sslnegotiation: Annotated[str, Key(choice("postgres", "direct"))] = ""
+    gssencmode: Annotated[str, Key(choice("disable", "prefer", "require"))] = ""
+    channel_binding: Annotated[str, Key(choice("disable", "prefer", "require"))] = ""
+
+    def keywords(self) -> dict[str, str]:
+        """libpq's keywords for everything but user and passwords (sslpassword is a secret: see there)."""
+        names = ("sslmode", "sslkey", "sslcert", "sslrootcert", "sslcrl", "sslcrldir", "sslnegotiation", "gssencmode", "channel_binding")
+        return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+
+class Authentication(Section, frozen=True, kw_only=True):
+    """`rewind` without a username: the superuser rewinds."""
+
+    superuser: PostgresUser = PostgresUser()
+    replication: PostgresUser = PostgresUser()
+    rewind: PostgresUser = PostgresUser()
+
+
+class Postgresql(SharedPostgresql, frozen=True, kw_only=True):
+    """[postgresql]: what `/config` may say too (SharedPostgresql), and what only this node can know."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **SharedPostgresql.REFUSED,
+        "use_slots": CLUSTER_WIDE.replace("bootstrap.dcs", "bootstrap.dcs.postgresql"),
+    }
+
+    listen: Annotated[Listen, Key(listen(5432), required=True)] = Listen()
+    connect_address: Annotated[Address, Key(address(5432))] = Address()
+    proxy_address: Annotated[Address, Key(address(5432))] = Address()
+    data_dir: Annotated[str, Key(path(), required=True)] = ""
+    config_dir: Annotated[str, Key(path())] = ""
+    pgpass: Annotated[str, Key(path())] = ""
+    authentication: Authentication = Authentication()
+
+
+class RestApi(Section, frozen=True, kw_only=True):
+    REFUSED: ClassVar = {"thread_pool_size": NO_THREADS}
+
+    listen: Annotated[Listen, Key(listen(8008), required=True)] = Listen()
+    connect_address: Annotated[Address, Key(address(8008))] = Address()
+    authentication: Credentials = Credentials()
+    certfile: Annotated[str, Key(path())] = ""
+    keyfile: Annotated[str, Key(path())] = ""
+    keyfile_password: Annotated[Secret, Key(secret())] = Secret("")
+    cafile: Annotated[str, Key(path())] = ""
+    ciphers: Annotated[str, Key(text("an OpenSSL cipher list"))] = ""
+    verify_client: Annotated[str, Key(choice("none", "optional", "required"))] = "none"
+    allowlist: Annotated[tuple[str, ...], Key(texts("a list of addresses, networks (CIDR) and host names"))] = ()
+    allowlist_include_members: Annotated[bool, Key(flag())] = False
+    http_extra_headers: Annotated[dict[str, str], Key(mapping())] = field(default_factory=dict)
+    https_extra_headers: Annotated[dict[str, str], Key(mapping())] = field(default_factory=dict)
+    request_queue_size: Annotated[int, Key(integer(0, 4096))] = 5
+    server_tokens: Annotated[str, Key(choice("Original", "Minimal", "ProductOnly"))] = "Original"
+
+    @property
+    def tls(self) -> bool:
+        return bool(self.certfile)
+
+    @property
+    def base_url(self) -> str:
+        """Where others reach it: "http://host:8008"."""
+        return f"{'https' if self.tls else 'http'}://{self.connect_address}"
+
+
+class Etcd3(Section, frozen=True, kw_only=True):
+    """[etcd3]: one of host, hosts, url. `endpoints` has them all as URLs."""
+
+    REFUSED: ClassVar = dict.fromkeys(("srv", "srv_suffix", "proxy", "use_proxies"), "not supported yet by this version; allowed: host, hosts or url")
+    EXCLUSIVE: ClassVar = (("host", "hosts", "url"), ("password", "password_file"))
+
+    host: Annotated[Address, Key(address(2379))] = Address()
+    hosts: Annotated[tuple[Address, ...], Key(addresses(2379))] = ()
+    url: Annotated[str, Key(url("http", "https", default_port=2379))] = ""
+    protocol: Annotated[str, Key(choice("http", "https"))] = "http"
+    username: Annotated[str, Key(text())] = ""
+    password: Annotated[Secret, Key(secret())] = Secret("")
+    password_file: Annotated[str, Key(path())] = ""
+    cacert: Annotated[str, Key(path())] = ""
+    cert: Annotated[str, Key(path())] = ""
+    key: Annotated[str, Key(path())] = ""
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """"http://10.0.0.1:2379", … in the order given."""
+        if self.url:
+            return (self.url,)
+        return tuple(f"{self.protocol}://{bracketed(a.host)}:{a.port}" for a in (self.hosts or ((self.host,) if self.host else ())))
+
+
+def _dcs(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise Wrong(f"is {type_name(value)}, not a table")
+    return value
+
+
+def _method(value: Any) -> str:
+    if value != "initdb":
+        raise Wrong(f"is {shown(value)}")
+    return "initdb"
+
+
+class Bootstrap(Section, frozen=True, kw_only=True):
+    """[bootstrap]: used once, by the node that makes the cluster. `dcs` becomes `/config` (see `cluster.normalised`)."""
+
+    REFUSED: ClassVar = {"users": "has been removed from the reference; allowed: a post_bootstrap script"}
+    EXCLUSIVE: ClassVar = (("post_bootstrap", "post_init"),)
+
+    dcs: Annotated[dict[str, Any], Key(Kind(_dcs, "the cluster's keys", shape="table"))] = field(default_factory=dict)
+    method: Annotated[str, Key(Kind(_method, "initdb; other methods are not supported yet by this version"))] = "initdb"
+    initdb: Annotated[OptionList, Key(program_options("pgdata", "nosync", "pwfile", "sync-only", "version", program="initdb"))] = ()
+    pg_hba: Annotated[tuple[str, ...], Key(lines("a list of pg_hba.conf lines"))] = ()
+    post_bootstrap: Annotated[str, Key(text("a command"))] = ""
+    post_init: Annotated[str, Key(text("a command"))] = ""
+
+
+class Watchdog(Section, frozen=True, kw_only=True):
+    """[watchdog]: always local. `safety_margin_s` -1: half of ttl."""
+
+    REFUSED: ClassVar = {"driver": "has no meaning, since there is one driver; allowed: leave it out"}
+
+    mode: Annotated[Literal["off", "automatic", "required"], Key(choice("off", "automatic", "required", also={False: "off"}))] = "automatic"
+    device: Annotated[str, Key(path())] = "/dev/watchdog"
+    safety_margin_s: Annotated[int, Key(Kind(lambda v: int(duration(-1, whole=True).parse(v)), "whole seconds, or -1 for half of ttl"), name="safety_margin")] = 5
+
+
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
+def _loggers(value: Any) -> dict[str, str]:
+    levels = mapping().parse(value)
+    for name, level in levels.items():
+        if level.upper() not in _LEVELS:
+            raise Wrong(f"has {shown(level)} for {name}")
+    return {name: level.upper() for name, level in levels.items()}
+
+
+class LogConfig(Section, frozen=True, kw_only=True):
+    """[log]: to standard error."""
+
+    REFUSED: ClassVar = dict.fromkeys(
+        ("traceback_level", "format", "dateformat", "max_queue_size", "dir", "mode", "file_num", "file_size", "deduplicate_heartbeat_logs"), LATER)
+
+    type: Annotated[Literal["plain", "json"], Key(choice("plain", "json"))] = "plain"
+    level: Annotated[str, Key(choice(*_LEVELS))] = "INFO"
+    loggers: Annotated[dict[str, str], Key(Kind(_loggers, f"a table of logger = level, levels {', '.join(_LEVELS)}", shape="table"))] = field(default_factory=dict)
+    static_fields: Annotated[dict[str, str], Key(mapping())] = field(default_factory=dict)
+
+
+class Ctl(Section, frozen=True, kw_only=True):
+    """[ctl]: how `pgha ctl`, and agents among themselves, call REST; restapi's own credentials stand in for missing ones."""
+
+    authentication: Credentials = Credentials()
+    insecure: Annotated[bool, Key(flag())] = False
+    cacert: Annotated[str, Key(path())] = ""
+    certfile: Annotated[str, Key(path())] = ""
+    keyfile: Annotated[str, Key(path())] = ""
+    keyfile_password: Annotated[Secret, Key(secret())] = Secret("")
+
+
+class Own(Section, frozen=True, kw_only=True):
+    """[pgha]: what the reference does not have. "" = the default of directories.py.
+
+    `guard`: who starts the guard process: the agent, or a service of its own ("service", under systemd).
+    """
+
+    state_dir: Annotated[str, Key(path())] = ""
+    runtime_dir: Annotated[str, Key(path())] = ""
+    guard: Annotated[Literal["agent", "service"], Key(choice("agent", "service"))] = "agent"
+
+
+_FLAG_TAGS = ("nofailover", "nosync", "noloadbalance", "clonefrom", "nostream")
+_PRIORITY_TAGS = ("failover_priority", "sync_priority")
+
+
+def _tags(value: Any) -> Tags:
+    """Tags as they are published: flags equal to their default are left out, others keep their type (spec 6)."""
+    if not isinstance(value, dict):
+        raise Wrong(f"is {type_name(value)}, not a table")
+    raw: dict[str, Any] = {}
+    for name, item in value.items():
+        if name in _FLAG_TAGS:
+            try:
+                on = boolean(item)
+            except Wrong as wrong:
+                raise Wrong(f"has {name}, which {wrong.what}") from None
+            if on or f"{'failover' if name == 'nofailover' else 'sync'}_priority" in value:
+                raw[name] = on
+        elif name in _PRIORITY_TAGS:
+            try:
+                raw[name] = integer().parse(item)
+            except Wrong as wrong:
+                raise Wrong(f"has {name}, which {wrong.what}") from None
+        elif isinstance(item, (dict, list)) or item is None or (name == "replicatefrom" and not isinstance(item, str)):
+            raise Wrong(f"has {type_name(item)} for {name}")
+        elif type(item) not in (bool, int, float, str):
+            raise Wrong(f"has {type_name(item)} for {name}, which has no place in JSON")
+        else:
+            raw[name] = item
+    return Tags.of(raw)
+
+
+def _name(value: Any) -> str:
+    name: str = text().parse(value)
+    if not re.fullmatch(r"[^/\s\x00-\x1f\x7f]+", name) or name in (".", "..") or name == "__patroni_strict_sync_replica_placeholder__":
+        raise Wrong(f"is {shown(name)}")
+    if len(name.encode()) > 200:
+        raise Wrong("is longer than 200 bytes")
+    return name
+
+
+def _namespace(value: Any) -> str:
+    parts = [part for part in text().parse(value).split("/") if part]
+    if not parts or any(re.search(r"[\s\x00-\x1f\x7f]", part) for part in parts):
+        raise Wrong(f"is {shown(value)}")
+    return "/".join(parts)
+
+
+_OTHER_STORE = "not supported yet by this version; allowed: etcd3"
+
+
+class LocalConfig(Section, frozen=True, kw_only=True):
+    """One node's file(s) and environment, checked. `namespace` without slashes at its ends; keys: `prefix`."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("etcd", "consul", "zookeeper", "exhibitor", "kubernetes", "raft"), _OTHER_STORE),
+        "citus": LATER, "thread_pool_size": NO_THREADS, "thread_stack_size": NO_THREADS,
+        **dict.fromkeys((
+            "ttl", "loop_wait", "retry_timeout", "maximum_lag_on_failover", "maximum_lag_on_syncnode", "max_timelines_history",
+            "primary_start_timeout", "master_start_timeout", "primary_stop_timeout", "master_stop_timeout", "primary_race_backoff",
+            "synchronous_mode", "synchronous_mode_strict", "synchronous_node_count", "failsafe_mode", "check_timeline", "pause",
+            "member_slots_ttl", "slots", "permanent_slots", "permanent_replication_slots", "ignore_slots", "standby_cluster",
+        ), CLUSTER_WIDE),
+    }
+
+    scope: Annotated[str, Key(Kind(_name, "text without slashes and spaces"), required=True)] = ""
+    namespace: Annotated[str, Key(Kind(_namespace, "path of names, as service or /db/service/"))] = "service"
+    name: Annotated[str, Key(Kind(_name, "text without slashes and spaces, unique in the cluster"), required=True)] = ""
+    restapi: RestApi = RestApi()
+    etcd3: Etcd3 = Etcd3()
+    bootstrap: Bootstrap = Bootstrap()
+    postgresql: Postgresql = Postgresql()
+    watchdog: Watchdog = Watchdog()
+    tags: Annotated[Tags, Key(Kind(_tags, "true or false for flags, whole numbers for priorities, a member's name for replicatefrom; any other tag: text, number or boolean", shape="table"))] = Tags()
+    log: LogConfig = LogConfig()
+    ctl: Ctl = Ctl()
+    pgha: Own = Own()
+
+    @property
+    def prefix(self) -> str:
+        """"/service/demo/": what all keys of this cluster begin with."""
+        return f"/{self.namespace}/{self.scope}/"

@@ -1,0 +1,170 @@
+"""Which keys depend on one another? Defaults that follow from other keys, password files, and rules over several keys.
+
+A file of rules, not of keys: each function takes the configuration and returns it completed, or reports.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path as FilePath
+from typing import Any
+
+from msgspec.structs import replace
+
+from pgha.config import gucs
+from pgha.config.addresses import Address, Listen
+from pgha.config.cluster import read_strictly
+from pgha.config.local import Credentials, Etcd3, LocalConfig, Postgresql, PostgresUser, RestApi
+from pgha.config.schema import Path, Report, every_key
+from pgha.config.values import Secret
+
+#: A password file holds one line; anything longer is the wrong file.
+PASSWORD_FILE_LIMIT_BYTES = 4096
+
+
+def finish(local: LocalConfig, report: Report) -> LocalConfig:
+    """`local` with everything that follows from it; what contradicts itself is reported."""
+    _tags(local, report)
+    if "dcs" in local.bootstrap.given:
+        read_strictly(local.bootstrap.dcs, ("bootstrap", "dcs"), report)
+    return replace(
+        local, restapi=_restapi(local.restapi, report), etcd3=_etcd3(local, report), postgresql=_postgresql(local, report),
+        ctl=replace(local.ctl, authentication=_credentials(local.ctl.authentication, ("ctl", "authentication"), report)),
+    )
+
+
+def _connect_address(listen: Listen, given: Address, path: Path, report: Report) -> Address:
+    """What others connect to: as given, else the only address that is listened on."""
+    if given or not listen:
+        return given
+    if listen.everywhere or len(listen.hosts) != 1:
+        if report.complete:
+            report.problem((*path, "connect_address"), f"is missing, and listen ({listen}) does not tell it; allowed: one host:port that the other nodes can reach")
+        return given
+    return Address(listen.hosts[0], listen.port)
+
+
+def _restapi(rest: RestApi, report: Report) -> RestApi:
+    if rest.keyfile and not rest.certfile:
+        report.problem(("restapi", "keyfile"), "is given without certfile; allowed: both or none")
+    if rest.verify_client != "none" and not (rest.cafile and rest.certfile):
+        report.problem(("restapi", "verify_client"), f"is {rest.verify_client}, which needs certfile and cafile; allowed: none without them")
+    return replace(
+        rest, connect_address=_connect_address(rest.listen, rest.connect_address, ("restapi",), report),
+        authentication=_credentials(rest.authentication, ("restapi", "authentication"), report),
+    )
+
+
+def _etcd3(local: LocalConfig, report: Report) -> Etcd3:
+    etcd = local.etcd3
+    if "etcd3" not in local.given:
+        if report.complete or not local.given & {"scope", "name"}:
+            report.problem(("etcd3",), 'is missing; allowed: a table with host, hosts or url, as hosts = ["10.0.0.1:2379"]')
+        return etcd
+    if not etcd.given & {"host", "hosts", "url"}:
+        report.problem(("etcd3", "hosts"), 'is missing; allowed: host, hosts or url, as hosts = ["10.0.0.1:2379"]')
+    if etcd.url and "protocol" in etcd.given and not etcd.url.startswith(etcd.protocol + ":"):
+        report.problem(("etcd3", "protocol"), f"is {etcd.protocol}, but url says otherwise; allowed: leave it out")
+    tls = (etcd.url or etcd.protocol).startswith("https")
+    for key in ("cacert", "cert", "key"):
+        if getattr(etcd, key) and not tls:
+            report.problem(("etcd3", key), 'is given, but protocol is http; allowed: protocol = "https"')
+    if etcd.key and not etcd.cert:
+        report.problem(("etcd3", "key"), "is given without cert; allowed: both or none")
+    password = _password(etcd.password, etcd.password_file, ("etcd3", "password_file"), report)
+    if bool(etcd.username) != bool(password) and not _reported(report, ("etcd3", "password_file")):
+        report.problem(("etcd3", "password" if etcd.username else "username"), "is missing; allowed: username and password, or neither")
+    return replace(etcd, password=password)
+
+
+def _postgresql(local: LocalConfig, report: Report) -> Postgresql:
+    postgres = local.postgresql
+    for name in postgres.parameters:
+        lower = name.lower()
+        if lower == "data_directory":
+            report.problem(("postgresql", "parameters", name), "is set by pgha itself; allowed: postgresql.data_dir")
+        elif lower in gucs.CONTROLLED:
+            remedy = "leave it out" if lower in gucs.FORCED else "bootstrap.dcs.postgresql.parameters before the first start, `pgha ctl edit-config` after it"
+            report.warn(("postgresql", "parameters", name), f"is the same on all nodes, so it is ignored here; allowed: {remedy}")
+    if postgres.data_dir == "/":
+        report.problem(("postgresql", "data_dir"), 'is "/"; allowed: a directory of its own')
+    for key in ("state_dir", "runtime_dir"):
+        directory = getattr(local.pgha, key)
+        if directory and postgres.data_dir and FilePath(directory).is_relative_to(postgres.data_dir):
+            report.problem(("pgha", key), "lies in postgresql.data_dir, from where a clone would copy it; allowed: a directory outside")
+    users = postgres.authentication
+    at = ("postgresql", "authentication")
+    superuser = _user(users.superuser, (*at, "superuser"), report)
+    replication = _user(users.replication, (*at, "replication"), report)
+    if not replication.username and report.complete:
+        report.problem((*at, "replication", "username"), "is missing; allowed: the user for streaming, as replicator")
+    superuser = superuser if superuser.username else replace(superuser, username="postgres")
+    rewind = _user(users.rewind, (*at, "rewind"), report)
+    return replace(
+        postgres, connect_address=_connect_address(postgres.listen, postgres.connect_address, ("postgresql",), report),
+        config_dir=postgres.config_dir or postgres.data_dir,
+        authentication=replace(users, superuser=superuser, replication=replication, rewind=rewind if rewind.username else superuser),
+    )
+
+
+def _user(user: PostgresUser, path: Path, report: Report) -> PostgresUser:
+    password = _password(user.password, user.password_file, (*path, "password_file"), report)
+    if password and not user.username and path[-1] == "rewind":
+        report.problem((*path, "username"), "is missing, but there is a password; allowed: both, or neither (then the superuser rewinds)")
+    return replace(user, password=password)
+
+
+def _credentials(credentials: Credentials, path: Path, report: Report) -> Credentials:
+    password = _password(credentials.password, credentials.password_file, (*path, "password_file"), report)
+    if bool(credentials.username) != bool(password) and not _reported(report, (*path, "password_file")):
+        missing = "password" if credentials.username else "username"
+        report.problem((*path, missing), "is missing; allowed: username and password, or neither")
+    return replace(credentials, password=password)
+
+
+def _reported(report: Report, path: Path) -> bool:
+    """Is there already a problem with this very key? (Then what follows from it need not be said.)"""
+    beginning = report.line(path, "")
+    return any(problem.startswith(beginning) for problem in report.problems)
+
+
+def _password(given: Secret, file: str, path: Path, report: Report) -> Secret:
+    """The password, read from its file if it has one: the first line, without its end."""
+    if not file:
+        return given
+    try:
+        with open(file, "rb") as f:  # noqa: PTH123  (the descriptor is asked for its mode, too)
+            if os.fstat(f.fileno()).st_mode & stat.S_IROTH:
+                report.warn(path, f"{file} is readable by everybody; allowed: chmod o= {file}")
+            content = f.read(PASSWORD_FILE_LIMIT_BYTES + 1)
+        text = content.decode().rstrip("\r\n")
+    except OSError as error:
+        report.problem(path, f"{file} cannot be read ({error.strerror}); allowed: a file that holds the password alone")
+        return given
+    except UnicodeDecodeError:
+        report.problem(path, f"{file} is not UTF-8; allowed: a file that holds the password alone")
+        return given
+    if not text or "\n" in text or "\0" in text or len(content) > PASSWORD_FILE_LIMIT_BYTES:
+        report.problem(path, f"{file} is empty, or holds more than one line; allowed: a file that holds the password alone")
+        return given
+    return Secret(text)
+
+
+def _tags(local: LocalConfig, report: Report) -> None:
+    raw = local.tags.raw
+    for flag, priority in (("nofailover", "failover_priority"), ("nosync", "sync_priority")):
+        if flag in raw and priority in raw and bool(raw[flag]) != (raw[priority] <= 0):
+            report.warn(("tags", flag), f"contradicts {priority} = {raw[priority]}, and wins; allowed: one of the two")
+
+
+def secret_paths(raw: dict[str, Any]) -> list[Path]:
+    """The paths in `raw` that hold a password in plain text."""
+    found = []
+    for path, key, _section in every_key(LocalConfig):
+        value: Any = raw
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else None
+        if key.kind.secret and value is not None:
+            found.append(path)
+    return found
