@@ -23,6 +23,7 @@ from pgha.demo.etcd import Etcd, EtcdMember
 from pgha.demo.node import FAST, Node, Profile, Settings
 from pgha.demo.processes import belonging_to, signal_all
 from pgha.demo.programs import Program
+from pgha.errors import PghaError
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (private directories are made b
 _STATE = "bed.json"
 
 
-class BedTimeout(Exception):  # noqa: N818  (reads as what it is)
+class BedTimeout(PghaError):  # noqa: N818  (says what it is)
     """Something did not come true in time; the text holds the state of all nodes."""
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pgha.demo.processes import run
+from pgha.errors import Refused
 
 SUPPORTED_POSTGRES = range(13, 19)
 _POSTGRES_PROGRAMS = ("postgres", "initdb", "pg_ctl", "pg_basebackup", "pg_rewind", "pg_controldata")
 _POSTGRES_PLACES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/usr/local/pgsql/bin")
 
 
-class Missing(Exception):  # noqa: N818  (it is not an error of ours: something is to be installed)
+class Missing(Refused):
     """Something that this machine lacks; the text says what to do."""
 
 
