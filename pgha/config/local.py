@@ -182,6 +182,10 @@ class Bootstrap(Section, frozen=True, kw_only=True):
     post_init: Annotated[str, Key(text("a command"))] = ""
 
 
+def _margin(value: Any) -> int:
+    return int(duration(-1, whole=True).parse(value))
+
+
 class Watchdog(Section, frozen=True, kw_only=True):
     """[watchdog]: always local. `safety_margin_s` -1: half of ttl."""
 
@@ -189,7 +193,7 @@ class Watchdog(Section, frozen=True, kw_only=True):
 
     mode: Annotated[Literal["off", "automatic", "required"], Key(choice("off", "automatic", "required", also={False: "off"}))] = "automatic"
     device: Annotated[str, Key(path())] = "/dev/watchdog"
-    safety_margin_s: Annotated[int, Key(Kind(lambda v: int(duration(-1, whole=True).parse(v)), "whole seconds, or -1 for half of ttl"), name="safety_margin")] = 5
+    safety_margin_s: Annotated[int, Key(Kind(_margin, "whole seconds, or -1 for half of ttl"), name="safety_margin")] = 5
 
 
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")

@@ -1,0 +1,98 @@
+"""`pgha config sample`: a file to begin with. packaging/pgha.toml.example is the same text (a test keeps it so)."""
+
+from __future__ import annotations
+
+SAMPLE = """\
+# pgha: one node of a cluster. Every node has such a file; what differs is marked (*).
+# Check it:  pgha config check FILE       Start it:  pgha run FILE
+
+scope = "demo"                  # the cluster's name
+namespace = "service"           # keys in etcd: /service/demo/…
+name = "node1"                  # (*) this node's name, unique in the cluster
+
+[restapi]
+listen = "0.0.0.0:8008"
+connect_address = "10.0.0.1:8008"       # (*) where the other nodes reach it
+
+# Changing requests (switchover, restart, configuration) need this user:
+# [restapi.authentication]
+# username = "admin"
+# password_file = "/etc/pgha/rest.password"
+
+[etcd3]
+hosts = ["10.0.0.11:2379", "10.0.0.12:2379", "10.0.0.13:2379"]
+# protocol = "https"
+# cacert = "/etc/pgha/etcd-ca.crt"
+# cert = "/etc/pgha/etcd-client.crt"
+# key = "/etc/pgha/etcd-client.key"
+
+# Used once, when the cluster is made; afterwards these live in etcd: pgha ctl edit-config
+[bootstrap]
+initdb = ["data-checksums", { encoding = "UTF8" }, { locale = "C.UTF-8" }]
+
+# The fast profile: a dead primary is replaced in about 6 s. An etcd election may block it for 1 to 3 s, so do not go
+# below ttl 5 without measuring. The defaults, for slow networks: ttl 30, loop_wait 10, retry_timeout 10.
+[bootstrap.dcs]
+ttl = "5s"
+loop_wait = "1s"
+retry_timeout = "1s"
+maximum_lag_on_failover = "1MB"         # a standby further behind does not become primary
+
+[bootstrap.dcs.postgresql]
+use_pg_rewind = true                    # an old primary comes back without a full copy
+
+[bootstrap.dcs.postgresql.parameters]   # parameters of all nodes
+max_connections = 100
+wal_keep_size = "512MB"
+
+[postgresql]
+listen = "0.0.0.0:5432"
+connect_address = "10.0.0.1:5432"       # (*) where clients and the other nodes reach it
+data_dir = "/var/lib/postgresql/15/main"
+bin_dir = "/usr/lib/postgresql/15/bin"
+pg_hba = [
+    "local all all peer",
+    "host replication replicator 10.0.0.0/24 scram-sha-256",
+    "host all all 10.0.0.0/24 scram-sha-256",
+]
+
+# Passwords: password = "…", or password_file, or PGHA_SUPERUSER_PASSWORD and so on in the environment.
+[postgresql.authentication.superuser]
+username = "postgres"
+password_file = "/etc/pgha/superuser.password"
+
+[postgresql.authentication.replication]
+username = "replicator"
+password_file = "/etc/pgha/replication.password"
+
+[postgresql.authentication.rewind]
+username = "rewinder"
+password_file = "/etc/pgha/rewind.password"
+
+[postgresql.parameters]                 # parameters of this node only
+shared_buffers = "128MB"
+
+[watchdog]
+mode = "automatic"                      # off, automatic (if there is a device), required
+device = "/dev/watchdog"
+safety_margin = "5s"
+
+[tags]
+# nofailover = true                     # never primary
+# failover_priority = 1                 # at equal positions the higher one wins
+# clonefrom = true                      # others prefer to clone from here
+
+[log]
+type = "plain"                          # or json
+level = "INFO"
+
+[pgha]
+# state_dir = "/var/lib/pgha/demo"      # default: $STATE_DIRECTORY, else <data_dir>.pgha
+# runtime_dir = "/run/pgha/demo"        # default: $RUNTIME_DIRECTORY, else below /dev/shm; must be tmpfs
+guard = "agent"                         # who starts the guard process: agent, or service (a systemd unit of its own)
+"""
+
+
+def sample() -> str:
+    """The text."""
+    return SAMPLE
