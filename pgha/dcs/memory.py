@@ -10,13 +10,13 @@ Everything is kept in dicts and lists in the order of events: the same calls giv
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import trio
 from msgspec import Struct
-from msgspec.structs import replace
 
 from pgha.clock import Clock, Instant, SystemClock, remaining_s
 from pgha.dcs import Capacity, Change, Compare, Delete, Entry, Generation, Outcome, Put, Snapshot
@@ -30,10 +30,11 @@ class _Lease(Struct, kw_only=True):
 
 
 class SavedWorld(Struct, frozen=True, kw_only=True):
-    """What a backup of a store holds: no leases' times, no history."""
+    """What a backup of a store holds: keys and the length of each lease, no history."""
 
     revision: int
     entries: dict[str, Entry]
+    lease_ttl_s: dict[int, float]
 
 
 class MemoryWorld:
@@ -52,6 +53,7 @@ class MemoryWorld:
         self._compacted = 0
         self._waiting: dict[int, trio.Event] = {}
         self._watches = 0
+        self._replaced_at_watch = 0  # watches up to this number belonged to a former store
 
     # reading and writing
 
@@ -172,24 +174,27 @@ class MemoryWorld:
         return Generation(cluster_id=self.cluster_id, revision=self.revision)
 
     def save(self) -> SavedWorld:
-        return SavedWorld(revision=self.revision, entries=dict(self._entries))
+        return SavedWorld(revision=self.revision, entries=dict(self._entries),
+                          lease_ttl_s={lease: held.ttl_s for lease, held in self._leases.items()})
 
     def restore(self, saved: SavedWorld | None = None, *, cluster_id: str | None = None) -> None:
-        """The operator puts a backup in place (None: an empty store). Leases and history are gone, keys that had a
-        lease stay without one, open watches end. `cluster_id` None: the same as before, as it can happen with etcd."""
+        """The operator puts a backup in place (None: an empty store). History is gone, leases begin anew with their
+        full time, open watches end. `cluster_id` None: the same as before, as it can happen with etcd."""
+        saved = saved or SavedWorld(revision=1, entries={}, lease_ttl_s={})
+        now = self._clock.now()
         self.cluster_id = cluster_id or self.cluster_id
-        self.revision = saved.revision if saved else 1
-        kept = saved.entries if saved else {}
-        self._entries = {key: replace(entry, lease=0) for key, entry in kept.items()}
-        self._leases = {}
+        self.revision = saved.revision
+        self._entries = dict(saved.entries)
+        self._leases = {lease: _Lease(ttl_s=ttl_s, until=now.plus_s(ttl_s)) for lease, ttl_s in saved.lease_ttl_s.items()}
+        for entry in self._entries.values():
+            if entry.lease:
+                self._leases[entry.lease].keys[entry.key] = None
         self._history = []
-        self._compacted = self.revision + 1 if saved else 0
-        self._watches_of_former_worlds = self._watches
+        self._compacted = self.revision + 1 if self.revision > 1 else 0
+        self._replaced_at_watch = self._watches
         self.wake()
 
     # waiting for changes
-
-    _watches_of_former_worlds = 0
 
     def open_watch(self) -> int:
         """A number for `event` and `ended`."""
@@ -198,7 +203,7 @@ class MemoryWorld:
 
     def ended(self, watch: int) -> bool:
         """Was the store replaced since this watch was opened?"""
-        return watch <= self._watches_of_former_worlds
+        return watch <= self._replaced_at_watch
 
     def event(self, watch: int) -> trio.Event:
         """Set at the next change of anything."""
@@ -340,7 +345,8 @@ class _MemoryWatch:
                 expiry_s = self._world.next_expiry_s()
             else:
                 expiry_s = None  # the world goes on without us
-            with trio.move_on_after(float("inf") if expiry_s is None else expiry_s):
+            # a little more than that: the two clocks may round differently
+            with trio.move_on_after(math.inf if expiry_s is None else expiry_s + 0.001):
                 await self._world.event(self._number).wait()
 
     def close(self) -> None:
