@@ -1,0 +1,96 @@
+"""How do a cluster's keys read as one overview: who leads, who follows, how far behind? The JSON of GET /cluster.
+
+Plain JSON values in and out, standard library only: `ctl list` makes the same overview straight from the store and has
+no time to load anything. Shape and words are the reference's (compatibility spec 3.4; golden answers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+UNKNOWN = "unknown"
+
+
+def overview(*, scope: str, leader: str, members: Mapping[str, Mapping[str, Any]], optime: int,
+             sync: Mapping[str, Any], failover: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """`members`: the objects of the member keys by name; `leader`: who holds the lock ("" = nobody); `optime`: the
+    leader's last known position (0 = unknown); `sync`, `failover`, `config`: those keys' objects, {} if absent."""
+    standby_cluster = is_standby_cluster(config)
+    voters = synchronous_names(sync)
+    quorum = config.get("synchronous_mode") == "quorum"
+    body: dict[str, Any] = {"members": []}
+    for name in sorted(members):
+        raw = members[name]
+        if name == leader:
+            role = "standby_leader" if standby_cluster or raw.get("role") == "standby_leader" else "leader"
+        elif name.lower() in voters and synchronous(config):
+            role = "quorum_standby" if quorum else "sync_standby"
+        else:
+            role = "replica"
+        body["members"].append(_member(name, raw, role=role, optime=optime))
+    if is_paused(config):
+        body["pause"] = True
+    if failover.get("scheduled_at"):
+        scheduled = {"at": str(failover["scheduled_at"])}
+        if failover.get("leader"):
+            scheduled["from"] = str(failover["leader"])
+        if failover.get("member"):
+            scheduled["to"] = str(failover["member"])
+        body["scheduled_switchover"] = scheduled
+    body["scope"] = scope
+    return body
+
+
+def _member(name: str, raw: Mapping[str, Any], *, role: str, optime: int) -> dict[str, Any]:
+    streaming = raw.get("replication_state") if role != "leader" else None
+    out: dict[str, Any] = {"name": name, "role": role, "state": streaming or raw.get("state") or UNKNOWN, "api_url": raw.get("api_url")}
+    host, port = host_port(raw.get("conn_url"))
+    if host:
+        out["host"], out["port"] = host, port
+    for key in ("timeline", "tags", "pending_restart", "pending_restart_reason", "scheduled_restart"):
+        if key in raw:
+            out[key] = raw[key]
+    if role != "leader":
+        for prefix, key in (("receive_", "receive_lsn"), ("replay_", "replay_lsn"), ("", "xlog_location")):
+            value = raw.get(key)
+            lsn = value if isinstance(value, int) and not isinstance(value, bool) else 0
+            out[prefix + "lag"] = max(0, optime - lsn) if lsn > 0 and optime else UNKNOWN
+            out[prefix + "lsn"] = f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}" if lsn > 0 else UNKNOWN
+    return out
+
+
+def host_port(conn_url: Any) -> tuple[str, int]:
+    """('10.0.0.1', 5432) from a member's conn_url; ('', 0) if there is none to read."""
+    if not isinstance(conn_url, str):
+        return "", 0
+    try:
+        parts = urlsplit(conn_url)
+        return parts.hostname or "", parts.port or 5432
+    except ValueError:
+        return "", 0
+
+
+def is_standby_cluster(config: Mapping[str, Any]) -> bool:
+    """Active if it says where to replicate from (compatibility spec 5.4)."""
+    section = config.get("standby_cluster")
+    return isinstance(section, dict) and any(section.get(key) for key in ("host", "port", "restore_command"))
+
+
+def synchronous(config: Mapping[str, Any]) -> bool:
+    """Is a synchronous mode on? A standby cluster has none."""
+    on = config.get("synchronous_mode") in (True, "on", "true", "yes", "quorum")
+    return on and not is_standby_cluster(config)
+
+
+def synchronous_names(sync: Mapping[str, Any]) -> frozenset[str]:
+    """The names in /sync, lower-case: they are compared without regard to case. Empty without a leader in it."""
+    standbys = sync.get("sync_standby")
+    if not sync.get("leader") or not isinstance(standbys, str):
+        return frozenset()
+    return frozenset(part.strip().lower() for part in standbys.split(",") if part.strip())
+
+
+def is_paused(config: Mapping[str, Any]) -> bool:
+    return config.get("pause") in (True, "on", "true", "yes")

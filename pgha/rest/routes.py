@@ -1,0 +1,225 @@
+"""Which answer does which request get? Reading only: everything comes from the last `Published`.
+
+Health checks and /patroni, /liveness, /readiness have a short way: their whole answer is built once for each
+publication and kept, together with the moment from which it is no longer true (the licence's end, the loop's silence)
+and the answer from then on. So /primary says 503 in time whatever the loop does.
+
+HEAD and OPTIONS are answered with the status that GET has. (The reference runs its health logic for every path there,
+so that HEAD /liveness is always 503; nobody can rely on that.)
+
+What changes something is in requests.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+import trio
+
+from pgha.clock import Clock, Deadline, holder_age_s, remaining_s
+from pgha.log import scrub
+from pgha.rest import health
+from pgha.rest.access import SAFE_METHODS, Access
+from pgha.rest.bodies import cluster_body, history_body, patroni_body
+from pgha.rest.health import HealthFacts, Verdict
+from pgha.rest.metrics import metrics_text
+from pgha.rest.published import Board, Published
+from pgha.rest.requests import Changes, Requests
+from pgha.rest.wire import (
+    JSON,
+    METRICS,
+    Request,
+    Response,
+    dump_json,
+    head_bytes,
+    json_response,
+    split_target,
+    text_response,
+)
+
+#: how many different health targets (with their parameters) are kept ready; others are answered all the same
+_KEPT = 128
+#: the longest that GET /pgha/vote?wait=… waits
+VOTE_WAIT_S = 2.0
+_SECRET_KEYS = ("passw", "secret", "token", "private")
+
+
+class _Kept(NamedTuple):
+    """An answer in all its forms. `until` None: true for as long as nothing new is published."""
+
+    until: Deadline | None
+    keep_alive: bytes
+    close: bytes
+    keep_alive_after: bytes
+    close_after: bytes
+
+
+class App:
+    """The REST API. `headers` are those of every answer (the listener needs the same)."""
+
+    def __init__(self, board: Board, requests: Requests, *, clock: Clock, access: Access | None = None,
+                 headers: Mapping[str, str] | None = None) -> None:
+        self.board = board
+        self.requests = requests
+        self.clock = clock
+        self.access = access or Access()      # replaced on reload
+        self.headers = dict(headers or {})
+        self.changes = Changes(board, requests)
+        self._kept: dict[bytes, _Kept] = {}
+        self._kept_of: Published | None = None
+        self._body = b""
+
+    # --- the short way -----------------------------------------------------------------------------------------------
+
+    def quick(self, key: bytes, *, keep_alive: bool) -> bytes | None:
+        """See server.Application."""
+        published = self.board.current()
+        if self._kept_of is not published:
+            self._kept_of = published
+            self._kept = {}
+            self._body = b""
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._build(key, published)
+            if kept is None:
+                return None
+            if len(self._kept) < _KEPT:
+                self._kept[key] = kept
+        if kept.until is not None and remaining_s(kept.until, self.clock.now()) <= 0:
+            return kept.keep_alive_after if keep_alive else kept.close_after
+        return kept.keep_alive if keep_alive else kept.close
+
+    def _build(self, key: bytes, published: Published) -> _Kept | None:
+        method, _, target = key.partition(b" ")
+        try:
+            path, query = split_target(target.decode("ascii"))
+        except ValueError:
+            return None
+        name = _first(path)
+        if name in _GET and name != "patroni":
+            return None
+        facts = published.health
+        held = msgspec.structs.replace(facts, lock_held=published.licence_until is not None, loop_alive=True)
+        until = published.alive_until if name == "liveness" else published.licence_until
+        now = self._health_response(path, name, query, held, published)
+        after = self._health_response(path, name, query, msgspec.structs.replace(held, lock_held=False, loop_alive=False), published)
+        forms = []
+        for form in (now, after):
+            response = _without_body(form) if method == b"OPTIONS" else form
+            for alive in (True, False):
+                head = head_bytes(response, self.headers, keep_alive=alive)
+                forms.append(head if method == b"HEAD" else head + response.body)
+        return _Kept(until if now.status != after.status else None, *forms)
+
+    def _health_response(self, path: str, name: str, query: Mapping[str, str], facts: HealthFacts, published: Published) -> Response:
+        if name in ("liveness", "readiness"):
+            verdict = health.liveness(facts) if name == "liveness" else health.readiness(query, facts)
+            return Response(status=verdict.status, headers=_because(verdict))
+        if not self._body:
+            # No body depends on the two facts that change between publications.
+            self._body = dump_json(patroni_body(published, facts))
+        if name == "patroni":
+            return Response(status=200, body=self._body, content_type=JSON)
+        verdict = health.answer(path, query, facts)
+        return Response(status=verdict.status, body=self._body, content_type=JSON, headers=_because(verdict))
+
+    # --- everything --------------------------------------------------------------------------------------------------
+
+    async def handle(self, request: Request) -> Response:
+        """See server.Application."""
+        name = _first(request.path)
+        if request.method in SAFE_METHODS:
+            response = await self._read(request, name)
+            return _without_body(response) if request.method == "OPTIONS" else response
+        if not self.changes.knows(request.method, name):
+            return text_response(501, f"{request.method} {request.path} is not supported")
+        refusal = self.access.refuses(request)
+        return refusal or await self.changes.handle(request, name)
+
+    async def _read(self, request: Request, name: str) -> Response:
+        published = self.board.current()
+        facts = published.health_at(self.clock.now())
+        match name:
+            case "cluster":
+                return json_response(cluster_body(published))
+            case "history":
+                return json_response(history_body(published))
+            case "config":
+                config = published.view.config if published.view else None
+                return json_response(config) if config is not None else text_response(502, "there is no configuration in the store")
+            case "failsafe":
+                members = published.view.failsafe if published.view else {}
+                return json_response(members) if members else text_response(502, "failsafe mode is off")
+            case "metrics":
+                text = metrics_text(published, facts, self.clock.now())
+                return Response(status=200, body=text.encode(), content_type=METRICS)
+            case "pgha":
+                return await self._own(request, published)
+            case _:
+                self.quick(b"GET /", keep_alive=False)      # makes the body of this publication
+                return self._health_response(request.path, name, request.query, facts, published)
+
+    async def _own(self, request: Request, published: Published) -> Response:
+        parts = [part for part in request.path.split("/") if part]
+        match parts[1:2]:
+            case ["decision"]:
+                age_s = round(holder_age_s(published.at, self.clock.now()), 3)
+                return json_response({"node": published.node.name, "scope": published.node.scope, "age_s": age_s, **published.decision})
+            case ["vote"]:
+                return await self._vote(request, published)
+            case ["observation"]:
+                if published.observation is None:
+                    return text_response(503, "no pass yet")
+                return json_response(redact(msgspec.to_builtins(published.observation, enc_hook=str)))
+            case _:
+                return text_response(404, "not known: " + request.path)
+
+    async def _vote(self, request: Request, published: Published) -> Response:
+        """This node's position for the election after `epoch`. `wait` (seconds, at most 2): how long to wait for one
+        that is final for this epoch; whoever waits saves a question."""
+        try:
+            epoch = int(request.query.get("epoch", "-1"))
+            wait_s = min(float(request.query.get("wait", "0")), VOTE_WAIT_S)
+        except ValueError:
+            return text_response(400, "epoch and wait are numbers")
+        self.requests.wake("vote asked", epoch)
+        if wait_s > 0:
+            with trio.move_on_after(wait_s):
+                while published.vote.epoch < epoch:
+                    published = await self.board.wait_changed(published)
+            published = self.board.current()
+        health_now = published.health
+        return json_response({
+            "name": published.node.name, **msgspec.to_builtins(published.vote), "state": health_now.state, "role": health_now.role,
+            "tags": published.node.tags, "watchdog_failed": published.node.watchdog_failed,
+            "system_identifier": published.node.system_identifier, "node_id": published.node.node_id,
+        })
+
+
+_GET = frozenset({"cluster", "history", "config", "failsafe", "metrics", "pgha", "patroni"})
+
+
+def _first(path: str) -> str:
+    """'/cluster/x' → 'cluster'."""
+    return path.lstrip("/").partition("/")[0]
+
+
+def _without_body(response: Response) -> Response:
+    """OPTIONS has the status and nothing else, as load balancers use it."""
+    return msgspec.structs.replace(response, body=b"")
+
+
+def _because(verdict: Verdict) -> tuple[tuple[str, str], ...]:
+    """The reason travels in a header: the body and the status are the reference's."""
+    return (("X-Pgha-Because", verdict.why),) if verdict.why else ()
+
+
+def redact(value: Any) -> Any:
+    """Plain values without anything that looks like a secret: by key, and inside connection strings."""
+    if isinstance(value, dict):
+        return {str(k): "***" if any(word in str(k).lower() for word in _SECRET_KEYS) and v else redact(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact(item) for item in value]
+    return scrub(value) if isinstance(value, str) else value

@@ -1,0 +1,383 @@
+"""The listener: many short health checks, cheaply, and nobody may disturb them.
+
+A health check that is exactly one bodiless GET, HEAD or OPTIONS is answered from prebuilt bytes, in the accept loop if
+its bytes are already there: no task, no parser, one send. Everything else gets a task, a real parser (h11) and limits.
+
+Rules of this file:
+* Nothing a client does ends anything but its own connection.
+* Every wait for a client has a deadline; whoever has not sent a whole head yet can be evicted for a newcomer.
+* Whatever blocks is not in the accept loop.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import h11
+import trio
+from msgspec import Struct
+
+from pgha.errors import ConfigError
+from pgha.log import Log
+from pgha.rest.wire import Request, Response, exact_request, head_bytes, split_target, text_response
+
+log = Log(__name__)
+
+#: accepted in one go before other tasks get their turn
+_BATCH = 32
+_RETRY_ACCEPT = {errno.ECONNABORTED, errno.EINTR, errno.EPROTO, errno.ENETDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPERM}
+_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+
+class Limits(Struct, frozen=True, kw_only=True):
+    head_bytes: int = 16 << 10
+    body_bytes: int = 1 << 20
+    head_s: float = 5.0          # from the first moment a head is due until it is complete
+    body_s: float = 10.0
+    idle_s: float = 15.0         # between two requests of one connection
+    handshake_s: float = 5.0
+    write_s: float = 10.0
+    handler_s: float = 900.0     # the outermost bound; each route has its own, shorter one
+    connections: int = 512
+
+
+class Listen(Struct, frozen=True, kw_only=True):
+    """`addresses`: (host, port); host "*" or "" is every address. `headers`: of every answer. `ssl_context` None: plain."""
+
+    addresses: Sequence[tuple[str, int]]
+    headers: Mapping[str, str] = {}
+    ssl_context: ssl.SSLContext | None = None
+    backlog: int = 128
+    limits: Limits = Limits()
+
+
+class Application(Protocol):
+    """What the server serves."""
+
+    def quick(self, key: bytes, *, keep_alive: bool) -> bytes | None:
+        """The whole answer to an exact request (b"GET /primary"), or None if it must be handled. Never blocks."""
+        ...
+
+    async def handle(self, request: Request) -> Response:
+        """Answer any request, within bounds of its own."""
+        ...
+
+
+class _Refused(Exception):  # noqa: N818  (it is an answer)
+    """This request gets `status` and the connection ends."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+
+
+async def open_sockets(listen: Listen) -> list[socket.socket]:
+    """Bind every address. ConfigError names the one that cannot be had."""
+    sockets: list[socket.socket] = []
+    try:
+        for host, port in listen.addresses:
+            try:
+                found = await trio.socket.getaddrinfo(None if host in ("*", "") else host, port, type=socket.SOCK_STREAM,
+                                                      flags=socket.AI_PASSIVE)
+                for family, kind, _, _, address in found:
+                    sock = socket.socket(family, kind)
+                    sockets.append(sock)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if family == socket.AF_INET6:
+                        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    sock.setblocking(False)
+                    sock.bind(address)
+                    sock.listen(listen.backlog)
+            except OSError as error:
+                raise ConfigError(f"restapi.listen: cannot listen on {host}:{port}: {error.strerror or error}") from error
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+async def serve(
+    listen: Listen, app: Application, *, task_status: trio.TaskStatus[list[tuple[str, int]]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Listen and serve until cancelled. `task_status` gets the (host, port) that were bound. ConfigError if none can."""
+    sockets = await open_sockets(listen)
+    try:
+        async with trio.open_nursery() as nursery:
+            server = _Server(listen, app, nursery)
+            for sock in sockets:
+                nursery.start_soon(server.accept, sock)
+            task_status.started([sock.getsockname()[:2] for sock in sockets])
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+class _Connection:
+    """One client. In `_Server.waiting` while it owes us a head: then a newcomer may take its place."""
+
+    def __init__(self, stream: trio.SocketStream, peer: str) -> None:
+        self.stream: trio.SocketStream | trio.SSLStream[trio.SocketStream] = stream
+        self.peer = peer
+        self.scope = trio.CancelScope()
+        self.buffer = b""
+        self.client_cert = False
+
+
+class _Server:
+    def __init__(self, listen: Listen, app: Application, nursery: trio.Nursery) -> None:
+        self.listen = listen
+        self.limits = listen.limits
+        self.app = app
+        self.nursery = nursery
+        self.count = 0
+        #: a dict keeps its order: the first has waited longest
+        self.waiting: dict[_Connection, None] = {}
+
+    # --- the accept loop ---------------------------------------------------------------------------------------------
+
+    async def accept(self, listener: socket.socket) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            for _ in range(_BATCH):
+                try:
+                    sock, address = listener.accept()
+                except BlockingIOError:
+                    break
+                except OSError as error:
+                    if error.errno in _RETRY_ACCEPT:
+                        continue
+                    if error.errno not in _OUT_OF_RESOURCES:
+                        raise
+                    log.warning("cannot accept REST connections", why=error.strerror)
+                    self._evict_one()
+                    # The pending connection keeps the listener readable: without a pause this would spin.
+                    await trio.sleep(0.1)
+                    break
+                self._accepted(sock, address[0])
+            # the batch may have been full: let others run before the next
+            await trio.lowlevel.checkpoint()
+
+    def _accepted(self, sock: socket.socket, peer: str) -> None:
+        """Answer at once if all is there already, else start a task. Never blocks."""
+        sock.setblocking(False)
+        data = b""
+        if self.listen.ssl_context is None:
+            try:
+                data = sock.recv(self.limits.head_bytes)
+                if not data or self._answered_at_once(sock, data):
+                    sock.close()
+                    return
+            except BlockingIOError:
+                pass
+            except OSError:
+                sock.close()
+                return
+        if self.count >= self.limits.connections and not self._evict_one():
+            try:
+                sock.send(self._bytes(text_response(503, "too many connections"), keep_alive=False))
+            except OSError:
+                pass   # it is refused either way
+            sock.close()
+            return
+        try:
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        except OSError:
+            sock.close()   # the client reset it in the meantime
+            return
+        connection = _Connection(stream, peer)
+        connection.buffer = data
+        self.count += 1
+        self.waiting[connection] = None
+        self.nursery.start_soon(self._serve_connection, connection)
+
+    def _answered_at_once(self, sock: socket.socket, data: bytes) -> bool:
+        """True if the answer is out and the connection is done with."""
+        exact = exact_request(data)
+        if exact is None or exact.keep_alive or exact.length != len(data):
+            return False
+        answer = self.app.quick(exact.key, keep_alive=False)
+        # A fresh socket's buffer takes a whole answer; should it ever not, the connection is broken for its client.
+        return answer is not None and sock.send(answer) >= 0
+
+    def _evict_one(self) -> bool:
+        """Make room: end the connection that has waited longest without a request. False if all are at work."""
+        for connection in self.waiting:
+            del self.waiting[connection]
+            connection.scope.cancel()
+            self.count -= 1       # its place is free now; its own end will not count again
+            return True
+        return False
+
+    # --- one connection ----------------------------------------------------------------------------------------------
+
+    async def _serve_connection(self, connection: _Connection) -> None:
+        try:
+            with connection.scope:
+                await self._talk(connection)
+        except (trio.BrokenResourceError, OSError):
+            pass   # the client went away, or never spoke our protocol
+        finally:
+            if not connection.scope.cancel_called:   # an evicted one has given its place away already
+                self.count -= 1
+            self.waiting.pop(connection, None)
+            await trio.aclose_forcefully(connection.stream)
+
+    async def _talk(self, connection: _Connection) -> None:
+        if self.listen.ssl_context is not None:
+            assert isinstance(connection.stream, trio.SocketStream)
+            tls = trio.SSLStream(connection.stream, self.listen.ssl_context, server_side=True, https_compatible=True)
+            connection.stream = tls
+            with trio.move_on_after(self.limits.handshake_s) as bound:
+                await tls.do_handshake()
+            if bound.cancelled_caught:
+                return
+            connection.client_cert = bool(tls.getpeercert())
+        wait_s = self.limits.head_s
+        while await self._one_request(connection, wait_s):
+            wait_s = self.limits.idle_s
+            self.waiting[connection] = None
+
+    async def _one_request(self, connection: _Connection, wait_s: float) -> bool:
+        """Read, answer. False: the connection is done with."""
+        try:
+            if not await self._head(connection, wait_s):
+                return False
+            exact = exact_request(connection.buffer)
+            answer = self.app.quick(exact.key, keep_alive=exact.keep_alive) if exact is not None else None
+            self.waiting.pop(connection, None)
+            if exact is not None and answer is not None:
+                connection.buffer = connection.buffer[exact.length:]
+                await self._send(connection, answer)
+                return exact.keep_alive
+            return await self._parsed(connection)
+        except _Refused as refused:
+            await self._send(connection, self._bytes(text_response(refused.status, refused.text), keep_alive=False))
+            await self._linger(connection)
+            return False
+
+    async def _head(self, connection: _Connection, wait_s: float) -> bool:
+        """Wait until a whole head is in the buffer. False if the client is gone or never began."""
+        if not connection.buffer:
+            with trio.move_on_after(wait_s) as bound:
+                connection.buffer = bytes(await connection.stream.receive_some(self.limits.head_bytes))
+            if bound.cancelled_caught or not connection.buffer:
+                return False
+        with trio.move_on_after(self.limits.head_s):
+            while True:
+                start = connection.buffer.lstrip(b"\r\n")[:1]
+                if start and not b"!" <= start <= b"~":
+                    raise _Refused(400, "this is not HTTP")     # TLS towards a plain port, for instance
+                if b"\r\n\r\n" in connection.buffer or b"\n\n" in connection.buffer:
+                    return True
+                if len(connection.buffer) >= self.limits.head_bytes:
+                    raise _Refused(431, f"the request's head is longer than {self.limits.head_bytes} bytes")
+                more = await connection.stream.receive_some(self.limits.head_bytes)
+                if not more:
+                    return False
+                connection.buffer += more
+        raise _Refused(408, f"no complete request within {self.limits.head_s:g} s")
+
+    async def _parsed(self, connection: _Connection) -> bool:
+        """A request that is not an exact health check."""
+        parser = h11.Connection(h11.SERVER, max_incomplete_event_size=self.limits.head_bytes)
+        keep_alive = False
+        try:
+            parser.receive_data(connection.buffer)
+            head = parser.next_event()
+            if not isinstance(head, h11.Request):
+                raise _Refused(400, "the request is not complete")
+            if head.http_version not in (b"1.0", b"1.1"):
+                raise _Refused(505, "this is not HTTP/1.0 or HTTP/1.1")
+            body = await self._body(connection, parser, head)
+            response = await self._handled(connection, head, body)
+            keep_alive = parser.our_state is h11.SEND_RESPONSE and parser.their_state is not h11.MUST_CLOSE and _wants_keep_alive(head)
+            connection.buffer = parser.trailing_data[0]
+            if head.method == b"HEAD":
+                await self._send(connection, self._head_bytes(response, keep_alive=keep_alive))
+            else:
+                await self._send(connection, self._bytes(response, keep_alive=keep_alive))
+        except h11.RemoteProtocolError as error:
+            raise _Refused(error.error_status_hint or 400, str(error)[:200]) from None
+        return keep_alive
+
+    async def _body(self, connection: _Connection, parser: h11.Connection, head: h11.Request) -> bytes:
+        length = next((value for name, value in head.headers if name == b"content-length"), b"0")
+        if int(length) > self.limits.body_bytes:
+            raise _Refused(413, f"the body is longer than {self.limits.body_bytes} bytes")
+        chunks: list[bytes] = []
+        size = 0
+        with trio.move_on_after(self.limits.body_s):
+            while True:
+                event = parser.next_event()
+                if isinstance(event, h11.Data):
+                    chunks.append(bytes(event.data))
+                    size += len(event.data)
+                    if size > self.limits.body_bytes:
+                        raise _Refused(413, f"the body is longer than {self.limits.body_bytes} bytes")
+                elif isinstance(event, h11.EndOfMessage):
+                    return b"".join(chunks)
+                elif event is h11.NEED_DATA:
+                    if parser.they_are_waiting_for_100_continue:
+                        parser.send(h11.InformationalResponse(status_code=100, headers=[]))
+                        await connection.stream.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    parser.receive_data(bytes(await connection.stream.receive_some(65536)))
+                else:
+                    raise _Refused(400, "the body is not complete")
+        raise _Refused(408, f"no complete body within {self.limits.body_s:g} s")
+
+    async def _handled(self, connection: _Connection, head: h11.Request, body: bytes) -> Response:
+        try:
+            path, query = split_target(head.target.decode("latin-1"))
+        except ValueError as error:
+            raise _Refused(400, f"the request's target cannot be read: {error}") from None
+        request = Request(
+            method=head.method.decode("latin-1"), path=path, query=query, body=body, peer=connection.peer, client_cert=connection.client_cert,
+            headers={name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers},
+        )
+        with trio.move_on_after(self.limits.handler_s):
+            try:
+                return await self.app.handle(request)
+            except Exception:
+                # The border: a defect in an answer must not stop the agent that holds the lock.
+                log.exception("a REST request could not be answered", method=request.method, path=request.path)
+                return text_response(500, "internal error, see the agent's log")
+        return text_response(504, f"no answer within {self.limits.handler_s:g} s")
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def _head_bytes(self, response: Response, *, keep_alive: bool) -> bytes:
+        return head_bytes(response, self.listen.headers, keep_alive=keep_alive)
+
+    def _bytes(self, response: Response, *, keep_alive: bool) -> bytes:
+        return self._head_bytes(response, keep_alive=keep_alive) + response.body
+
+    async def _send(self, connection: _Connection, data: bytes) -> None:
+        with trio.move_on_after(self.limits.write_s) as bound:
+            await connection.stream.send_all(data)
+        if bound.cancelled_caught:
+            raise trio.BrokenResourceError("the client does not read")
+
+    async def _linger(self, connection: _Connection) -> None:
+        """Read away what the client still sends, for a moment: closing with unread bytes would reset the connection and
+        take the answer with it (RFC 9112, 9.6)."""
+        if not isinstance(connection.stream, trio.SocketStream):
+            return
+        await connection.stream.send_eof()
+        left = 4 * self.limits.body_bytes
+        with trio.move_on_after(1.0):
+            while left > 0:
+                more = await connection.stream.receive_some(65536)
+                if not more:
+                    return
+                left -= len(more)
+
+
+def _wants_keep_alive(head: h11.Request) -> bool:
+    tokens = {token.strip().lower() for name, value in head.headers if name == b"connection" for token in value.split(b",")}
+    return head.http_version >= b"1.1" and b"close" not in tokens
