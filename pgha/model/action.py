@@ -11,7 +11,6 @@ from typing import Literal
 from msgspec import Struct
 
 
-
 class Source(Struct, frozen=True, kw_only=True):
     """A PostgreSQL to connect to for replication, rewind or a clone."""
 
@@ -204,6 +203,12 @@ class Sweep(Struct, frozen=True, kw_only=True, tag=True):
     """Kill what is left of a dead postmaster's processes."""
 
 
+class AbandonDirectory(Struct, frozen=True, kw_only=True, tag=True):
+    """Set the data directory aside under a numbered `.failed` name; nothing is removed."""
+
+    why: str
+
+
 class CancelOperation(Struct, frozen=True, kw_only=True, tag=True):
     """End the operation in flight."""
 
@@ -217,7 +222,7 @@ QuickAction = (
 )
 LongAction = (
     Bootstrap | Clone | StartStandby | StartPrimary | Promote | Demote | Stop | Restart | InspectUpstream
-    | InspectEndOfWal | Rewind | Sweep
+    | InspectEndOfWal | Rewind | Sweep | AbandonDirectory
 )
 Action = QuickAction | LongAction
 

@@ -58,7 +58,12 @@ class Memory(Struct, frozen=True, kw_only=True):
     last_status_at: Instant | None = None
     last_capacity_at: Instant | None = None
     history_written_for: int = 0
-    released_revision: int = 0                  # after giving the lock up on purpose, do not take it back at once
+    bootstrap_identifier: str = ""              # this node made a new cluster's directory: its system identifier …
+    bootstrap_revision: int = 0                 # … and the revision of its own claim on `initialize`
+    switchover_asked_at: Instant | None = None
+    upstream_asked_at: Instant | None = None
+    handover_judged: bool = False               # this crash: handing over was looked at and refused
+    shutdown_done: bool = False
     stand_back_until: Instant | None = None
     stand_back_why: str = ""
 

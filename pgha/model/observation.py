@@ -32,9 +32,12 @@ class Settings(Struct, frozen=True, kw_only=True):
     use_slots: bool = True
     remove_data_directory_on_rewind_failure: bool = False
     remove_data_directory_on_diverged_timelines: bool = False
+    permanent_slots: tuple[str, ...] = ()    # physical slots that every node keeps (`slots`)
+    ignored_slots: tuple[str, ...] = ()      # never dropped (`ignore_slots`)
     has_bootstrap_section: bool = True
     tags: Tags = Tags()
     watchdog_required: bool = False
+    dynamic_config: bytes = b""          # the shared configuration as last known, to restore a missing key
     postgres_host: str = ""              # how peers reach this PostgreSQL: connect_address
     postgres_port: int = 5432
 

@@ -1,0 +1,64 @@
+"""A long operation is in flight: let it go on, or end it?"""
+
+from __future__ import annotations
+
+from pgha.clock import candidate_age_s
+from pgha.decide.common import ask_others, fence_in_s, fresh_peers, reason
+from pgha.decide.standing import Whose, licensed, standing
+from pgha.model.action import CancelOperation
+from pgha.model.decision import Decision, Memory, PeerQuestion, Reason
+from pgha.model.observation import Observation, Operation
+
+#: Operations that bring up a server that accepts writes, or keep one: they end when the licence does.
+NEEDS_LICENCE = ("Promote", "StartPrimary")
+
+
+def decide(o: Observation, memory: Memory) -> Decision | None:
+    operation = o.operation
+    if operation is None:
+        return None
+    reasons = [
+        reason("busy.in_flight", True, f"{operation.kind} for {candidate_age_s(operation.started_at, o.now):.1f} s {operation.progress}".strip()),
+        licence_suffices(o, operation),
+        still_wanted(o, operation),
+        crash_is_not_handed_over(o, memory, operation),
+    ]
+    obstacles = [r for r in reasons if not r.holds]
+    cancel = () if not obstacles or operation.cancelling else (CancelOperation(id=operation.id, why=obstacles[0].because),)
+    ask = ask_others(o) if operation.kind == "StartPrimary" and o.dcs.view is not None else PeerQuestion()
+    return Decision(
+        situation="busy", summary=f"{operation.kind.lower()} in progress" + (": ending it" if obstacles else ""),
+        reasons=tuple(reasons), actions=cancel, memory=memory, ask_peers=ask, wake_in_s=min(1.0, o.settings.loop_wait_s),
+    )
+
+
+def licence_suffices(o: Observation, operation: Operation) -> Reason:
+    """Whatever makes a primary ends with the licence."""
+    needed = operation.kind in NEEDS_LICENCE
+    holds = not needed or (licensed(o) and fence_in_s(o) > 0)
+    return reason("busy.licence_suffices", holds, f"{fence_in_s(o):.1f} s to the fence" if needed else "needs no licence")
+
+
+def still_wanted(o: Observation, operation: Operation) -> Reason:
+    """A stop of the agent ends what can be begun again later; a clone or rewind ends when its leader is gone."""
+    if o.shutting_down and operation.kind in ("Bootstrap", "Clone", "InspectUpstream", "InspectEndOfWal"):
+        return reason("busy.still_wanted", False, "the agent is stopping")
+    if operation.kind in ("Clone", "Rewind") and o.dcs.view is not None and standing(o).whose is Whose.MINE:
+        return reason("busy.still_wanted", False, "this node holds the lock itself")
+    return reason("busy.still_wanted", True, "nothing speaks against it")
+
+
+def crash_is_not_handed_over(o: Observation, memory: Memory, operation: Operation) -> Reason:
+    """A start in place that takes long is ended if a peer seems to have everything (safety model 10)."""
+    rule = "busy.crash_is_not_handed_over"
+    if operation.kind != "StartPrimary" or memory.crash_seen_at is None or memory.handover_judged or o.dcs.view is None:
+        return reason(rule, True, "no start in place after a crash")
+    age_s, limit_s = candidate_age_s(memory.crash_seen_at, o.now), o.settings.crash_handover_after_s
+    if age_s < limit_s:
+        return reason(rule, True, f"writes away for {age_s:.1f} s, handed over after {limit_s:g} s")
+    lock = o.dcs.view.lock
+    known = max(o.dcs.view.status.optime, lock.lsn if lock else 0)
+    able = [p.name for p in fresh_peers(o).values() if p.in_recovery and not p.tags.nofailover and p.lsn >= known > 0]
+    if not able:
+        return reason(rule, True, f"writes away for {age_s:.1f} s, but no peer has what was published")
+    return reason(rule, False, f"writes away for {age_s:.1f} s (limit {limit_s:g} s), and {', '.join(sorted(able))} may take over")

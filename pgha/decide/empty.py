@@ -1,0 +1,124 @@
+"""There is no data here: make a new cluster, or copy one that is there?"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from pgha.decide import restart
+from pgha.decide.common import ask_others, backed_off, leader_member, others, reason, source_of, view_of
+from pgha.decide.standing import Whose, because, standing
+from pgha.model.action import AbandonDirectory, AcquireLock, Action, Bootstrap, Clone, ReadCluster, Stop
+from pgha.model.cluster import Member
+from pgha.model.decision import Decision, Memory, Reason
+from pgha.model.observation import Observation
+
+
+def decide(o: Observation, memory: Memory) -> Decision | None:
+    if memory.bootstrap_revision:
+        return _finish_bootstrap(o, memory)
+    state = o.directory.state
+    if state == "valid":
+        return None
+    if state in ("unknown", "unreadable", "partial"):
+        return _unusable(o, memory)
+    if o.postgres.alive:
+        stop = Stop(why="its data directory is gone", timeout_s=5.0)
+        return Decision(situation="empty", summary="stopping a server whose data directory is gone", actions=(stop,), memory=memory)
+    if restart.read_in_this_pass(o).holds is False:
+        return Decision(situation="empty", summary="no data: reading the cluster", reasons=(restart.read_in_this_pass(o),), actions=(ReadCluster(),),
+                        memory=memory, wake_in_s=0.5)
+    if may_bootstrap(o)[0].holds:
+        return _bootstrap(o, memory)
+    return _clone(o, memory)
+
+
+def _unusable(o: Observation, memory: Memory) -> Decision:
+    """Never taken for empty: nothing is begun on what cannot be read."""
+    why = reason("empty.readable", False, f"the data directory is {o.directory.state}: {o.directory.why}")
+    return Decision(situation="empty", summary=why.because, reasons=(why,), memory=memory, wake_in_s=min(2.0, o.settings.loop_wait_s))
+
+
+# --- a new cluster -----------------------------------------------------------------------------------------------------
+
+def may_bootstrap(o: Observation) -> tuple[Reason, ...]:
+    """The first says whether this is a cluster to be made at all; the rest whether by this node, now."""
+    view = view_of(o)
+    now = standing(o)
+    answering = sorted(p.name for p in o.peers.values() if p.answered and p.system_identifier)
+    return (
+        reason("empty.never_initialised", now.whose is Whose.NEVER and not view.initialize and view.lock is None,
+               f"initialize is {view.initialize!r}, lock: {now.because}"),
+        reason("empty.initialize_is_free", view.initialize is None, "somebody else is bootstrapping" if view.initialize is not None else "initialize is absent"),
+        reason("empty.has_bootstrap_section", o.settings.has_bootstrap_section, "the configuration has "
+               + ("a" if o.settings.has_bootstrap_section else "no") + " [bootstrap] section"),
+        reason("empty.may_lead", not o.settings.tags.nofailover, "tag nofailover is " + ("set" if o.settings.tags.nofailover else "not set")),
+        reason("empty.no_peer_has_data", not answering, f"{', '.join(answering)} answer with a system identifier" if answering
+               else "no configured or remembered peer answers with a system identifier"),
+        reason("empty.peers_were_asked", all(n in o.peers for n in others(o)), f"{len(o.peers)} of {len(others(o))} peers asked"),
+    )
+
+
+def _bootstrap(o: Observation, memory: Memory) -> Decision:
+    reasons = may_bootstrap(o)
+    wait_s = backed_off(o, failures=memory.clone_failures, last=memory.last_clone_failed_at)
+    go = all(r.holds for r in reasons) and wait_s <= 0
+    return Decision(
+        situation="empty", summary="bootstrapping a new cluster" if go else "waiting to bootstrap", reasons=reasons,
+        actions=(Bootstrap(),) if go else (), memory=memory, ask_peers=ask_others(o), wake_in_s=max(0.3, min(1.0, wait_s)),
+        state="initializing new cluster" if go else "", role="uninitialized",
+    )
+
+
+def _finish_bootstrap(o: Observation, memory: Memory) -> Decision:
+    """The last write of a bootstrap: own claim on `initialize`, no lock → lock, identifier, configuration, in one transaction."""
+    view, now = view_of(o), standing(o)
+    done = replace(memory, bootstrap_identifier="", bootstrap_revision=0)
+    if now.whose is Whose.MINE or view.initialize == memory.bootstrap_identifier:
+        return Decision(situation="empty", summary="initialized a new cluster", reasons=(because(now),), memory=done, wake_in_s=0.0)
+    if view.lock is not None or (view.initialize is not None and view.initialize != ""):
+        abandon = AbandonDirectory(why="another node has initialised the cluster meanwhile")
+        return Decision(situation="empty", summary=abandon.why, reasons=(because(now),), actions=(abandon,), memory=done)
+    control = o.directory.control
+    acquire = AcquireLock(
+        lock_revision=0, lock_value=b"", epoch_revision=view.revision_of("pgha/epoch"), epoch_number=view.epoch.number,
+        initialize_revision=memory.bootstrap_revision, initialize_value=memory.bootstrap_identifier,
+        lsn=control.checkpoint_lsn if control else 0, timeline=control.timeline if control else 1,
+        claim_timeline=control.timeline if control else 1,
+    )
+    return Decision(situation="empty", summary="completing the bootstrap", reasons=(because(now),), actions=(ReadCluster(), acquire), memory=memory,
+                    wake_in_s=0.2, state="initializing new cluster", role="uninitialized")
+
+
+# --- a copy ------------------------------------------------------------------------------------------------------------
+
+def clone_source(o: Observation) -> tuple[Member | None, Reason]:
+    """A running member tagged clonefrom, else the leader."""
+    rule = "empty.has_source"
+    view, now = view_of(o), standing(o)
+    if now.whose is not Whose.LIVE:
+        return None, reason(rule, False, f"no leader to copy from: {now.because}")
+    leader = leader_member(o, now.holder)
+    if leader is None or leader.role != "primary" or leader.state != "running" or not leader.host:
+        return None, reason(rule, False, f"leader {now.holder} is not running as primary yet")
+    tagged = sorted(m.name for m in view.members.values() if m.tags.clonefrom and m.state == "running" and m.host and m.name not in (o.me.name, leader.name))
+    source = view.members[tagged[0]] if tagged else leader
+    return source, reason(rule, True, f"copying from {source.name}" + (" (clonefrom)" if tagged else ", the leader"))
+
+
+def _clone(o: Observation, memory: Memory) -> Decision:
+    view = view_of(o)
+    source, why = clone_source(o)
+    known = reason("empty.cluster_is_initialised", view.initialized, f"initialize is {view.initialize!r}")
+    wait_s = backed_off(o, failures=memory.clone_failures, last=memory.last_clone_failed_at)
+    ready = reason("empty.clone_backoff", wait_s <= 0, f"{memory.clone_failures} failures, next try in {wait_s:.1f} s")
+    reasons = (known, why, ready, *may_bootstrap(o)[1:])
+    actions: tuple[Action, ...] = ()
+    summary = "waiting for leader to bootstrap"
+    if source is not None and view.initialized and wait_s <= 0:
+        assert view.initialize is not None
+        actions = (Clone(source=source_of(source), system_identifier=view.initialize, why=why.because),)
+        summary = f"bootstrap from {'leader' if source.role == 'primary' else 'replica'} '{source.name}'"
+    return Decision(situation="empty", summary=summary, reasons=reasons, actions=actions, memory=memory, ask_peers=ask_others(o, every_s=1.0),
+                    wake_in_s=min(o.settings.loop_wait_s, max(0.2, wait_s) if wait_s else 1.0), state="creating replica" if actions else "", role="uninitialized")
+
+

@@ -1,0 +1,82 @@
+"""Take note of how the last operation ended: what the next passes must remember of it."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from pgha.model.decision import Memory
+from pgha.model.observation import Observation, Operation
+
+#: After a failed promotion, or a hand-over, this node leaves the field to others for so long.
+STAND_BACK_S = 10.0
+
+
+def note_ended(o: Observation, memory: Memory) -> Memory:
+    """The memory with the end of `o.ended` noted, once."""
+    memory = _note_life(o, memory)
+    ended = o.ended
+    if ended is None or ended.id == memory.last_ended_id or ended.ended_at is None:
+        return memory
+    memory = replace(memory, last_ended_id=ended.id)
+    note = _NOTES.get(ended.kind)
+    return memory if note is None else note(o, memory, ended)
+
+
+def _note_life(o: Observation, memory: Memory) -> Memory:
+    """What PostgreSQL's state says by itself."""
+    if o.postgres.process == "running" and o.postgres.answer == "sql" and (memory.crash_seen_at or memory.start_failures):
+        memory = replace(memory, crash_seen_at=None, handover_why="", handover_judged=False, start_failures=0, last_start_failed_at=None)
+    row = o.postgres.row
+    streaming = row is not None and row.receiver is not None and row.receiver.status == "streaming"
+    if row is None or not row.in_recovery or not o.postgres.alive or streaming:
+        return replace(memory, not_streaming_since=None) if memory.not_streaming_since else memory
+    return memory if memory.not_streaming_since else replace(memory, not_streaming_since=o.now)
+
+
+def _bootstrap(_: Observation, memory: Memory, ended: Operation) -> Memory:
+    if not ended.ok:
+        return replace(memory, clone_failures=memory.clone_failures + 1, last_clone_failed_at=ended.ended_at)
+    return replace(memory, bootstrap_identifier=str(ended.facts.get("system_identifier", "")),
+                   bootstrap_revision=int(ended.facts.get("initialize_revision", 0)), clone_failures=0)
+
+
+def _clone(_: Observation, memory: Memory, ended: Operation) -> Memory:
+    if ended.ok:
+        return replace(memory, clone_failures=0, last_clone_failed_at=None, rewind_failed="", start_failures=0)
+    return replace(memory, clone_failures=memory.clone_failures + 1, last_clone_failed_at=ended.ended_at)
+
+
+def _start(_: Observation, memory: Memory, ended: Operation) -> Memory:
+    if ended.ok:
+        return replace(memory, start_failures=0, last_start_failed_at=None)
+    return replace(memory, start_failures=memory.start_failures + 1, last_start_failed_at=ended.ended_at)
+
+
+def _promote(o: Observation, memory: Memory, ended: Operation) -> Memory:
+    if ended.ok:
+        return replace(memory, election=None, promotion_failed_at=None)
+    return replace(memory, promotion_failed_at=ended.ended_at, stand_back_until=o.now.plus_s(STAND_BACK_S),
+                   stand_back_why=f"its promotion failed: {ended.why}")
+
+
+def _demote(o: Observation, memory: Memory, ended: Operation) -> Memory:
+    if ended.facts.get("released"):
+        return replace(memory, election=None, crash_seen_at=None, promotion_failed_at=None, stand_back_until=o.now.plus_s(STAND_BACK_S),
+                       stand_back_why="it has just handed the lock over")
+    return replace(memory, election=None, promotion_failed_at=None)
+
+
+def _rewind(_: Observation, memory: Memory, ended: Operation) -> Memory:
+    return replace(memory, rewind_failed="" if ended.ok else ended.why or "unknown", upstream_asked_at=None)
+
+
+_NOTES = {
+    "Bootstrap": _bootstrap,
+    "Clone": _clone,
+    "StartStandby": _start,
+    "StartPrimary": _start,
+    "Restart": _start,
+    "Promote": _promote,
+    "Demote": _demote,
+    "Rewind": _rewind,
+}

@@ -1,0 +1,71 @@
+"""What every decision carries, whatever the situation: the renewer's mandate, and PostgreSQL's state for others to see."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from pgha.clock import Deadline, earlier
+from pgha.decide.common import may_write, stop_timeout_s
+from pgha.decide.standing import licensed
+from pgha.model.decision import Decision, Mandate
+from pgha.model.observation import Observation
+
+#: A long operation under the lock that is neither a start nor a stop of PostgreSQL.
+OPERATION_S = 60.0
+
+
+def finish(o: Observation, decision: Decision) -> Decision:
+    """The decision, completed."""
+    return replace(decision, mandate=mandate(o), state=decision.state or state(o), role=decision.role or role(o))
+
+
+def mandate(o: Observation) -> Mandate:
+    """Typed, each kind with its bound; never longer than a loop that has stopped deciding may be trusted (safety model 10)."""
+    if not licensed(o):
+        return Mandate()
+    loop_until = o.now.plus_s(min(o.settings.ttl_s, 3 * o.settings.loop_wait_s))
+    start_s = o.settings.primary_start_timeout_s or 300.0
+    operation, postgres = o.operation, o.postgres
+    until: Deadline
+    if operation is not None and operation.kind in ("StartPrimary", "Restart"):
+        return Mandate(kind="starting", until=earlier(loop_until, operation.started_at.plus_s(start_s + stop_timeout_s(o))), why=operation.kind)
+    if operation is not None and operation.kind in ("Demote", "Stop"):
+        return Mandate(kind="stopping", until=earlier(loop_until, operation.started_at.plus_s(stop_timeout_s(o) + 5.0)), why=operation.detail)
+    if operation is not None:
+        return Mandate(kind="operation", until=earlier(loop_until, operation.started_at.plus_s(OPERATION_S)), why=operation.kind)
+    if may_write(o):
+        answered = postgres.answered_at or postgres.since or o.now
+        # A little beyond the bound at which decide.lease hands over, so that it is the loop that does it if it can.
+        until = answered.plus_s(o.settings.primary_hang_timeout_s + 1.0)
+        return Mandate(kind="running", until=earlier(loop_until, until), why="PostgreSQL answers")
+    return Mandate(kind="starting", until=loop_until, why=f"PostgreSQL is {postgres.process}")
+
+
+_OPERATION_STATES = {"Bootstrap": "initializing new cluster", "Clone": "creating replica", "StartPrimary": "starting", "StartStandby": "starting",
+                     "Restart": "restarting", "Stop": "stopping", "Demote": "stopping"}
+
+
+def state(o: Observation) -> str:
+    """One of the texts of the compatibility spec 1.10."""
+    if o.operation is not None and o.operation.kind in _OPERATION_STATES:
+        return _OPERATION_STATES[o.operation.kind]
+    process = o.postgres.process
+    if process == "absent":
+        return "crashed" if o.postgres.ever_started and not o.shutting_down and licensed(o) else "stopped"
+    if process == "stopping":
+        return "stopping"
+    if o.postgres.row is not None:
+        return "running"
+    return "starting"
+
+
+def role(o: Observation) -> str:
+    """One of the texts of the compatibility spec 1.11."""
+    row = o.postgres.row
+    if o.directory.state in ("missing", "empty"):
+        return "uninitialized"
+    if o.operation is not None and o.operation.kind == "Demote":
+        return "demoted"
+    if row is not None and o.postgres.alive:
+        return "replica" if row.in_recovery else "primary"
+    return "replica"

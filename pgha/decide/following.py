@@ -1,0 +1,116 @@
+"""Somebody else holds the lock: stream from the right server, and notice when that cannot work."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from pgha.clock import candidate_age_s
+from pgha.decide import rejoin, slots
+from pgha.decide.common import ask_others, leader_member, reason, source_of, view_of
+from pgha.decide.leading import operator_requests
+from pgha.decide.slots import own_slot_name
+from pgha.decide.standing import Standing, because, standing
+from pgha.model.action import Action, Follow, InspectUpstream, Restart, Source, Stop, WriteInitialize
+from pgha.model.cluster import Member, is_system_identifier
+from pgha.model.decision import Decision, Memory, PeerQuestion, Reason, Vote
+from pgha.model.observation import Observation
+from pgha.model.wal import Position
+
+#: A standby that does not stream for so long looks whether it can at all.
+LOOK_AFTER_S = 1.0
+LOOK_EVERY_S = 2.0
+#: Peers are asked for their positions from so long before a record's expiry.
+PROBE_BEFORE_EXPIRY_S = 2.0
+
+
+def decide(o: Observation, memory: Memory) -> Decision | None:
+    now, row = standing(o), o.postgres.row
+    if memory.election is not None:
+        memory = replace(memory, election=None)
+    vote = Vote(epoch=-1, timeline=row.timeline if row else 0, lsn=row.position if row else 0)
+    ask = ask_others(o) if now.left_s < PROBE_BEFORE_EXPIRY_S else PeerQuestion()
+    wake_in_s = min(o.settings.loop_wait_s, max(0.02, now.left_s - PROBE_BEFORE_EXPIRY_S if now.left_s > PROBE_BEFORE_EXPIRY_S else now.left_s))
+    decision = Decision(situation="following", summary="", reasons=(because(now),), memory=memory, ask_peers=ask, vote=vote, wake_in_s=wake_in_s)
+    if row is None:
+        return replace(decision, summary=f"PostgreSQL is {o.postgres.process} ({o.postgres.answer})", wake_in_s=min(wake_in_s, 0.5))
+    leader = leader_member(o, now.holder)
+    upstream = _upstream(o, leader)
+    actions: list[Action] = []
+    view = view_of(o)
+    if not view.initialized and view.initialize is None and is_system_identifier(row.system_identifier):
+        actions.append(WriteInitialize(value=row.system_identifier, if_revision=view.revision_of("initialize")))
+    wanted = follows_wanted(o, upstream)
+    if not wanted.holds:
+        actions.append(Follow(upstream=upstream, slot_name=own_slot_name(o) if upstream else ""))
+    looked = _look(o, memory, now, leader)
+    if looked is not None:
+        more, memory, reasons, summary = looked
+        if more:
+            return replace(decision, summary=summary, reasons=(*decision.reasons, wanted, *reasons), actions=(*actions, *more), memory=memory, wake_in_s=0.5)
+    maintenance = slots.maintenance(o)
+    if maintenance is not None and wanted.holds:
+        actions.append(maintenance)
+    actions += [_with_upstream(a, upstream, own_slot_name(o)) for a in operator_requests(o, as_primary=False)]
+    return replace(decision, summary=f"no action. I am ({o.me.name}), a secondary, and following a leader ({now.holder})",
+                   reasons=(*decision.reasons, wanted), actions=tuple(actions), memory=memory)
+
+
+def _with_upstream(action: Action, upstream: Source | None, slot_name: str) -> Action:
+    return replace(action, upstream=upstream, slot_name=slot_name if upstream else "") if isinstance(action, Restart) else action
+
+
+def _upstream(o: Observation, leader: Member | None) -> Source | None:
+    """Whom to stream from: the member named by replicatefrom if it runs, else the leader; nobody with nostream."""
+    tags, view = o.settings.tags, view_of(o)
+    if tags.nostream:
+        return None
+    chosen = view.members.get(tags.replicatefrom) if tags.replicatefrom and tags.replicatefrom != o.me.name else None
+    member = chosen if chosen is not None and chosen.state == "running" and chosen.host else leader
+    if member is None or not member.host or member.name == o.me.name:
+        return None
+    return source_of(member)
+
+
+def follows_wanted(o: Observation, upstream: Source | None) -> Reason:
+    """Does primary_conninfo point at the upstream that it ought to?"""
+    rule, row = "following.follows_wanted", o.postgres.row
+    assert row is not None
+    current = _conninfo_target(row.primary_conninfo)
+    wanted = (upstream.host, upstream.port) if upstream else ("", 0)
+    if upstream is None and not o.settings.tags.nostream:
+        return reason(rule, True, "the leader's address is not known: left as it is")
+    slot_fits = row.primary_slot_name == (own_slot_name(o) if upstream else "")
+    return reason(rule, current == wanted and slot_fits, f"wanted {wanted[0]}:{wanted[1]}, set {current[0]}:{current[1]}, slot {row.primary_slot_name or 'none'}")
+
+
+def _conninfo_target(conninfo: str) -> tuple[str, int]:
+    """(host, port) of a conninfo string that pgha wrote: key=value or key='value'."""
+    host, port = "", 0
+    for part in conninfo.split():
+        key, _, value = part.partition("=")
+        value = value.strip("'")
+        if key == "host":
+            host = value
+        elif key == "port" and value.isdigit():
+            port = int(value)
+    return host, port
+
+
+def _look(o: Observation, memory: Memory, now: Standing, leader: Member | None) -> tuple[list[Action], Memory, tuple[Reason, ...], str] | None:
+    """A standby that does not stream: has it diverged from the leader?"""
+    since, row = memory.not_streaming_since, o.postgres.row
+    assert row is not None
+    if since is None or candidate_age_s(since, o.now) < LOOK_AFTER_S or leader is None or leader.role != "primary" or not leader.host:
+        return None
+    upstream = o.upstream
+    known = upstream is not None and upstream.name == leader.name and candidate_age_s(upstream.asked_at, o.now) < LOOK_EVERY_S * 2
+    if upstream is not None and known and upstream.ok and not upstream.in_recovery:
+        own = Position(timeline=row.timeline, lsn=row.position)
+        judged = rejoin.judge(own, o.directory.history, upstream, end_is_known=True)
+        if judged.verdict is not rejoin.Verdict.FOLLOW:
+            stop = Stop(why=judged.because.because, timeout_s=60.0)
+            return [stop], memory, (judged.because,), f"cannot follow {leader.name} as it is: {judged.because.because}"
+    asked = memory.upstream_asked_at
+    if asked is None or candidate_age_s(asked, o.now) >= LOOK_EVERY_S:
+        return [InspectUpstream(source=source_of(leader))], replace(memory, upstream_asked_at=o.now), (), f"not streaming, asking {leader.name} for its timeline"
+    return None

@@ -1,0 +1,32 @@
+"""The order of the situations, and one pass through them."""
+
+from __future__ import annotations
+
+from pgha.decide import blind, broken, busy, empty, finish, following, foreign, leaderless, leading, lease, stopping
+from pgha.decide.ended import note_ended
+from pgha.model.decision import Decision, Memory
+from pgha.model.observation import Observation
+
+#: First match wins; the order is the policy.
+LADDER = (
+    busy.decide,        # a long operation is in flight: let it, or end it
+    stopping.decide,    # the agent was told to stop: PostgreSQL stops cleanly, the lock is handed over
+    foreign.decide,     # this data, or this name, belongs elsewhere: touch nothing
+    lease.decide,       # PostgreSQL may write, and the licence is missing, doubtful or ending
+    blind.decide,       # the store has not been read yet
+    empty.decide,       # no data: bootstrap or clone
+    broken.decide,      # data, but no server: start, rewind, hand over
+    leading.decide,     # this node holds the lock
+    leaderless.decide,  # nobody does: election
+    following.decide,   # somebody else does
+)
+
+
+def decide(observation: Observation, memory: Memory) -> Decision:
+    """One pass. Never raises for any observation."""
+    noted = note_ended(observation, memory)
+    for situation in LADDER:
+        decision = situation(observation, noted)
+        if decision is not None:
+            return finish.finish(observation, decision)
+    raise AssertionError("the last rung of the ladder matches everything")

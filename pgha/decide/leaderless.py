@@ -1,0 +1,100 @@
+"""Nobody holds the lock, or nobody is known to: the election (safety model 6)."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from pgha.clock import candidate_age_s
+from pgha.decide import promotion, restart
+from pgha.decide.common import ask_others, reason, view_of
+from pgha.decide.standing import Standing, Whose, because, standing
+from pgha.model.action import AcquireLock, Action, Freeze, ReadCluster
+from pgha.model.decision import Decision, Election, Memory, Reason, Vote
+from pgha.model.observation import Observation
+
+
+def decide(o: Observation, memory: Memory) -> Decision | None:
+    now = standing(o)
+    if now.whose in (Whose.ABSENT, Whose.SETTLING, Whose.UNKNOWN):
+        return Decision(situation="leaderless", summary=f"waiting: {now.because}", reasons=(because(now),), memory=memory, ask_peers=ask_others(o, every_s=1.0),
+                        wake_in_s=min(0.5, now.left_s) if now.left_s else 0.2)
+    if now.whose not in (Whose.FREE, Whose.NEVER, Whose.OWN_FORMER):
+        return None
+    if now.whose is Whose.NEVER and view_of(o).initialize == "":
+        return Decision(situation="leaderless", summary="waiting for leader to bootstrap", reasons=(because(now),), memory=memory, wake_in_s=0.5)
+    read = restart.read_in_this_pass(o)
+    if not read.holds:
+        return Decision(situation="leaderless", summary=f"the lock is free: {now.because}; reading the cluster", reasons=(because(now), read),
+                        actions=(ReadCluster(),), memory=memory, ask_peers=ask_others(o, epoch=view_of(o).epoch.number), wake_in_s=0.2)
+    return _elect(o, _with_election(o, memory), now, read)
+
+
+def _with_election(o: Observation, memory: Memory) -> Memory:
+    """The memory with this election in it: begun anew when another epoch or record is at stake."""
+    view, election = view_of(o), memory.election
+    if election is None or election.epoch != view.epoch.number or election.lock_revision != view.lock_revision:
+        frozen_at = election.frozen_at if election is not None and election.epoch == view.epoch.number else None
+        election = Election(epoch=view.epoch.number, lock_revision=view.lock_revision, began_at=o.now, frozen_at=frozen_at)
+    return replace(memory, election=election)
+
+
+def _elect(o: Observation, memory: Memory, now: Standing, read: Reason) -> Decision:
+    election = memory.election
+    assert election is not None
+    view = view_of(o)
+    own = promotion.conditions(o, memory)
+    receiver_gone = position_is_final(o)
+    if receiver_gone.holds and election.frozen_at and election.voted_at is None:
+        election = replace(election, voted_at=o.now)
+        memory = replace(memory, election=election)
+    vote = Vote(epoch=election.epoch, timeline=promotion.own_position(o).timeline, lsn=promotion.own_position(o).lsn) if election.voted_at else _moving(o)
+    ask = ask_others(o, epoch=election.epoch, every_s=0.05)
+    decision = Decision(situation="leaderless", summary="", reasons=(because(now), read, *own, receiver_gone), memory=memory, ask_peers=ask, vote=vote,
+                        wake_in_s=0.05)
+    actions: tuple[Action, ...]
+    if election.frozen_at is None and promotion.in_recovery(o).holds:
+        election = replace(election, frozen_at=o.now)
+        actions = (Freeze(epoch=election.epoch),)
+        return replace(decision, summary="election: stopped streaming, so that the position is final", actions=actions, memory=replace(memory, election=election))
+    peers = promotion.peer_conditions(o, election)
+    reasons = (*decision.reasons, *peers)
+    obstacles = [r for r in (*own, receiver_gone, *peers) if not r.holds]
+    if not obstacles:
+        action = _acquire(o)
+        return replace(decision, summary=f"taking the lock: {now.because}", reasons=reasons, actions=(action,), wake_in_s=0.0)
+    waited_s = candidate_age_s(election.began_at, o.now)
+    return replace(decision, summary="not taking the lock: " + "; ".join(r.because for r in obstacles), reasons=reasons,
+                   wake_in_s=0.05 if waited_s < 3 else 0.5)
+
+
+def position_is_final(o: Observation) -> Reason:
+    """No walreceiver lives, and what was received is replayed as far as it goes."""
+    row = o.postgres.row
+    receiver = row.receiver if row else None
+    stale = o.postgres.row_at is None
+    frozen = row is not None and row.primary_conninfo == "" and not stale
+    return reason("leaderless.position_is_final", receiver is None and frozen,
+                  "no walreceiver" if receiver is None and frozen else f"walreceiver is {receiver.status}" if receiver else "primary_conninfo is still set")
+
+
+def _moving(o: Observation) -> Vote:
+    own = promotion.own_position(o)
+    return Vote(epoch=-1, timeline=own.timeline, lsn=own.lsn)
+
+
+def _acquire(o: Observation) -> AcquireLock:
+    """Take exactly the record that was judged, with a timeline number that nobody can have claimed."""
+    view = view_of(o)
+    own = promotion.own_position(o)
+    highest = max([own.timeline, view.timeline, view.epoch.timeline, *(number for number, _ in view.epoch.claims)])
+    claims = view.epoch.claims
+    if view.epoch.timeline > view.timeline and view.epoch.holder:
+        # The last claim is not in /history: it may have been carried out by a node that nobody hears of.
+        claims = (*claims, (view.epoch.timeline, view.epoch.holder))[-20:]
+    return AcquireLock(
+        lock_revision=view.lock_revision, lock_value=view.lock_value, epoch_revision=view.revision_of("pgha/epoch"), epoch_number=view.epoch.number,
+        also_unchanged={key: view.revision_of(key) for key in ("sync", "failsafe", "config")},
+        claim_timeline=highest + 1, claims=claims, lsn=own.lsn, timeline=own.timeline,
+    )
+
+

@@ -1,0 +1,234 @@
+"""This node holds the lock, and PostgreSQL runs: promote it, or keep the cluster's books."""
+
+from __future__ import annotations
+
+import json
+
+from msgspec.structs import replace
+
+from pgha.clock import candidate_age_s
+from pgha.decide import slots, switchover
+from pgha.decide.common import ask_others, fence_in_s, others, reason, stop_timeout_s, view_of
+from pgha.decide.standing import left_s, licensed
+from pgha.model.action import (
+    Action,
+    AnswerRequest,
+    ApplyConfiguration,
+    Demote,
+    Promote,
+    ReadCluster,
+    Restart,
+    RestoreStandbySignal,
+    WriteInitialize,
+    WriteKey,
+)
+from pgha.model.cluster import HistoryEntry, is_system_identifier
+from pgha.model.decision import Decision, Memory, Reason
+from pgha.model.observation import Observation
+from pgha.model.wal import format_lsn
+
+#: Less than this to the fence, and a promotion is not begun: it would hardly be done before the next renewal matters.
+MINIMUM_TO_PROMOTE_S = 1.0
+
+
+def decide(o: Observation, memory: Memory) -> Decision | None:
+    if not licensed(o):
+        return None
+    if o.dcs.view is None:
+        return Decision(situation="leading", summary="holding the lock, reading the cluster", actions=(ReadCluster(),), memory=memory, wake_in_s=0.2)
+    row = o.postgres.row
+    if row is None:
+        return Decision(situation="leading", summary=f"holding the lock, PostgreSQL is {o.postgres.process} ({o.postgres.answer})", memory=memory, wake_in_s=0.1,
+                        reasons=(reason("leading.server_answers", False, o.postgres.why or "no SQL answer yet"),))
+    if row.in_recovery:
+        return _promote(o, memory)
+    if switchover.requested(o):
+        decision = _hand_over(o, memory)
+        if decision is not None:
+            return decision
+    return _keep_books(o, replace(memory, election=None, switchover_asked_at=None) if memory.election or memory.switchover_asked_at else memory)
+
+
+# --- becoming primary --------------------------------------------------------------------------------------------------
+
+def _promote(o: Observation, memory: Memory) -> Decision:
+    reasons = promotion_conditions(o)
+    view, row = view_of(o), o.postgres.row
+    assert row is not None
+    failed = memory.promotion_failed_at is not None and candidate_age_s(memory.promotion_failed_at, o.now) < 30
+    if failed:
+        back = Demote(mode="kill", release=True, checkpoint=False, why="promotion failed", timeout_s=0.0)
+        return Decision(situation="leading", summary="promotion failed: giving the lock back", reasons=reasons, actions=(back,), memory=memory)
+    if view.epoch.holder != o.me.name or o.licence.epoch != view.epoch.number or view.epoch.timeline <= row.timeline:
+        # The claim is not in sight yet, or it was used up: read again; without a claim above our timeline nobody promotes.
+        unread = view.revision < o.licence.revision
+        if unread:
+            return Decision(situation="leading", summary="holding the lock, reading the claim", reasons=reasons, actions=(ReadCluster(),), memory=memory, wake_in_s=0.1)
+        back = Demote(mode="kill", release=True, checkpoint=False, why="no timeline is claimed for a promotion", timeout_s=0.0)
+        return Decision(situation="leading", summary="holding the lock without a claimed timeline: giving it back", reasons=reasons, actions=(back,), memory=memory)
+    if all(r.holds for r in reasons):
+        claim = view.epoch.timeline
+        promote = Promote(timeline=claim, block=tuple(range(row.timeline + 1, claim)), epoch=view.epoch.number)
+        return Decision(situation="leading", summary=f"promoting to timeline {claim} from {format_lsn(row.position)}", reasons=reasons, actions=(promote,),
+                        memory=memory, state="running", role="replica")
+    return Decision(situation="leading", summary="holding the lock, not promoting: " + "; ".join(r.because for r in reasons if not r.holds), reasons=reasons,
+                    memory=memory, wake_in_s=0.05)
+
+
+def promotion_conditions(o: Observation) -> tuple[Reason, ...]:
+    """Promotion is decided in a later pass than the one that acquired the lock, with enough of the licence left."""
+    return (lock_seen_held(o), licence_lasts_long_enough(o), guard_knows(o), watchdog_is_ready(o))
+
+
+def lock_seen_held(o: Observation) -> Reason:
+    acquired = o.licence.acquired_pass
+    return reason("leading.lock_seen_held", acquired < o.number, f"acquired in pass {acquired}, this is pass {o.number}")
+
+
+def licence_lasts_long_enough(o: Observation) -> Reason:
+    to_fence_s = fence_in_s(o)
+    return reason("leading.licence_lasts_long_enough", to_fence_s >= MINIMUM_TO_PROMOTE_S,
+                  f"{to_fence_s:.2f} s to the fence, {MINIMUM_TO_PROMOTE_S} s needed, licence {left_s(o):.2f} s")
+
+
+def guard_knows(o: Observation) -> Reason:
+    """The acknowledgement itself is asked for by the promotion, immediately before it begins."""
+    return reason("leading.guard_answers", o.guard.reachable, f"guard is {o.guard.state}" if o.guard.reachable else f"guard does not answer: {o.guard.why}")
+
+
+def watchdog_is_ready(o: Observation) -> Reason:
+    return reason("leading.watchdog_is_ready", not o.watchdog.failed, o.watchdog.why or f"watchdog mode {o.watchdog.mode}")
+
+
+# --- handing over ------------------------------------------------------------------------------------------------------
+
+def _hand_over(o: Observation, memory: Memory) -> Decision | None:
+    key, revision = view_of(o).failover, view_of(o).revision_of("failover")
+    if key.candidate == o.me.name or key.leader not in ("", o.me.name):
+        # Either it has just been carried out, to this node, or it was meant for another leader: done with.
+        clear = WriteKey(key="failover", value=b"{}", if_revision=revision, epoch_revision=o.licence.epoch_revision)
+        return Decision(situation="leading", summary="clearing the failover key", reasons=switchover.conditions(o), actions=(clear,), memory=memory, wake_in_s=0.1)
+    if memory.switchover_revision != revision:
+        memory = replace(memory, switchover_revision=revision, switchover_asked_at=o.now)
+    reasons = switchover.conditions(o)
+    ask = ask_others(o, every_s=0.05)
+    if all(r.holds for r in reasons):
+        demote = Demote(mode="fast", release=True, checkpoint=True, why=f"switchover to {key.candidate or 'the best standby'}", timeout_s=stop_timeout_s(o))
+        return Decision(situation="leading", summary=f"handing over: {demote.why}", reasons=reasons, actions=(demote,), memory=memory, ask_peers=ask)
+    if switchover.still_patient(o, memory):
+        return Decision(situation="leading", summary="asked to hand over, asking the others", reasons=reasons, memory=memory, ask_peers=ask, wake_in_s=0.05)
+    clear = WriteKey(key="failover", value=b"{}", if_revision=revision, epoch_revision=o.licence.epoch_revision)
+    return Decision(situation="leading", summary="refused to hand over: " + "; ".join(r.because for r in reasons if not r.holds), reasons=reasons, actions=(clear,),
+                    memory=memory, wake_in_s=0.1)
+
+
+# --- everyday ----------------------------------------------------------------------------------------------------------
+
+def _keep_books(o: Observation, memory: Memory) -> Decision:
+    view, row = view_of(o), o.postgres.row
+    assert row is not None
+    actions: list[Action] = []
+    if not o.directory.standby_signal and o.directory.state == "valid":
+        actions.append(RestoreStandbySignal())
+    if not view.initialized and is_system_identifier(row.system_identifier):
+        actions.append(WriteInitialize(value=row.system_identifier, if_revision=view.revision_of("initialize")))
+    if view.config is None and o.settings.dynamic_config:
+        actions.append(_leaders_write(o, "config", o.settings.dynamic_config))
+    status, memory = _status(o, memory)
+    if status is not None:
+        actions.append(status)
+    history = _history(o)
+    if history is not None:
+        actions.append(history)
+    maintenance = slots.maintenance(o)
+    if maintenance is not None:
+        actions.append(maintenance)
+    actions += operator_requests(o, as_primary=True)
+    reasons: tuple[Reason, ...] = (reason("leading.licence", True, f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"),)
+    return Decision(situation="leading", summary=f"no action. I am ({o.me.name}), the leader with the lock", reasons=reasons, actions=tuple(actions), memory=memory,
+                    wake_in_s=o.settings.loop_wait_s)
+
+
+def _leaders_write(o: Observation, key: str, value: bytes) -> WriteKey:
+    return WriteKey(key=key, value=value, if_revision=view_of(o).revision_of(key), epoch_revision=o.licence.epoch_revision)
+
+
+def _compact(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _status(o: Observation, memory: Memory) -> tuple[WriteKey | None, Memory]:
+    """`status`: position and slots, once every loop_wait, and only if it says something new."""
+    view, row = view_of(o), o.postgres.row
+    assert row is not None
+    if memory.last_status_at is not None and candidate_age_s(memory.last_status_at, o.now) < o.settings.loop_wait_s * 0.95:
+        return None, memory
+    value: dict[str, object] = {k: v for k, v in view.status.raw.items() if k not in ("optime", "slots", "retain_slots")}
+    value = {"optime": row.lsn, **value}
+    published = slots.published_slots(o)
+    if published:
+        value["slots"] = published
+        retained = sorted({slots.slot_name(n) for n in (*view.members, *others(o))})
+        value["retain_slots"] = retained
+    if value == view.status.raw:
+        return None, memory
+    return _leaders_write(o, "status", _compact(value)), replace(memory, last_status_at=o.now)
+
+
+def _history(o: Observation) -> WriteKey | None:
+    """`history`: the rows of the own timeline's history file; known rows keep their time and leader."""
+    view, row = view_of(o), o.postgres.row
+    assert row is not None
+    if row.timeline == view.timeline or (row.timeline > 1 and not o.directory.history):
+        return None
+    if o.directory.history and o.directory.history[-1].timeline >= row.timeline:
+        return None     # the directory was looked at before the promotion
+    known = {e.timeline: e for e in view.history or ()}
+    entries = []
+    newest = o.directory.history[-1].timeline if o.directory.history else 0
+    for item in o.directory.history:
+        old = known.get(item.timeline)
+        if old is not None and old.lsn == item.switch_lsn:
+            entries.append(old)
+        elif item.timeline == newest:
+            entries.append(HistoryEntry(timeline=item.timeline, lsn=item.switch_lsn, reason=item.reason, timestamp=_timestamp(o.wall_s), leader=o.me.name))
+        else:
+            entries.append(HistoryEntry(timeline=item.timeline, lsn=item.switch_lsn, reason=item.reason))
+    limit = o.settings.max_timelines_history
+    rows = [[e.timeline, e.lsn, e.reason, e.timestamp, e.leader] for e in (entries[-limit:] if limit else entries)]
+    for item_row in rows:
+        while item_row[-1] == "":
+            item_row.pop()
+    if row.timeline == 1 and view.history == ():
+        return None
+    return _leaders_write(o, "history", _compact(rows))
+
+
+def _timestamp(wall_s: float) -> str:
+    """Epoch seconds → ISO 8601 in UTC with microseconds, by arithmetic: `decide` reads no clock and needs no zone."""
+    days, rest = divmod(int(wall_s), 86400)
+    micro = int((wall_s - int(wall_s)) * 1e6)
+    # Civil date from days since 1970-01-01 (proleptic Gregorian calendar, eras of 400 years).
+    z = days + 719468
+    era, doe = divmod(z, 146097)
+    yoe = (doe - doe // 1460 + doe // 36524 - doe // 146096) // 365
+    doy = doe - (365 * yoe + yoe // 4 - yoe // 100)
+    mp = (5 * doy + 2) // 153
+    day, month = doy - (153 * mp + 2) // 5 + 1, mp + 3 if mp < 10 else mp - 9
+    year = yoe + era * 400 + (1 if month <= 2 else 0)
+    return f"{year:04d}-{month:02d}-{day:02d}T{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}.{micro:06d}+00:00"
+
+
+def operator_requests(o: Observation, *, as_primary: bool) -> list[Action]:
+    """Restarts and reloads that were asked for through REST: one operation a pass."""
+    actions: list[Action] = []
+    for request in o.requests:
+        if request.kind == "reload":
+            actions += [ApplyConfiguration(force=True), AnswerRequest(id=request.id, status=202, text="reload scheduled")]
+        elif request.kind == "restart":
+            timeout_s = float(request.options.get("timeout_s") or o.settings.primary_start_timeout_s or 300.0)
+            actions.append(Restart(as_primary=as_primary, timeout_s=timeout_s, request_id=request.id))
+            break
+    return actions
+
+

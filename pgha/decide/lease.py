@@ -1,0 +1,82 @@
+"""PostgreSQL may accept writes: is this node's licence provably valid, and for long enough? (safety model 3, 8, 10)
+
+This is the orderly one of three independent paths; lock/fence.py and the guard act at the deadline whatever happens here.
+"""
+
+from __future__ import annotations
+
+from pgha.clock import holder_age_s, remaining_s
+from pgha.decide import restart
+from pgha.decide.common import fence_in_s, may_write, reason
+from pgha.decide.standing import Whose, because, left_s, licensed, standing
+from pgha.model.action import Action, Demote, ReadCluster
+from pgha.model.decision import Decision, Memory, Reason
+from pgha.model.lock import demote_at
+from pgha.model.observation import Observation
+
+
+def decide(o: Observation, memory: Memory) -> Decision | None:
+    if not may_write(o):
+        return None
+    if licensed(o):
+        return _while_licensed(o, memory)
+    now = standing(o)
+    reasons = (because(now), licence_is_valid(o))
+    if now.whose in (Whose.UNKNOWN, Whose.SETTLING):
+        # The guard ends this at the deadline that it knows; until then the store may still answer.
+        return Decision(situation="lease", summary="a primary runs, waiting to learn whose the lock is", reasons=reasons, memory=memory, wake_in_s=0.1)
+    if now.whose is Whose.OWN_FORMER:
+        return _readopt(o, memory, reasons)
+    demote = Demote(mode="kill" if now.whose is Whose.LIVE else "fast", release=False, checkpoint=False, why=f"no licence to accept writes: {now.because}", timeout_s=2.0)
+    return Decision(situation="lease", summary=f"demoting: {now.because}", reasons=reasons, actions=(demote,), memory=memory)
+
+
+def _while_licensed(o: Observation, memory: Memory) -> Decision | None:
+    reasons = (licence_lasts(o), server_answers(o))
+    if all(r.holds for r in reasons):
+        return None
+    if not reasons[1].holds:
+        demote = Demote(mode="kill", release=True, checkpoint=False, why=reasons[1].because, timeout_s=0.0)
+        return Decision(situation="lease", summary=f"PostgreSQL hangs, handing over: {reasons[1].because}", reasons=reasons, actions=(demote,), memory=memory)
+    # The lock is not released: renewals fail. Whoever can reach the store takes it over when it expires.
+    demote = Demote(mode="fast", release=True, checkpoint=False, why=reasons[0].because, timeout_s=max(0.1, fence_in_s(o) - 0.2))
+    return Decision(situation="lease", summary=f"demoting: {reasons[0].because}", reasons=reasons, actions=(demote,), memory=memory)
+
+
+def _readopt(o: Observation, memory: Memory, reasons: tuple[Reason, ...]) -> Decision:
+    view = o.dcs.view
+    assert view is not None
+    conditions = restart.readoption_conditions(o)
+    if not all(c.holds for c in conditions):
+        demote = Demote(mode="fast", release=False, checkpoint=False, why="this node's former record cannot be adopted", timeout_s=2.0)
+        return Decision(situation="lease", summary="demoting: " + next(c.because for c in conditions if not c.holds),
+                        reasons=(*reasons, *conditions), actions=(demote,), memory=memory)
+    actions: tuple[Action, ...] = (restart.readopt(o),) if restart.read_in_this_pass(o).holds else (ReadCluster(),)
+    return Decision(situation="lease", summary="a primary runs under this node's former record: adopting it", reasons=(*reasons, *conditions),
+                    actions=actions, memory=memory, wake_in_s=0.1)
+
+
+def licence_is_valid(o: Observation) -> Reason:
+    return reason("lease.licence_is_valid", licensed(o), f"licence {o.licence.state}, {left_s(o):.1f} s left")
+
+
+def licence_lasts(o: Observation) -> Reason:
+    """Demotion begins early enough for a fast shutdown before the fence, not before an election may have ended well."""
+    licence = o.licence
+    assert licence.valid_until is not None
+    assert licence.since is not None
+    begin = demote_at(licence.valid_until, licence.ttl_s, since=licence.since, loop_wait_s=o.settings.loop_wait_s)
+    to_go_s = remaining_s(begin, o.now)
+    failing = f", renewals have failed for {holder_age_s(licence.failing_since, o.now):.1f} s ({licence.failing_why})" if licence.failing_since else ""
+    return reason("lease.licence_lasts", to_go_s > 0, f"{left_s(o):.1f} s of the licence left, demotion in {to_go_s:.1f} s{failing}")
+
+
+def server_answers(o: Observation) -> Reason:
+    """A primary that gives no sign of life for too long is handed over: nobody can write to it, and it might thaw later."""
+    postgres, limit_s = o.postgres, o.settings.primary_hang_timeout_s
+    since = postgres.answered_at or postgres.since
+    silent_s = holder_age_s(since, o.now) if since else 0.0
+    return reason("lease.server_answers", silent_s < limit_s, f"last sign of life {silent_s:.1f} s ago, limit {limit_s:g} s"
+                  + (f" ({postgres.why})" if postgres.why and silent_s > 1 else ""))
+
+

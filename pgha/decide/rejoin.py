@@ -1,0 +1,79 @@
+"""Can this data follow that primary as it is, must it be rewound, or is it lost to it?
+
+Positions on different timelines compare only through the upstream's history: what lies behind the point where it left
+our timeline exists nowhere else any more, and must go before this data can follow.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from pgha.decide.common import reason
+from pgha.model.decision import Memory, Reason
+from pgha.model.observation import Observation, Upstream
+from pgha.model.wal import HistoryRow, Position, format_lsn
+
+
+class Verdict(StrEnum):
+    """`UNKNOWN`: the end of our WAL is not known yet, and it matters."""
+
+    FOLLOW = "follow"
+    REWIND = "rewind"
+    CLONE = "clone"
+    UNKNOWN = "unknown"
+
+
+class Judgement(Struct, frozen=True, kw_only=True):
+    verdict: Verdict
+    because: Reason
+
+
+def judge(own: Position, own_history: tuple[HistoryRow, ...], upstream: Upstream, *, end_is_known: bool) -> Judgement:
+    """`own`: the end of what this node has, `end_is_known` whether that is really the end (a stopped server's WAL may
+    go on behind what pg_control says)."""
+    def verdict(what: Verdict, text: str) -> Judgement:
+        return Judgement(verdict=what, because=reason("rejoin.judge", what is Verdict.FOLLOW, text))
+
+    if own.timeline == upstream.timeline:
+        ours, theirs = _branch(own_history), _branch(upstream.history)
+        if ours and theirs and ours != theirs:
+            # Two promotions that took the same number: pg_rewind would see nothing to do (measured; safety model 7).
+            return verdict(Verdict.CLONE, f"both on timeline {own.timeline}, but it branched at {format_lsn(ours[-1][1])} here and at {format_lsn(theirs[-1][1])} there")
+        return verdict(Verdict.FOLLOW, f"both on timeline {own.timeline}")
+    switch = next((row.switch_lsn for row in upstream.history if row.timeline == own.timeline), None)
+    if switch is None:
+        return verdict(Verdict.REWIND, f"{upstream.name} is on timeline {upstream.timeline}, whose history does not know timeline {own.timeline}")
+    if own.lsn > switch:
+        return verdict(Verdict.REWIND, f"own WAL ends at {own}, {upstream.name} left that timeline at {format_lsn(switch)}")
+    if not end_is_known:
+        return verdict(Verdict.UNKNOWN, f"own WAL goes at least to {own}, {upstream.name} left that timeline at {format_lsn(switch)}")
+    return verdict(Verdict.FOLLOW, f"own WAL ends at {own}, {upstream.name} left that timeline at {format_lsn(switch)}")
+
+
+def _branch(history: tuple[HistoryRow, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((row.timeline, row.switch_lsn) for row in history)
+
+
+def rewind_conditions(o: Observation, memory: Memory) -> tuple[Reason, ...]:
+    """Why pg_rewind may not be possible; every obstacle at once."""
+    control = o.directory.control
+    hints = control is not None and (control.wal_log_hints or control.checksums)
+    return (
+        reason("rejoin.rewind_is_enabled", o.settings.use_pg_rewind, f"postgresql.use_pg_rewind is {str(o.settings.use_pg_rewind).lower()}"),
+        reason("rejoin.rewind_is_possible", hints, "wal_log_hints or data checksums are on" if hints else "neither wal_log_hints nor data checksums are on"),
+        reason("rejoin.rewind_has_not_failed", not memory.rewind_failed, memory.rewind_failed or "not tried yet"),
+    )
+
+
+def clone_permission(o: Observation, memory: Memory) -> Reason:
+    """Replacing a data directory that diverged is the operator's to allow."""
+    rule = "rejoin.clone_is_allowed"
+    settings = o.settings
+    if memory.rewind_failed and settings.remove_data_directory_on_rewind_failure:
+        return reason(rule, True, "postgresql.remove_data_directory_on_rewind_failure is on")
+    if settings.remove_data_directory_on_diverged_timelines:
+        return reason(rule, True, "postgresql.remove_data_directory_on_diverged_timelines is on")
+    wanted = "remove_data_directory_on_rewind_failure" if memory.rewind_failed else "remove_data_directory_on_diverged_timelines"
+    return reason(rule, False, f"postgresql.{wanted} is off; the data is kept: switch it on, or move the data directory away")

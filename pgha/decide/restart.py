@@ -1,0 +1,81 @@
+"""May this node go on under its own former record, and may its data start as primary without a new timeline?"""
+
+from __future__ import annotations
+
+from pgha.clock import holder_age_s
+from pgha.decide.common import reason, view_of
+from pgha.model.action import AcquireLock
+from pgha.model.decision import Reason
+from pgha.model.observation import Observation
+from pgha.model.wal import format_lsn
+
+#: A linearizable read counts as "in this pass" if it was begun within this time.
+THIS_PASS_S = 0.5
+
+
+def read_in_this_pass(o: Observation) -> Reason:
+    """What is taken must have been read linearizably just now."""
+    age_s = holder_age_s(o.dcs.read_at, o.now) if o.dcs.read_at else 1e9
+    return reason("restart.read_in_this_pass", age_s <= THIS_PASS_S,
+                  "never read" if o.dcs.read_at is None else f"last read {age_s:.2f} s ago, limit {THIS_PASS_S} s")
+
+
+def readoption_conditions(o: Observation) -> tuple[Reason, ...]:
+    """Asked of a node whose own earlier incarnation wrote the record that stands."""
+    return (data_is_not_behind_record(o), guard_answers(o))
+
+
+def data_is_not_behind_record(o: Observation) -> Reason:
+    """A data directory restored from a backup must not go on as if it were the primary that wrote the record."""
+    rule = "restart.data_is_not_behind_record"
+    record = view_of(o).lock
+    if record is None:
+        return reason(rule, False, "there is no record")
+    row, control = o.postgres.row, o.directory.control
+    if row is not None and o.postgres.alive:
+        timeline, lsn = row.timeline, row.position
+    elif control is not None:
+        # Not the end of its WAL, which crash recovery finds; the last checkpoint at least must not contradict.
+        timeline, lsn = control.timeline, max(control.checkpoint_lsn, o.directory.end_of_wal)
+    else:
+        return reason(rule, False, "the data directory has no readable pg_control")
+    if record.timeline and timeline < record.timeline:
+        return reason(rule, False, f"data on timeline {timeline}, the record says {record.timeline}")
+    if o.postgres.alive and row is not None and not row.in_recovery and lsn < record.lsn:
+        return reason(rule, False, f"data at {format_lsn(lsn)}, the record says {format_lsn(record.lsn)}")
+    return reason(rule, True, f"timeline {timeline}, record's {record.timeline}")
+
+
+def guard_answers(o: Observation) -> Reason:
+    """Without the guard no primary runs."""
+    return reason("restart.guard_answers", o.guard.reachable, f"guard is {o.guard.state}" if o.guard.reachable else f"guard does not answer: {o.guard.why}")
+
+
+def readopt(o: Observation) -> AcquireLock:
+    """The CAS by which a new incarnation goes on with its node's record: no takeover, the epoch stays."""
+    view = view_of(o)
+    row, control = o.postgres.row, o.directory.control
+    lsn, timeline = (row.position, row.timeline) if row else (0, control.timeline if control else 0)
+    return AcquireLock(
+        lock_revision=view.lock_revision, lock_value=view.lock_value, epoch_revision=view.revision_of("pgha/epoch"),
+        epoch_number=view.epoch.number, readopt=True, claim_timeline=view.epoch.timeline, claims=view.epoch.claims, lsn=lsn, timeline=timeline,
+    )
+
+
+def may_start_as_primary(o: Observation) -> tuple[Reason, ...]:
+    """Start in place: only data that was a primary's, on the newest timeline that anybody knows of."""
+    return (was_primary(o), timeline_is_current(o))
+
+
+def was_primary(o: Observation) -> Reason:
+    control = o.directory.control
+    state = control.state if control else "unknown"
+    return reason("restart.was_primary", control is not None and "recovery" not in state.replace("in crash recovery", ""),
+                  f"pg_control says: {state}")
+
+
+def timeline_is_current(o: Observation) -> Reason:
+    view, control = view_of(o), o.directory.control
+    own = control.timeline if control else 0
+    # A promotion of this epoch that died half way leaves pg_control behind the claim: then it is a standby's start.
+    return reason("restart.timeline_is_current", own >= view.timeline, f"own timeline {own}, the cluster's {view.timeline}")

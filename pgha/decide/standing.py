@@ -1,0 +1,111 @@
+"""Whose is the lock, as far as this node may believe? (safety model 3 and 4)"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from msgspec import Struct
+
+from pgha.clock import candidate_age_s, remaining_s
+from pgha.model.decision import Reason
+from pgha.model.lock import LicenceState, LockRecord, wait_s
+from pgha.model.observation import Observation
+
+#: An absent record is not free before this long a time of absence, whatever the ttl (safety model 4).
+ABSENCE_S = 30.0
+
+
+class Whose(StrEnum):
+    """Every way that the lock can stand."""
+
+    UNKNOWN = "unknown"            # the store was not read yet
+    SETTLING = "settling"          # a take-over of ours was sent, its outcome is not known yet
+    MINE = "mine"                  # a valid licence of this incarnation
+    OWN_FORMER = "own_former"      # this node's record, of an earlier incarnation (or released by nobody): to be re-adopted
+    IMPOSTOR = "impostor"          # another node's, under this node's name
+    LIVE = "live"                  # somebody's, not expired on this node's clock
+    FREE = "free"                  # released or expired: may be taken by a CAS on exactly this record
+    ABSENT = "absent"              # no record, and not long enough
+    NEVER = "never"                # no record, and the cluster was never initialised
+
+
+class Standing(Struct, frozen=True, kw_only=True):
+    """`left_s`: until a live record expires or an absent one counts as free, on this node's clock; 0 where it does not apply."""
+
+    whose: Whose
+    because: str
+    record: LockRecord | None = None
+    left_s: float = 0.0
+
+    @property
+    def holder(self) -> str:
+        return self.record.holder if self.record else ""
+
+
+def standing(o: Observation) -> Standing:
+    """How the lock stands now."""
+    licence = o.licence
+    if licensed(o):
+        return Standing(whose=Whose.MINE, because=f"licence valid for {left_s(o):.1f} s", record=o.dcs.view.lock if o.dcs.view else None)
+    if o.dcs.view is None:
+        return Standing(whose=Whose.UNKNOWN, because="the store has not been read yet")
+    if licence.state is LicenceState.ACQUIRING:
+        return Standing(whose=Whose.SETTLING, because="a take-over was sent, its outcome is not known yet")
+    seen = o.dcs.lock_seen
+    untrusted_s = 0.0 if o.dcs.trusted_from is None else max(0.0, remaining_s(o.dcs.trusted_from, o.now))
+    record = seen.record
+    if record is None:
+        return _absent(o, untrusted_s)
+    if record.holder == o.me.name and record.node_id not in ("", o.me.node_id):
+        age = candidate_age_s(seen.since, o.now) if seen.since else 0.0
+        if record.mode == "released" or age >= wait_s(record.ttl_s):
+            return Standing(whose=Whose.FREE, because=f"the record of another node named {o.me.name} has expired", record=record)
+        return Standing(whose=Whose.IMPOSTOR, because=f"another node (id {record.node_id}) holds the lock under the name {record.holder}", record=record)
+    if untrusted_s > 0:
+        return Standing(whose=Whose.LIVE, record=record, left_s=untrusted_s,
+                        because=f"{o.dcs.generation_changed}: no record is believed for another {untrusted_s:.1f} s")
+    if record.mode == "released":
+        return Standing(whose=Whose.FREE, because=f"released by {record.holder}", record=record)
+    if record.node_id == o.me.node_id and (record.incarnation != o.me.incarnation or licence.state is LicenceState.NONE):
+        # Of an earlier process, or of this one whose licence ran out before anybody took over.
+        return Standing(whose=Whose.OWN_FORMER, because="this node's own record, without a valid licence", record=record)
+    if record.mode == "paused":
+        return Standing(whose=Whose.LIVE, because=f"held by {record.holder} in pause: does not expire", record=record, left_s=1e9)
+    age_s = candidate_age_s(seen.since, o.now) if seen.since else 0.0
+    left = wait_s(record.ttl_s) - age_s
+    if left <= 0:
+        return Standing(whose=Whose.FREE, record=record,
+                        because=f"{record.holder or 'unknown'}'s record was seen unchanged for {age_s:.2f} s, ttl {record.ttl_s:g} s")
+    return Standing(whose=Whose.LIVE, because=f"held by {record.holder or 'unknown'}, expires in {left:.1f} s unless renewed", record=record, left_s=left)
+
+
+def _absent(o: Observation, untrusted_s: float) -> Standing:
+    view = o.dcs.view
+    assert view is not None
+    never = view.initialize is None and not o.dcs.remembered_ttl_s and view.epoch.number == 0
+    if never and not any(p.answered and p.system_identifier for p in o.peers.values()):
+        return Standing(whose=Whose.NEVER, because="the cluster was never initialised")
+    needed_s = wait_s(max(o.dcs.remembered_ttl_s, o.settings.ttl_s, ABSENCE_S))
+    since = o.dcs.lock_seen.absent_since
+    age_s = candidate_age_s(since, o.now) if since else 0.0
+    left = max(needed_s - age_s, untrusted_s)
+    if left <= 0:
+        return Standing(whose=Whose.FREE, because=f"no record for {age_s:.1f} s, {needed_s:.1f} s needed")
+    return Standing(whose=Whose.ABSENT, because=f"no record for {age_s:.1f} s, {needed_s:.1f} s needed", left_s=left)
+
+
+def licensed(o: Observation) -> bool:
+    """Is there a committed record of this incarnation whose validity has not passed?"""
+    licence = o.licence
+    return licence.state is LicenceState.HELD and licence.valid_until is not None and remaining_s(licence.valid_until, o.now) > 0
+
+
+def left_s(o: Observation) -> float:
+    """Seconds of the licence left; 0 without one."""
+    until = o.licence.valid_until
+    return 0.0 if until is None else max(0.0, remaining_s(until, o.now))
+
+
+def because(standing_now: Standing) -> Reason:
+    """The standing as a reason."""
+    return Reason(rule=f"standing.{standing_now.whose}", holds=True, because=standing_now.because)

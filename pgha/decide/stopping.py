@@ -1,0 +1,30 @@
+"""The agent was told to stop: PostgreSQL stops cleanly, and a leader hands its lock over."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from pgha.decide.common import may_write, reason, stop_timeout_s
+from pgha.decide.standing import licensed
+from pgha.model.action import Demote, ReleaseLock, Stop
+from pgha.model.decision import Decision, Memory
+from pgha.model.observation import Observation
+
+
+def decide(o: Observation, memory: Memory) -> Decision | None:
+    if not o.shutting_down:
+        return None
+    because = (reason("stopping.asked", True, "the agent was told to stop"),)
+    if o.postgres.alive:
+        writes = may_write(o) or licensed(o)
+        action: Demote | Stop = (
+            Demote(mode="fast", release=True, checkpoint=True, why="agent stops", timeout_s=stop_timeout_s(o)) if writes
+            else Stop(why="agent stops", timeout_s=stop_timeout_s(o))
+        )
+        return Decision(situation="stopping", summary="stopping PostgreSQL", reasons=because, actions=(action,), memory=memory)
+    if licensed(o):
+        lsn, timeline = (o.directory.control.checkpoint_lsn, o.directory.control.timeline) if o.directory.control else (0, 0)
+        release = ReleaseLock(lsn=lsn, timeline=timeline, why="agent stops")
+        return Decision(situation="stopping", summary="giving the lock back", reasons=because, actions=(release,),
+                        memory=replace(memory, shutdown_done=True), wake_in_s=0.2)
+    return Decision(situation="stopping", summary="stopped", reasons=because, memory=replace(memory, shutdown_done=True), wake_in_s=0.1)

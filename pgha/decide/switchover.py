@@ -1,0 +1,77 @@
+"""An operator asked for another leader: may this leader hand over, and to whom?"""
+
+from __future__ import annotations
+
+from pgha.clock import candidate_age_s
+from pgha.decide.common import fresh_peers, mib, others, reason, view_of
+from pgha.model.decision import Memory, Reason
+from pgha.model.observation import Observation, Peer
+
+#: Peers' answers are waited for so long before a request is refused for want of them.
+PATIENCE_S = 2.0
+
+
+def requested(o: Observation) -> bool:
+    """Is there a request in the failover key that this leader is to carry out now?"""
+    key = view_of(o).failover
+    return not key.empty and not key.scheduled_at
+
+
+def conditions(o: Observation) -> tuple[Reason, ...]:
+    """Every condition of handing over on request."""
+    return (names_this_leader(o), names_another_candidate(o), has_good_candidate(o))
+
+
+def still_patient(o: Observation, memory: Memory) -> bool:
+    """May an answer that would help still come?"""
+    since = memory.switchover_asked_at
+    return since is None or candidate_age_s(since, o.now) < PATIENCE_S
+
+
+def names_this_leader(o: Observation) -> Reason:
+    key = view_of(o).failover
+    return reason("switchover.names_this_leader", key.leader in ("", o.me.name), f"asked from {key.leader or 'anybody'}, the leader is {o.me.name}")
+
+
+def names_another_candidate(o: Observation) -> Reason:
+    key = view_of(o).failover
+    return reason("switchover.names_another_candidate", key.candidate != o.me.name, f"candidate {key.candidate or 'any'}, the leader is {o.me.name}")
+
+
+def has_good_candidate(o: Observation) -> Reason:
+    """At least one of those who may take over answers, is a standby that streams close behind, and may lead."""
+    rule = "switchover.has_good_candidate"
+    wanted = view_of(o).failover.candidate
+    names = [wanted] if wanted else sorted(others(o))
+    verdicts = {name: obstacles(o, name) for name in names}
+    good = [name for name, found in verdicts.items() if not found]
+    if good:
+        return reason(rule, True, f"{', '.join(good)} can take over")
+    if not names:
+        return reason(rule, False, "there is no other member")
+    return reason(rule, False, "; ".join(f"{name}: {', '.join(found)}" for name, found in verdicts.items()))
+
+
+def obstacles(o: Observation, name: str) -> list[str]:
+    """Why this member cannot take over from a healthy leader; empty if it can. Each with its numbers."""
+    peer: Peer | None = fresh_peers(o).get(name)
+    if name not in others(o):
+        return ["is no member"]
+    if peer is None:
+        last = o.peers.get(name)
+        return [f"does not answer ({last.why})" if last and last.why else "does not answer"]
+    row = o.postgres.row
+    found = []
+    lag = max(0, (row.lsn if row else 0) - peer.lsn)
+    limit = o.settings.maximum_lag_on_failover_bytes
+    if peer.in_recovery is not True:
+        found.append("is no standby")
+    if peer.tags.nofailover:
+        found.append("tag nofailover is set")
+    if peer.watchdog_failed:
+        found.append("its watchdog is required and not usable")
+    if lag > limit:
+        found.append(f"lag {mib(lag)}, limit {mib(limit)}")
+    if row is not None and peer.timeline and peer.timeline != row.timeline:
+        found.append(f"timeline {peer.timeline}, the leader's is {row.timeline}")
+    return found

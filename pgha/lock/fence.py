@@ -1,0 +1,238 @@
+"""This agent's side of the fence: it tells the guard how long writes are licensed, and acts itself at the deadline.
+
+`mode` mirrors what the guard was last told about the data directory: armed (a primary may run until `fence_at`),
+standby (only a server in recovery may run), offline (our own programs work on it). The guard enforces the same from
+outside; both act on their own, neither waits for the other (safety model 8).
+
+Rules of this file:
+* nothing here waits for SQL, disk or the store;
+* a licence is passed on only once it is known to be committed; a shorter one before it is sent.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import trio
+
+from pgha.clock import Clock, Deadline, Instant, earlier, remaining_s
+from pgha.errors import DcsError, GuardError
+from pgha.lock import recipe
+from pgha.lock.guard_client import GuardClient, GuardStatus
+from pgha.lock.renewer import Renewer
+from pgha.log import Log
+from pgha.model.lock import LicenceState, fence_at
+from pgha.model.node import GuardFacts
+
+log = Log("pgha.fence")
+
+#: How long before the fence the last orderly means are used: ending clients first, then all at once.
+SIGINT_BEFORE_S = 0.5
+SIGQUIT_BEFORE_S = 0.1
+#: A promotion or a start as primary is not begun with less of the licence left before the fence than this.
+MINIMUM_TO_ARM_S = 0.5
+GUARD_DEADLINE_S = 0.5
+
+
+class Fence:
+    """Owner of the guard's knowledge, and the agent's own hand at the deadline."""
+
+    def __init__(self, *, renewer: Renewer, guard: GuardClient, data_dir: Path, clock: Clock, wake: Callable[[], None]) -> None:
+        self._renewer = renewer
+        self._guard = guard
+        self._data_dir = data_dir
+        self._clock = clock
+        self._wake_loop = wake
+        self._news = trio.Event()
+        self._told: Deadline | None = None         # the fence_at that the guard acknowledged last
+        self._adopted: Deadline | None = None      # a former agent's, of a primary that was found running
+        self._signalled: set[int] = set()
+        self._fencing = False
+        self._primary_expected = False
+        self.mode: Literal["unknown", "armed", "standby", "offline"] = "unknown"
+        self.facts = GuardFacts()
+
+    # --- ports for operations ------------------------------------------------------------------------------------------
+
+    async def armed(self) -> None:
+        """The guard knows the current licence, and enough of it is left to begin a primary. GuardError if not."""
+        deadline = self._licensed_until()
+        if deadline is None:
+            raise GuardError(f"no licence to accept writes: {self._renewer.licence.state}")
+        left_s = remaining_s(deadline, self._clock.now())
+        if left_s < MINIMUM_TO_ARM_S:
+            raise GuardError(f"the licence ends too soon: {left_s:.2f} s to the fence, {MINIMUM_TO_ARM_S} s wanted")
+        await self._tell(deadline)
+        self.mode = "armed"
+        self._adopted = None
+        self._signalled.clear()
+        self._news.set()
+
+    async def narrow(self, valid_until: Deadline, ttl_s: float) -> None:
+        """A write that shortens the licence is about to be sent (renewer.Narrower)."""
+        if self.mode == "armed":
+            until = fence_at(valid_until, ttl_s)
+            status = await self._guard.narrow(until, deadline_s=GUARD_DEADLINE_S)
+            self._told = until
+            self._note(status)
+
+    async def standby(self) -> None:
+        """Every process of the directory has exited; from here on only a server in recovery may run."""
+        self._note(await self._guard.standby(deadline_s=GUARD_DEADLINE_S))
+        self._settle("standby")
+
+    async def offline(self, for_s: float) -> None:
+        """Our own programs will work on the directory for at most `for_s` from now; ask again to go on."""
+        self._note(await self._guard.offline(self._clock.now().plus_s(for_s), deadline_s=GUARD_DEADLINE_S))
+        self._settle("offline")
+
+    def adopt(self, status: GuardStatus, *, primary: bool) -> None:
+        """At the agent's start: go on where the former agent and the guard stand. Grants nothing."""
+        self._note(status)
+        self.mode = "armed" if primary else "standby" if status.state == "standby" else "unknown"
+        self._adopted = status.fence_at if primary else None
+        self._told = status.fence_at
+
+    @property
+    def adopted_until(self) -> Deadline | None:
+        """The fence of a primary that a former agent left running; None once this agent has its own licence."""
+        return self._adopted if self.mode == "armed" and self._licensed_until() is None else None
+
+    # --- the task ------------------------------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        """The licence or the mandate has changed."""
+        self._news.set()
+
+    async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        """Pass every committed licence on to the guard; fence at the deadline. Never returns."""
+        task_status.started()
+        while True:
+            self._news = trio.Event()
+            if self.mode == "armed":
+                await self._pass_on()
+                await self._act()
+            with trio.move_on_after(self._next_in_s()):
+                await self._news.wait()
+
+    def _next_in_s(self) -> float:
+        if self.mode != "armed":
+            return 60.0
+        deadline = self._deadline()
+        if deadline is None:
+            return 0.05
+        left_s = remaining_s(deadline, self._clock.now())
+        points = [left_s - SIGINT_BEFORE_S, left_s - SIGQUIT_BEFORE_S, left_s]
+        mandate = self._renewer.mandate.until
+        if mandate is not None:
+            points.append(remaining_s(mandate, self._clock.now()))
+        waits = [p for p in points if p > 0]
+        soon = 0.3 if self._told != deadline else 60.0      # the guard has not acknowledged the latest yet
+        return min([*waits, soon]) if waits else 0.02
+
+    def _licensed_until(self) -> Deadline | None:
+        licence = self._renewer.licence
+        if licence.state is not LicenceState.HELD or licence.valid_until is None:
+            return None
+        return fence_at(licence.valid_until, licence.ttl_s)
+
+    def _deadline(self) -> Deadline | None:
+        """When writes must have ended. None: now."""
+        own = self._licensed_until()
+        if own is None:
+            return self._adopted if self._renewer.licence.state in (LicenceState.NONE, LicenceState.ACQUIRING) else None
+        if self._renewer.confirm_failed():
+            return None
+        return own
+
+    async def _pass_on(self) -> None:
+        deadline = self._licensed_until()
+        if deadline is None or deadline == self._told or remaining_s(deadline, self._clock.now()) <= 0:
+            return
+        try:
+            await self._tell(deadline)
+        except GuardError as error:
+            if self.facts.reachable:
+                log.error("guard does not answer; it will fence at the last deadline that it knows", why=str(error))
+            self.facts = GuardFacts(reachable=False, state=self.facts.state, fence_at=self._told, pid=self.facts.pid, why=str(error))
+            self._wake_loop()
+
+    async def _tell(self, deadline: Deadline) -> None:
+        licence = self._renewer.licence
+        self._note(await self._guard.arm(sequence=licence.sequence, fence_at=deadline, deadline_s=GUARD_DEADLINE_S))
+        self._told = deadline
+
+    async def _act(self) -> None:
+        now = self._clock.now()
+        deadline = self._deadline()
+        if deadline is None or remaining_s(deadline, now) <= 0:
+            self._kill("the licence to accept writes has ended" if deadline is not None else "there is no licence to accept writes")
+            return
+        if self._mandate_lapsed(now) and self._licensed_until() is not None:
+            await self._lapse()
+            return
+        left_s = remaining_s(deadline, now)
+        if left_s <= SIGQUIT_BEFORE_S:
+            self._signal(signal.SIGQUIT)
+        elif left_s <= SIGINT_BEFORE_S:
+            self._signal(signal.SIGINT)
+
+    def _mandate_lapsed(self, now: Instant) -> bool:
+        until = self._renewer.mandate.until
+        return until is not None and remaining_s(until, now) <= 0
+
+    async def _lapse(self) -> None:
+        """The loop has given no mandate for too long: end writes in order, then give the lock back (safety model 10)."""
+        if not recipe.processes_of(self._data_dir):
+            return
+        log.error("the mandate has lapsed: ending writes", kind=self._renewer.mandate.kind, why=self._renewer.mandate.why)
+        self._signal(signal.SIGINT)
+        limit = self._clock.now().plus_s(2.0)
+        deadline = self._deadline()
+        if deadline is not None:
+            limit = earlier(limit, deadline)
+        while recipe.processes_of(self._data_dir) and remaining_s(limit, self._clock.now()) > 0:
+            await trio.sleep(0.02)
+        self._kill("the mandate has lapsed")
+        while recipe.processes_of(self._data_dir):
+            await trio.sleep(0.02)
+        self._settle("unknown")
+        try:
+            lsn, timeline = self._renewer.position
+            await self._renewer.release(lsn=lsn, timeline=timeline, deadline_s=2.0)
+        except (DcsError, trio.TooSlowError) as error:
+            log.warning("lock could not be released after the mandate lapsed; it expires", why=str(error))
+        self._wake_loop()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if number in self._signalled:
+            return
+        self._signalled.add(number)
+        sent_to = recipe.signal_postmaster(self._data_dir, number)
+        if sent_to:
+            log.error("the licence is about to end: stopping PostgreSQL", signal=number.name, pid=sent_to)
+        self._wake_loop()
+
+    def _kill(self, why: str) -> None:
+        report = recipe.kill_all(self._data_dir)
+        if report.killed:
+            log.error("fenced", why=why, killed=len(report.killed), took_s=report.took_s)
+            self._wake_loop()
+        if not report.killed and not recipe.processes_of(self._data_dir):
+            # Everything is dead: nothing is left to enforce here until somebody arms again; the guard stays latched.
+            self._settle("unknown")
+            if self._renewer.licence.state is LicenceState.HELD:
+                self._renewer.forget_expired()
+            self._wake_loop()
+
+    def _settle(self, mode: Literal["unknown", "standby", "offline"]) -> None:
+        self.mode = mode
+        self._adopted = None
+        self._told = None
+        self._signalled.clear()
+
+    def _note(self, status: GuardStatus) -> None:
+        self.facts = GuardFacts(reachable=True, state=status.state, fence_at=status.fence_at, pid=status.pid)

@@ -1,0 +1,406 @@
+"""The lock renewer: takes, renews and gives back the record, in its own task, on its own connections.
+
+It touches neither SQL nor disk. Renewals go out every min(loop_wait, ttl/3), in attempts of a fraction of a second to
+one endpoint after the other, as long as the loop's mandate stands; what may be believed of the answers is
+`licence.LicenceBook`'s business. Every change of the licence is announced to the fence, which tells the guard.
+
+Rules of this file:
+* the clock is read before the first byte is sent, never after;
+* nothing here waits for the guard, except before a write that shortens the licence, which the guard confirms first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+import trio
+from msgspec import Struct
+from msgspec.structs import replace
+
+from pgha.clock import Clock, Deadline, Instant, remaining_s
+from pgha.dcs import ABSENT, Compare, Delete, Entry, Outcome, Put, Store
+from pgha.dcs.keys import EPOCH, LOCK, Keys, encode, parse_lock
+from pgha.errors import DcsError, DcsRefused, DcsUnreachable, GuardError, Refused
+from pgha.lock.licence import LicenceBook, Sent
+from pgha.log import Log
+from pgha.model.action import AcquireLock
+from pgha.model.decision import Mandate
+from pgha.model.lock import Epoch, Identity, Licence, LicenceState, LockRecord
+
+log = Log("pgha.lock")
+
+#: One attempt at one endpoint. A stopped etcd member costs this much, an election some of them (feasibility 2).
+ATTEMPT_S = 0.35
+#: A wall clock that moves against the boot clock by more than this asks for a confirming renewal (safety model 15).
+WALL_JUMP_S = 1.0
+
+
+class Timing(Struct, frozen=True, kw_only=True):
+    """What of the shared configuration the renewer needs, as it is now."""
+
+    ttl_s: float
+    loop_wait_s: float
+
+
+class Narrower(Protocol):
+    """The guard's confirmation that a shorter licence is known to it."""
+
+    async def narrow(self, valid_until: Deadline, ttl_s: float) -> None:
+        """Raises GuardError if it was not confirmed."""
+        ...
+
+
+class Renewer:
+    """Owner of the lock record of this process."""
+
+    def __init__(self, *, store: Store, keys: Keys, me: Identity, clock: Clock, timing: Callable[[], Timing],
+                 changed: Callable[[], None]) -> None:
+        self._store = store
+        self._keys = keys
+        self._clock = clock
+        self._timing = timing
+        self._changed = changed
+        self._book = LicenceBook(me)
+        self._busy = trio.Lock()
+        self._news = trio.Event()
+        self._renewing: trio.CancelScope | None = None
+        self._wall_offset = clock.wall_s() - clock.now().boot_ns / 1e9
+        self._confirm_by: Deadline | None = None
+        self._epoch = Epoch(number=0, holder="", incarnation="")
+        self._pass = 0
+        self.me = me
+        self.mandate = Mandate()
+        self.narrower: Narrower | None = None
+        self.position = (0, 0)           # (lsn, timeline) to write into the record: the loop keeps it fresh
+        self.heard_at: Instant | None = None
+
+    @property
+    def licence(self) -> Licence:
+        return self._book.licence
+
+    def give_mandate(self, mandate: Mandate, *, number: int) -> None:
+        """The loop's word, once a pass: until when to go on. `number` is the pass."""
+        self._pass = number
+        if mandate != self.mandate:
+            self.mandate = mandate
+            self._wake()
+
+    # --- taking --------------------------------------------------------------------------------------------------------
+
+    async def acquire(self, action: AcquireLock, *, deadline_s: float, config: bytes | None = None) -> None:
+        """Send a take-over or re-adoption. Returns once it is known to be committed.
+
+        Raises Refused if a compare failed (somebody else was faster, or what eligibility was judged on has changed),
+        DcsUnreachable if the outcome is unknown: then the licence stays ACQUIRING and is settled by `run`.
+        """
+        async with self._busy:
+            if self._holds():
+                raise Refused("the lock is held by this incarnation already")
+            timing = self._timing()
+            self._book.acquiring()
+            sent = self._book.compose(
+                self._clock.now(), ttl_s=timing.ttl_s, mode="held", lsn=action.lsn, timeline=action.timeline,
+                onto_revision=action.lock_revision,
+            )
+            value = encode(sent.record)
+            epoch = Epoch(number=action.epoch_number if action.readopt else action.epoch_number + 1, holder=self.me.name,
+                          incarnation=self.me.incarnation, timeline=action.claim_timeline, claims=action.claims)
+            self._epoch = epoch
+            compares, puts = self._take_over(action, value, epoch, config)
+            self._changed()
+            outcome = await self._store.transact(
+                compares=compares, puts=puts, read=[self._keys.path(LOCK), self._keys.path(EPOCH)], deadline_s=deadline_s,
+                attempt_s=ATTEMPT_S,
+            )
+            self.heard_at = self._clock.now()
+            if outcome.succeeded:
+                self._won(sent, outcome.revision, value, epoch.number,
+                          action.epoch_revision if action.readopt else outcome.revision)
+                return
+            self._settle_take_over(outcome)
+            if not self._holds():
+                raise Refused("the lock, or what eligibility was judged on, has changed meanwhile")
+
+    def _holds(self) -> bool:
+        licence = self.licence
+        return (licence.state is LicenceState.HELD and licence.valid_until is not None
+                and remaining_s(licence.valid_until, self._clock.now()) > 0)
+
+    def _take_over(self, action: AcquireLock, value: bytes, epoch: Epoch, config: bytes | None) -> tuple[list[Compare], list[Put | Delete]]:
+        path = self._keys.path
+        compares = [
+            Compare(key=path(LOCK), revision=action.lock_revision, value=action.lock_value if action.lock_revision else None),
+            Compare(key=path(EPOCH), revision=action.epoch_revision),
+            *(Compare(key=path(key), revision=revision) for key, revision in sorted(action.also_unchanged.items())),
+        ]
+        puts: list[Put | Delete] = [Put(key=path(LOCK), value=value)]
+        if not action.readopt:
+            puts += [Put(key=path(EPOCH), value=encode(epoch)), Put(key=path("leader"), value=self.me.name.encode())]
+        if action.initialize_revision is not None:
+            compares.append(Compare(key=path("initialize"), revision=action.initialize_revision))
+            puts.append(Put(key=path("initialize"), value=action.initialize_value.encode()))
+            if config is not None:
+                puts.append(Put(key=path("config"), value=config))
+        return compares, puts
+
+    def _won(self, sent: Sent, revision: int, value: bytes, epoch: int, epoch_revision: int) -> None:
+        self._book.committed(sent, revision=revision, value=value, epoch=epoch, epoch_revision=epoch_revision, acquired_pass=self._pass)
+        log.info("lock acquired", sequence=sent.record.sequence, epoch=epoch, ttl_s=sent.record.ttl_s,
+                 took_s=remaining_s(self._clock.now(), sent.at))
+        self._announce()
+
+    def _settle_take_over(self, outcome: Outcome) -> None:
+        """A take-over's compare failed: is that because an earlier attempt of the same had committed?"""
+        entry = outcome.found.get(self._keys.path(LOCK))
+        record = parse_lock(entry.value) if entry else None
+        mine = self._book.recognise(record)
+        if mine is not None and entry is not None:
+            epoch_entry = outcome.found.get(self._keys.path(EPOCH))
+            self._won(mine, entry.revision, entry.value, _epoch_number(epoch_entry), epoch_entry.revision if epoch_entry else ABSENT)
+        else:
+            self._book.never_acquired()
+            self._announce()
+
+    # --- giving back ---------------------------------------------------------------------------------------------------
+
+    async def release(self, *, lsn: int, timeline: int, deadline_s: float) -> None:
+        """Write the record in mode `released`. The caller has made sure that nothing of the data directory can write.
+
+        From the call on this record is never renewed again, whatever comes back. DcsError: the outcome is unknown,
+        or it was refused; the record then expires by itself.
+        """
+        if self.licence.state is not LicenceState.HELD:
+            return
+        self._book.releasing()
+        self._changed()
+        if self._renewing is not None:
+            self._renewing.cancel()
+        with trio.fail_after(deadline_s):
+            async with self._busy:
+                await self._send_release(lsn, timeline, deadline_s)
+
+    async def _send_release(self, lsn: int, timeline: int, deadline_s: float) -> None:
+        for _ in range(2):          # the second time only if the first found a later renewal of ours in the store
+            onto = self.licence.revision
+            sent = self._book.compose(self._clock.now(), ttl_s=self.licence.ttl_s, mode="released", lsn=lsn, timeline=timeline, onto_revision=onto)
+            end = self._book.shortened(sent)
+            if end is not None:
+                self._book.shorten(sent, end)
+            value = encode(sent.record)
+            outcome = await self._store.transact(
+                compares=[Compare(key=self._keys.path(LOCK), revision=onto, value=self._book.value)],
+                puts=[Put(key=self._keys.path(LOCK), value=value)], read=[self._keys.path(LOCK)], deadline_s=deadline_s, attempt_s=ATTEMPT_S,
+            )
+            entry = outcome.found.get(self._keys.path(LOCK))
+            mine = sent if outcome.succeeded else self._book.recognise(parse_lock(entry.value) if entry else None)
+            if mine is None or (entry is None and not outcome.succeeded):
+                break
+            revision = outcome.revision if outcome.succeeded or entry is None else entry.revision
+            stored = value if outcome.succeeded or entry is None else entry.value
+            self._book.committed(mine, revision=revision, value=stored, epoch=self.licence.epoch,
+                                 epoch_revision=self.licence.epoch_revision, acquired_pass=self.licence.acquired_pass)
+            if mine.record.mode == "released":
+                log.info("lock released", sequence=mine.record.sequence, lsn=lsn, timeline=timeline)
+                self._announce()
+                return
+        self._book.lost(parse_lock(entry.value) if entry else _NOBODY)
+        self._announce()
+
+    # --- renewing ------------------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        """Renew for as long as there is a licence and a mandate; settle what is unsettled. Never returns."""
+        task_status.started()
+        while True:
+            wait_s = self._next_in_s()
+            if wait_s > 0:
+                self._news = trio.Event()
+                with trio.move_on_after(wait_s):
+                    await self._news.wait()
+                self._notice_wall_jump()
+                continue
+            state = self.licence.state
+            try:
+                if state is LicenceState.HELD:
+                    await self._renew_once()
+                elif state is LicenceState.ACQUIRING:
+                    await self._settle_once()
+            except DcsRefused as error:
+                self._failed(("store is out of space: " if error.no_space else "") + str(error))
+                await trio.sleep(0.25)
+            except (DcsError, GuardError) as error:
+                self._failed(str(error))
+                await trio.sleep(0.05)      # a refused connection answers at once: do not spin
+
+    def _next_in_s(self) -> float:
+        """Seconds until there is something to send; 0 = now."""
+        licence, now = self.licence, self._clock.now()
+        if licence.state is LicenceState.ACQUIRING:
+            return 0.1 if self._busy.locked() else 0.0
+        if licence.state is not LicenceState.HELD or licence.since is None or licence.valid_until is None:
+            return 60.0
+        if remaining_s(licence.valid_until, now) <= 0:
+            return 1.0                      # ended: the fence's business; the record is not ours to renew any more
+        if self.mandate.until is None or remaining_s(self.mandate.until, now) <= 0:
+            return 0.2                      # no mandate: not renewed; a new one wakes us
+        timing = self._timing()
+        if timing.ttl_s != licence.ttl_s or licence.failing_since is not None or self._confirm_by is not None:
+            return 0.0
+        return max(0.0, remaining_s(licence.since.plus_s(min(timing.loop_wait_s, timing.ttl_s / 3)), now))
+
+    async def _renew_once(self) -> None:
+        async with self._busy:
+            licence = self.licence
+            if licence.state is not LicenceState.HELD or licence.valid_until is None:
+                return
+            timing = self._timing()
+            sent = self._book.compose(self._clock.now(), ttl_s=timing.ttl_s, mode="held", lsn=self.position[0], timeline=self.position[1],
+                                      onto_revision=licence.revision)
+            end = self._book.shortened(sent)
+            if end is not None:
+                if self.narrower is not None:
+                    await self.narrower.narrow(end, timing.ttl_s)
+                self._book.shorten(sent, end)
+                self._announce()
+            valid_until = self.licence.valid_until
+            assert valid_until is not None
+            left_s = remaining_s(valid_until, self._clock.now())
+            if left_s <= 0:
+                return
+            with trio.CancelScope() as self._renewing:
+                await self._send_renewal(sent, min(left_s, 4 * ATTEMPT_S))
+            self._renewing = None
+
+    async def _send_renewal(self, sent: Sent, deadline_s: float) -> None:
+        path, licence = self._keys.path, self.licence
+        value = encode(sent.record)
+        outcome = await self._store.transact(
+            compares=[Compare(key=path(LOCK), revision=licence.revision, value=self._book.value)], puts=[Put(key=path(LOCK), value=value)],
+            read=[path(LOCK), path(EPOCH)], deadline_s=deadline_s, attempt_s=ATTEMPT_S,
+        )
+        self.heard_at = self._clock.now()
+        if outcome.succeeded:
+            self._renewed(sent, outcome.revision, value)
+            return
+        entry = outcome.found.get(path(LOCK))
+        record = parse_lock(entry.value) if entry else None
+        mine = self._book.recognise(record)
+        if mine is not None and entry is not None:
+            if entry.revision < licence.revision:
+                raise DcsRefused(f"the store shows this node's record at revision {entry.revision}, before {licence.revision}: it was restored")
+            # An attempt whose answer was lost had committed; if it created the record again, the epoch came with it.
+            epoch_entry = outcome.found.get(path(EPOCH))
+            together = epoch_entry is not None and epoch_entry.revision == entry.revision
+            self._renewed(mine, entry.revision, entry.value, epoch_revision=entry.revision if together else None)
+        elif record is None:
+            await self._recreate(sent, value, deadline_s)
+        elif self._book.is_own_past(record):
+            raise DcsRefused(f"the store shows this node's record of sequence {record.sequence}, after {licence.sequence}: it was restored")
+        else:
+            self._lost(record)
+
+    async def _recreate(self, sent: Sent, value: bytes, deadline_s: float) -> None:
+        """The record is absent though this licence is valid: create it again, never over another's (safety model 3)."""
+        path, licence = self._keys.path, self.licence
+        log.warning("lock record is absent, creating it again", sequence=sent.record.sequence)
+        snapshot = await self._store.read(path(EPOCH), deadline_s=deadline_s)
+        entry = snapshot.entries.get(path(EPOCH))
+        epoch = replace(self._epoch, number=licence.epoch, holder=self.me.name, incarnation=self.me.incarnation)
+        puts: list[Put | Delete] = [Put(key=path(LOCK), value=value), Put(key=path("leader"), value=self.me.name.encode())]
+        if entry is None or entry.revision != licence.epoch_revision:
+            puts.append(Put(key=path(EPOCH), value=encode(epoch)))
+        outcome = await self._store.transact(
+            compares=[Compare(key=path(LOCK), revision=ABSENT), Compare(key=path(EPOCH), revision=entry.revision if entry else ABSENT)],
+            puts=puts, read=[path(LOCK)], deadline_s=deadline_s, attempt_s=ATTEMPT_S,
+        )
+        if outcome.succeeded:
+            if len(puts) == 3:
+                self._renewed(sent, outcome.revision, value, epoch_revision=outcome.revision)
+            else:
+                self._renewed(sent, outcome.revision, value)
+            return
+        found = outcome.found.get(path(LOCK))
+        record = parse_lock(found.value) if found else None
+        mine = self._book.recognise(record)
+        if mine is not None and found is not None:
+            raise DcsUnreachable("the lock record was created again by an attempt whose answer was lost")    # the next renewal sees it
+        if record is not None:
+            self._lost(record)
+        else:
+            raise DcsRefused("the epoch changed while the lock record was created again")
+
+    def _renewed(self, sent: Sent, revision: int, value: bytes, *, epoch_revision: int | None = None) -> None:
+        licence = self.licence
+        if licence.failing_since is not None:
+            log.info("lock renewed again", after_s=remaining_s(self._clock.now(), licence.failing_since), sequence=sent.record.sequence)
+        self._book.committed(sent, revision=revision, value=value, epoch=licence.epoch,
+                             epoch_revision=licence.epoch_revision if epoch_revision is None else epoch_revision,
+                             acquired_pass=licence.acquired_pass)
+        self._confirm_by = None
+        self._announce()
+
+    def _lost(self, record: LockRecord) -> None:
+        log.error("lock lost", to=record.holder or "unknown", sequence=record.sequence)
+        self._book.lost(record)
+        self._announce()
+
+    async def _settle_once(self) -> None:
+        """An acquire's outcome is unknown: read until the record shows whether it happened."""
+        async with self._busy:
+            if self.licence.state is not LicenceState.ACQUIRING:
+                return
+            paths = [self._keys.path(LOCK), self._keys.path(EPOCH)]
+            outcome = await self._store.transact(compares=[], puts=[], read=paths, deadline_s=4 * ATTEMPT_S, attempt_s=ATTEMPT_S)
+            entry = outcome.found.get(paths[0])
+            record = parse_lock(entry.value) if entry else None
+            if self._book.recognise(record) is not None or not self._book.may_still_commit(entry.revision if entry else ABSENT):
+                self._settle_take_over(outcome)
+                return
+        await trio.sleep(0.1)
+
+    # --- odds and ends -------------------------------------------------------------------------------------------------
+
+    def forget_expired(self) -> None:
+        """The licence has ended and everything is dead: stop claiming it (the fence calls this)."""
+        self._book.expired()
+        self._announce()
+
+    def confirm_failed(self) -> bool:
+        """Was a confirming renewal due after a clock jump, and is it overdue?"""
+        return self._confirm_by is not None and remaining_s(self._confirm_by, self._clock.now()) <= 0
+
+    def _notice_wall_jump(self) -> None:
+        offset = self._clock.wall_s() - self._clock.now().boot_ns / 1e9
+        jump_s, self._wall_offset = offset - self._wall_offset, offset
+        if abs(jump_s) > WALL_JUMP_S and self.licence.valid_until is not None:
+            now = self._clock.now()
+            self._confirm_by = now.plus_s(min(1.0, max(0.0, remaining_s(self.licence.valid_until, now))))
+            log.warning("wall clock jumped, confirming the lock", jump_s=jump_s)
+            self._changed()
+
+    def _failed(self, why: str) -> None:
+        if self.licence.failing_since is None and self.licence.state is not LicenceState.NONE:
+            log.warning("lock renewal is not answered", why=why, state=str(self.licence.state))
+        self._book.failing(self._clock.now(), why)
+        self._changed()
+
+    def _announce(self) -> None:
+        self._changed()
+        self._wake()
+
+    def _wake(self) -> None:
+        self._news.set()
+
+
+_NOBODY = LockRecord(holder="nobody", node_id="", incarnation="", sequence=0, ttl_s=30.0)
+
+
+def _epoch_number(entry: Entry | None) -> int:
+    if entry is None:
+        return 0
+    try:
+        return msgspec.json.decode(entry.value, type=Epoch).number
+    except (msgspec.DecodeError, msgspec.ValidationError):
+        return 0
