@@ -1,0 +1,269 @@
+"""What does the store say? A watch keeps the view fresh, linearizable reads make it certain.
+
+Rules of this file:
+* a record's age counts from when this very revision was first seen here, on the RAW clock (safety model 4);
+* absence counts only by linearizable reads, from the beginning of the first of an unbroken row;
+* a silent stream is not believed: it is compared with a read, and opened again;
+* what must outlive this process (largest ttl, generation, members) is written at most every ten seconds, in a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+from msgspec.structs import replace
+
+from pgha.clock import Clock, Instant, candidate_age_s, remaining_s
+from pgha.config.state import RememberedMember, StoreGeneration, load_remembered, save_remembered
+from pgha.dcs import Change, Entry, Generation, Snapshot, Store
+from pgha.dcs.keys import UNREADABLE_LOCK, Keys, parse
+from pgha.errors import Compacted, DcsError
+from pgha.log import Log
+from pgha.model.cluster import ClusterView, LockSeen, Member
+from pgha.model.lock import wait_s
+from pgha.model.observation import DcsFacts
+from pgha.model.wal import Position
+
+log = Log("pgha.dcs")
+
+SAVE_EVERY_S = 10.0
+#: An absent or changed store is untrusted for at least so long (safety model 4).
+UNTRUSTED_S = 30.0
+READ_S = 1.5
+
+
+class ClusterObserver:
+    """Owner of the view. `settings()` → (ttl_s, loop_wait_s, retry_timeout_s, member_slots_ttl_s)."""
+
+    def __init__(self, *, store: Store, keys: Keys, clock: Clock, state_dir: Path, settings: Callable[[], tuple[float, float, float, float]],
+                 wake: Callable[[], None], me: str) -> None:
+        self._store = store
+        self._keys = keys
+        self._clock = clock
+        self._state_dir = state_dir
+        self._settings = settings
+        self._wake = wake
+        self._me = me
+        self._entries: dict[str, Entry] = {}
+        self._revision = 0
+        self._generation = Generation()
+        self._reading = trio.Lock()
+        self._remembered, problem = load_remembered(state_dir)
+        self._saved = self._remembered
+        self._saved_at: Instant | None = None
+        self._saving = False
+        if problem:
+            log.warning("remembered facts could not be read", why=problem)
+        self.facts = DcsFacts(
+            unreachable_since=clock.now(), remembered_ttl_s=self._remembered.ttl_s,
+            remembered_members=self._known_members(), remembered_history=self._remembered.history,
+            last_positions={n: Position(timeline=m.timeline, lsn=m.lsn) for n, m in self._remembered.members.items()},
+        )
+
+    # --- reading -------------------------------------------------------------------------------------------------------
+
+    async def read(self) -> None:
+        """A linearizable read; its result is in `facts` when it returns. DcsError if there was none."""
+        async with self._reading:
+            began = self._clock.now()
+            try:
+                snapshot = await self._store.read(self._keys.root, deadline_s=min(READ_S, self._settings()[2]))
+            except DcsError as error:
+                self._unreachable(str(error))
+                raise
+            self._heard(self._clock.now())
+            self._note_generation(snapshot.generation)
+            if snapshot.revision >= self._revision:
+                self._entries, self._revision = dict(snapshot.entries), snapshot.revision
+            self._renew_view(snapshot, began)
+
+    def _renew_view(self, snapshot: Snapshot | None, began: Instant) -> None:
+        """Parse all entries again. `snapshot` None: the news came by the watch."""
+        view = parse(Snapshot(revision=self._revision, entries=self._entries, generation=self._generation), self._keys)
+        before = self.facts
+        lock_seen = self._look_at_lock(view, linearizable_since=began if snapshot is not None else None)
+        if view.problems and (before.view is None or before.view.problems != view.problems):
+            for problem in view.problems:
+                log.warning("store holds what cannot be read", key=problem)
+        self._remember(view)
+        self.facts = replace(
+            before, view=view, lock_seen=lock_seen, read_at=began if snapshot is not None else before.read_at,
+            remembered_ttl_s=self._remembered.ttl_s, remembered_members=self._known_members(), last_positions=self._positions(view, before),
+        )
+        if snapshot is not None or before.view is None or _matters(before.view, view, self._me):
+            self._wake()
+
+    def _look_at_lock(self, view: ClusterView, *, linearizable_since: Instant | None) -> LockSeen:
+        seen = self.facts.lock_seen
+        if view.lock is None:
+            absent = seen.absent_since or linearizable_since
+            return LockSeen(absent_since=absent)
+        if view.lock_revision == seen.revision and seen.record is not None:
+            return seen
+        return LockSeen(record=view.lock, revision=view.lock_revision, value=view.lock_value, since=self._clock.now())
+
+    # --- generation and memory -----------------------------------------------------------------------------------------
+
+    def _note_generation(self, generation: Generation) -> None:
+        """A store that changed its identity, or whose revision went back, was rebuilt or restored."""
+        known = self._remembered.generation
+        changed = ""
+        if known.cluster_id and generation.cluster_id and generation.cluster_id != known.cluster_id:
+            changed = f"the store is another one (cluster id {generation.cluster_id}, before {known.cluster_id})"
+        elif generation.revision and known.revision > generation.revision:
+            changed = f"the store's revision went back from {known.revision} to {generation.revision}"
+        self._generation = generation
+        self._remembered = replace(self._remembered, generation=StoreGeneration(cluster_id=generation.cluster_id, revision=generation.revision))
+        if changed:
+            untrusted_s = wait_s(max(self._remembered.ttl_s, self._settings()[0], UNTRUSTED_S))
+            log.error("the store was restored or rebuilt: no record in it is believed for a while", why=changed, for_s=untrusted_s)
+            self._revision = 0
+            self.facts = replace(self.facts, trusted_from=self._clock.now().plus_s(untrusted_s), generation_changed=changed)
+        trusted_from = self.facts.trusted_from
+        if trusted_from is not None and remaining_s(trusted_from, self._clock.now()) <= 0:
+            self.facts = replace(self.facts, trusted_from=None, generation_changed="")
+
+    def _remember(self, view: ClusterView) -> None:
+        now_s = self._clock.wall_s()
+        members = {n: m for n, m in self._remembered.members.items() if now_s - m.seen_at_wall_s < self._settings()[3]}
+        for member in view.members.values():
+            if member.api_url:
+                members[member.name] = _remembered(member, members.get(member.name), now_s)
+        ttl_s = self._remembered.ttl_s
+        if view.lock is not None and view.lock is not UNREADABLE_LOCK:
+            ttl_s = view.lock.ttl_s     # the one that a candidate would have to wait for
+        self._remembered = replace(self._remembered, ttl_s=ttl_s, members=members, system_identifier=view.initialize if view.initialized and view.initialize else
+                                   self._remembered.system_identifier)
+
+    def _known_members(self) -> dict[str, str]:
+        return {n: m.api_url for n, m in self._remembered.members.items() if m.api_url}
+
+    def _positions(self, view: ClusterView, before: DcsFacts) -> dict[str, Position]:
+        positions = dict(before.last_positions)
+        for member in view.members.values():
+            if member.lsn:
+                positions[member.name] = Position(timeline=member.timeline, lsn=member.lsn)
+        return positions
+
+    async def _save(self) -> None:
+        """In a thread, so that a hung disk delays nothing; one at a time."""
+        now = self._clock.now()
+        if self._saving or self._remembered == self._saved:
+            return
+        if self._saved_at is not None and candidate_age_s(self._saved_at, now) < SAVE_EVERY_S:
+            return
+        self._saving, self._saved_at = True, now
+        facts = self._remembered
+
+        def save() -> None:
+            try:
+                save_remembered(self._state_dir, facts)
+            finally:
+                self._saving = False
+
+        try:
+            with trio.move_on_after(2.0):
+                await trio.to_thread.run_sync(save, abandon_on_cancel=True)
+                self._saved = facts
+        except OSError as error:
+            log.warning("remembered facts could not be written", why=f"{error.filename}: {error.strerror}")
+
+    # --- the tasks -----------------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the view fresh. Never returns, never raises for the store's faults."""
+        task_status.started()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_saving)
+            while True:
+                try:
+                    await self.read()
+                    await self._follow()
+                except Compacted as error:
+                    log.info("watch was behind the store's history, reading again", revision=error.revision)
+                except DcsError as error:
+                    self._unreachable(str(error))
+                    await trio.sleep(0.3)
+
+    async def _keep_saving(self) -> None:
+        while True:
+            await trio.sleep(2.0)
+            await self._save()
+
+    async def _follow(self) -> None:
+        """Apply the watch's changes until it ends, or is silent for too long while the store has moved on."""
+        async with self._store.watch(self._keys.root, after_revision=self._revision) as changes:
+            iterator = changes.__aiter__()
+            while True:
+                change: Change | None = None
+                silent = True
+                with trio.move_on_after(self._silence_s()):
+                    change = await iterator.__anext__()
+                    silent = False
+                if silent:
+                    revision = self._revision
+                    await self.read()
+                    if self._revision != revision:
+                        log.warning("watch was silent while the store changed, opening it again")
+                    return
+                self._heard(self._clock.now())
+                if change is not None:
+                    self._apply(change)
+
+    def _silence_s(self) -> float:
+        """The holder's renewals are the stream's heartbeat."""
+        ttl_s, loop_wait_s, _, _ = self._settings()
+        return 2.5 * min(loop_wait_s, ttl_s / 3) + 1.0
+
+    def _apply(self, change: Change) -> None:
+        if change.revision <= self._revision:
+            return
+        for key, entry in change.entries.items():
+            if entry is None:
+                self._entries.pop(key, None)
+            else:
+                self._entries[key] = entry
+        self._revision = change.revision
+        self._renew_view(None, self._clock.now())
+
+    def _heard(self, at: Instant) -> None:
+        was = self.facts.unreachable_since
+        if was is not None and self.facts.view is not None:
+            log.info("the store answers again", after_s=candidate_age_s(was, at))
+        self.facts = replace(self.facts, heard_at=at, unreachable_since=None, why="")
+
+    def _unreachable(self, why: str) -> None:
+        if self.facts.unreachable_since is None:
+            log.warning("the store does not answer", why=why)
+            self.facts = replace(self.facts, unreachable_since=self._clock.now(), why=why)
+            self._wake()
+        elif why != self.facts.why:
+            self.facts = replace(self.facts, why=why)
+
+
+def _remembered(member: Member, before: RememberedMember | None, now_s: float) -> RememberedMember:
+    """Positions and times are refreshed coarsely, so that an idle cluster writes nothing."""
+    if before is not None and before.api_url == member.api_url and now_s - before.seen_at_wall_s < 60 and before.lsn == member.lsn:
+        return before
+    return RememberedMember(api_url=member.api_url, seen_at_wall_s=now_s, timeline=member.timeline, lsn=member.lsn)
+
+
+def _matters(before: ClusterView, after: ClusterView, me: str) -> bool:
+    """Does this change ask for a pass at once? Renewals and positions do not."""
+    return (
+        _lock_shape(before) != _lock_shape(after)
+        or any(before.revision_of(k) != after.revision_of(k) for k in ("initialize", "config", "failover", "sync", "history", "failsafe", "pgha/epoch", "leader"))
+        or {n: _member_shape(m) for n, m in before.members.items() if n != me} != {n: _member_shape(m) for n, m in after.members.items() if n != me}
+    )
+
+
+def _lock_shape(view: ClusterView) -> tuple[object, ...]:
+    lock = view.lock
+    return () if lock is None else (lock.holder, lock.node_id, lock.incarnation, lock.mode, lock.ttl_s)
+
+
+def _member_shape(member: Member) -> tuple[object, ...]:
+    return (member.state, member.role, member.conn_url, member.api_url, member.timeline, member.replication_state, member.tags.raw, member.pause)

@@ -1,0 +1,145 @@
+"""What do the other members say of themselves? Asked over REST, side by side, only while a decision needs it.
+
+A pgha member is asked for its vote (`/pgha/vote`), which it may hold back for a moment until its position is final;
+one of another make for `/patroni`. Each has its own deadline, so that a silent one delays nobody's answer.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import trio
+
+from pgha.clock import Clock
+from pgha.model.cluster import Tags
+from pgha.model.decision import PeerQuestion
+from pgha.model.observation import Peer
+
+#: A member that answers at all does so in this time; what it holds back waits WAIT_S of it.
+ANSWER_S = 0.6
+WAIT_S = 0.25
+LARGEST_ANSWER_BYTES = 1 << 20
+
+
+class PeersObserver:
+    """`facts`: the latest answer of each member that was asked. `client()`: see `make_client`."""
+
+    def __init__(self, *, clock: Clock, wake: Callable[[], None], verify: ssl.SSLContext | bool, auth: tuple[str, str] | None = None) -> None:
+        self._clock = clock
+        self._wake = wake
+        self._verify = verify
+        self._auth = auth
+        self._question = PeerQuestion()
+        self._changed = trio.Event()
+        self._plain: set[str] = set()        # members of another make
+        self.facts: dict[str, Peer] = {}
+
+    def ask(self, question: PeerQuestion) -> None:
+        """Whom to ask from now on; an empty question ends the asking and forgets the answers."""
+        if question != self._question:
+            self._question = question
+            if not question.names:
+                self.facts = {}
+            else:
+                self.facts = {n: p for n, p in self.facts.items() if n in question.names}
+            self._changed.set()
+
+    async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        """Ask for as long as there is a question. Never returns, never raises for a peer's faults."""
+        task_status.started()
+        while True:
+            question = self._question
+            self._changed = trio.Event()
+            if not question.names:
+                await self._changed.wait()
+                continue
+            # A client for the time of the question: nothing of it is kept while nobody is asked.
+            async with self._client() as client, trio.open_nursery() as nursery:
+                for name, url in question.names.items():
+                    nursery.start_soon(self._ask_one, client, name, url, question)
+                await self._changed.wait()
+                nursery.cancel_scope.cancel()
+
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(trust_env=False, verify=self._verify, timeout=None, limits=httpx.Limits(max_connections=32, max_keepalive_connections=16))  # noqa: S113  (every request has a trio deadline)
+
+    async def _ask_one(self, client: httpx.AsyncClient, name: str, url: str, question: PeerQuestion) -> None:
+        while True:
+            began = self._clock.now()
+            before = self.facts.get(name)
+            peer = await self._answer(client, name, url, question.epoch)
+            self.facts[name] = peer
+            if before is None or _shape(before) != _shape(peer):
+                self._wake()
+            elapsed_s = (self._clock.now().raw_ns - began.raw_ns) / 1e9
+            await trio.sleep(max(0.01, question.every_s - elapsed_s))
+
+    async def _answer(self, client: httpx.AsyncClient, name: str, url: str, epoch: int) -> Peer:
+        asked_at = self._clock.now()
+        why = f"no answer within {ANSWER_S} s"
+        with trio.move_on_after(ANSWER_S):
+            try:
+                if name not in self._plain:
+                    status, body = await self._get(client, f"{_base(url)}/pgha/vote?epoch={epoch}" + (f"&wait={WAIT_S}" if epoch >= 0 else ""))
+                    if status == 200:
+                        return _from_vote(name, body, asked_at)
+                    if "role" in body:
+                        self._plain.add(name)      # it answers, but knows no votes: a member of another make
+                status, body = await self._get(client, url)
+                return _from_patroni(name, body, asked_at)
+            except httpx.HTTPError as error:
+                why = str(error) or type(error).__name__
+            except (ValueError, TypeError) as error:
+                why = f"its answer does not parse: {error}"
+        return Peer(name=name, asked_at=asked_at, answered=False, why=why)
+
+    async def _get(self, client: httpx.AsyncClient, url: str) -> tuple[int, dict[str, Any]]:
+        async with client.stream("GET", url, auth=self._auth) as response:
+            body = b""
+            async for chunk in response.aiter_bytes():
+                body += chunk
+                if len(body) > LARGEST_ANSWER_BYTES:
+                    raise ValueError("longer than 1 MiB")
+        try:
+            value = json.loads(body)
+        except ValueError:
+            value = {}
+        return response.status_code, value if isinstance(value, dict) else {}
+
+
+def _base(api_url: str) -> str:
+    parts = urlsplit(api_url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _from_vote(name: str, body: dict[str, Any], asked_at: Any) -> Peer:
+    tags = body.get("tags")
+    role, state = str(body.get("role", "")), str(body.get("state", ""))
+    return Peer(
+        name=name, asked_at=asked_at, answered=True, is_pgha=True, in_recovery=None if state not in ("running", "unknown") or role not in ("primary", "replica") else role == "replica",
+        timeline=int(body.get("timeline", 0)), lsn=int(body.get("lsn", 0)), frozen_epoch=int(body.get("epoch", -1)), running=state == "running",
+        tags=Tags.of(tags if isinstance(tags, dict) else {}), watchdog_failed=body.get("watchdog_failed") is True,
+        system_identifier=str(body.get("system_identifier", "")),
+    )
+
+
+def _from_patroni(name: str, body: dict[str, Any], asked_at: Any) -> Peer:
+    """A reply without `xlog` says that its SQL does not answer: then nothing of it counts (compatibility spec 3.3)."""
+    xlog = body.get("xlog")
+    tags = body.get("tags")
+    identifier = str(body.get("database_system_identifier", ""))
+    if not isinstance(xlog, dict):
+        return Peer(name=name, asked_at=asked_at, answered=bool(identifier), why="its PostgreSQL does not answer", system_identifier=identifier)
+    in_recovery = "location" not in xlog
+    lsn = max(int(xlog.get("location") or 0), int(xlog.get("received_location") or 0), int(xlog.get("replayed_location") or 0))
+    return Peer(name=name, asked_at=asked_at, answered=True, in_recovery=in_recovery, timeline=int(body.get("timeline") or 0), lsn=lsn, running=True,
+                tags=Tags.of(tags if isinstance(tags, dict) else {}), watchdog_failed=body.get("watchdog_failed") is True, system_identifier=identifier)
+
+
+def _shape(peer: Peer) -> tuple[object, ...]:
+    return (peer.answered, peer.in_recovery, peer.timeline, peer.lsn, peer.frozen_epoch, peer.running, peer.watchdog_failed)
