@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the scenarios that take minutes each, and only those")
+    parser.addoption("--sources", action="store_true", help="start agents from the sources instead of dist/pgha.pyz")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -132,12 +132,16 @@ class Bed:
     # -- waiting
 
     def wait(self, condition: Callable[[], T | None], timeout_s: float, what: str) -> T:
-        """The first true value of `condition`; BedTimeout with everybody's state if there is none in time."""
+        """The first true value of `condition`; BedTimeout with everybody's state if there is none in time, or an agent gave up."""
         end = time.monotonic() + timeout_s
         while True:
             value = condition()
             if value:
                 return value
+            for node in self.nodes:
+                if node.ended_by_itself is not None:
+                    raise BedTimeout(f"the agent of {node.name} ended by itself with exit code {node.ended_by_itself}, "
+                                     f"while waiting for: {what}\n{self.describe()}")
             if time.monotonic() > end:
                 raise BedTimeout(f"after {timeout_s:g} s still not: {what}\n{self.describe()}")
             time.sleep(_POLL_S)

@@ -67,6 +67,7 @@ class Node:
         self.settings = settings
         self.tags: dict[str, Any] = {}
         self.agent: subprocess.Popen[bytes] | None = None
+        self._meant_to_run = False
 
     @property
     def data_dir(self) -> Path:
@@ -141,6 +142,12 @@ class Node:
         program = self.settings.program
         self.agent = spawn([*program.argv, "run", str(self.config_path)], log=self.log_path, directory=self.directory,
                            user=self.settings.user, environment=program.environment)
+        self._meant_to_run = True
+
+    @property
+    def ended_by_itself(self) -> int | None:
+        """The exit code of an agent that nobody here ended; None while all is as it should be."""
+        return self.agent.poll() if self._meant_to_run and self.agent is not None else None
 
     @property
     def agent_process(self) -> Process | None:
@@ -148,6 +155,9 @@ class Node:
         return None if self.agent is None else process_of(self.agent)
 
     def signal_agent(self, number: signal.Signals) -> bool:
+        """False if it is not running."""
+        if number in {signal.SIGTERM, signal.SIGINT, signal.SIGKILL}:
+            self._meant_to_run = False
         process = self.agent_process
         return process is not None and process.send(number)
 

@@ -35,7 +35,7 @@ def own_program() -> Program:
     """The pgha that is running now: the archive if it was started from one, else this package's sources."""
     started = os.path.abspath(sys.argv[0])  # noqa: PTH100  (resolve() would follow a link out of the named place)
     if zipfile.is_zipfile(started):
-        return Program((sys.executable, started), {})
+        return Program((sys.executable, "-IS", started), {})
     sources = Path(__file__).resolve().parents[2]
     return Program((sys.executable, "-m", "pgha"), {"PYTHONPATH": str(sources)})
 

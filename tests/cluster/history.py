@@ -1,7 +1,7 @@
 """What clients remember, and what follows from it: nobody wrote beside the primary, and how much was lost?
 
 A line of a history: kind, node, id, timeline, life (start of the postmaster), stamp (the server's clock before the
-commit), sent and acknowledged (the client's monotonic clock), acknowledged by wall clock. All times in microseconds.
+commit), sent and acknowledged (the client's monotonic clock), acknowledged by wall clock. All times in microseconds. A line that begins with # notes a failure.
 Server and client run on one machine, so stamps and wall clock acknowledgements are of one clock.
 
 A *reign* is one life of one postmaster on one timeline. Reigns are ordered by their first acknowledgement.
@@ -70,11 +70,17 @@ class Verdict(NamedTuple):
 def read(path: Path) -> list[Ack]:
     """A last line that was cut off by SIGKILL is left out."""
     acks = []
-    for line in path.read_text(encoding="ascii").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         fields = line.split()
-        if line.endswith("\n"):
+        if line.endswith("\n") and fields[0] != "#":
             acks.append(Ack(fields[0], fields[1], *map(int, fields[2:])))
     return acks
+
+
+def failures(path: Path) -> list[tuple[int, str]]:
+    """Connections that failed or broke: when (monotonic, microseconds), and why."""
+    lines = (line.split(maxsplit=2) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
+    return [(int(fields[1]), fields[2] if len(fields) > 2 else "") for fields in lines]
 
 
 def reigns_of(acks: Iterable[Ack]) -> tuple[Reign, ...]:

@@ -85,22 +85,44 @@ class Traffic:
                 child.kill()
                 child.wait(10)
 
-    def finish(self, *, timeout_s: float = 60) -> history.Verdict:
-        """Wait until all is well again and written to, stop, compare with the final primary's table; prints the verdict."""
+    def finish(self, *, lost_since_s: float | None = None, timeout_s: float = 60) -> history.Verdict:
+        """Wait until all is well again and written to, stop, compare with every node's table, and judge.
+
+        No violation is ever fine. `lost_since_s` (monotonic): rows acknowledged before that moment must all be there;
+        None: no row may be lost at all.
+        """
         self.bed.wait_healthy(timeout_s)
         self.wait_for_more(50)
         self._end()
         leader = self.bed.wait_healthy()
-        with leader.connect() as connection:
-            present = {row[0] for row in connection.execute("SELECT id FROM traffic").fetchall()}
+        present = ids(leader)
+        for node in self.bed.nodes:
+            if node is not leader and node.agent_process is not None:
+                self.bed.wait(lambda node=node: ids(node) == present, 20, f"{node.name} has the same rows as {leader.name}")
         verdict = history.judge(self.acks(), present)
         for what, at_us in self.faults:
-            print(f"{what}: writing again after {self.resumed_after_s(at_us):.2f} s")
+            print(f"{what}: writing again after {self.resumed_after_s(at_us / 1e6):.2f} s")
         print(verdict)
+        assert not verdict.violations, str(verdict)
+        if lost_since_s is None:
+            assert not verdict.lost, str(verdict)
+        else:
+            early = [ack for ack in verdict.lost if ack.ack_us < lost_since_s * 1e6]
+            assert not early, f"{len(early)} rows lost that were acknowledged up to {lost_since_s - early[0].ack_us / 1e6:.2f} s earlier than any may be"
         return verdict
 
-    def resumed_after_s(self, at_us: int) -> float:
-        """From that moment to the end of the longest gap in writing that began no earlier than a second before it."""
-        after = [a.ack_us for a in self.acks() if a.ack_us > at_us - 1_000_000]
+    def failures_of(self, node: Node) -> list[str]:
+        """What a plain client of this node met other than "read-only"."""
+        return [why for _, out in self._children if out.name.endswith(f"-plain-{node.name}") for _, why in history.failures(out)]
+
+    def resumed_after_s(self, at_s: float) -> float:
+        """From that moment (monotonic) to the end of the longest gap in writing that ended after it."""
+        after = [ack.ack_us for ack in self.acks() if ack.ack_us > (at_s - 1) * 1e6]
         gap = history.longest_gap(after)
-        return max(0.0, gap.began_us / 1e6 + gap.length_s - at_us / 1e6)
+        return max(0.0, gap.began_us / 1e6 + gap.length_s - at_s)
+
+
+def ids(node: Node) -> set[int]:
+    """The rows that this node has."""
+    with node.connect() as connection:
+        return {row[0] for row in connection.execute("SELECT id FROM traffic")}

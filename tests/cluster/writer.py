@@ -1,8 +1,9 @@
 """One client that always writes to its own node, and remembers what was acknowledged.
 
 Run as a process of its own: `writer.py KIND OUT SPEC`, SPEC = JSON with dsn, node, number, rate; password in PGPASSWORD.
-It writes one line for each acknowledged row, at once (`history.py` has the format), and ends at SIGTERM, or by SIGKILL
-at any moment: a row whose line is missing simply counts as not acknowledged.
+It writes one line for each acknowledged row, at once (`history.py` has the format), and one that begins with # for each
+connection that failed or broke. It ends at SIGTERM, or by SIGKILL at any moment: a row whose line is missing simply
+counts as not acknowledged.
 
     plain      one INSERT a time, `rate` per second
     pipeline   a pipeline kept full (PostgreSQL goes on reading from its input buffer, whatever happens around it);
@@ -76,7 +77,10 @@ class Writer:
                 with psycopg.connect(self.dsn, autocommit=True, connect_timeout=2, sslmode="disable", gssencmode="disable") as connection:
                     self.life = connection.execute(LIFE).fetchone()[0]
                     work(connection)
-            except UNAVAILABLE:
+            except psycopg.errors.ReadOnlySqlTransaction:
+                time.sleep(RETRY_S)
+            except UNAVAILABLE as error:
+                self.out.write(f"# {time.monotonic_ns() // 1000} {type(error).__name__} {' '.join(str(error).split())[:200]}\n")
                 time.sleep(RETRY_S)
 
     def new_id(self) -> int:
