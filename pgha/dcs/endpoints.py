@@ -108,7 +108,12 @@ class Lines:
             self._searched = len(self._rest)
             if self._searched > MAX_LINE_BYTES:
                 raise NoAnswer(f"a line of more than {MAX_LINE_BYTES} bytes")
-            self._rest += await self._next_chunk()
+            try:
+                self._rest += await self._next_chunk()
+            except NoAnswer:
+                if not self._rest:
+                    raise
+                self._rest += b"\n"  # etcd's last words (an error) come without a line end
         line = bytes(self._rest[:end])
         del self._rest[: end + 1]
         self._searched = 0
@@ -143,6 +148,22 @@ class Lines:
                 pass  # it had ended before
         with trio.CancelScope(shield=True):  # closing a socket does not wait
             await self._response.aclose()
+
+
+class _Body(httpx.AsyncByteStream):
+    """A request's body in one piece. httpx's own is an async generator, which a cancelled send would leave suspended,
+    for trio to complain about when it is collected."""
+
+    def __init__(self, content: bytes) -> None:
+        self._left = [content]
+
+    def __aiter__(self) -> _Body:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not self._left:
+            raise StopAsyncIteration
+        return self._left.pop()
 
 
 class Endpoint:
@@ -188,8 +209,9 @@ class Endpoint:
             addresses = await self._addresses.get()
             for n in range(len(addresses)):
                 turn = (self._first + n) % len(addresses)
-                request = httpx.Request("POST", self._url(addresses[turn], path), content=body,
-                                        headers=[self._host_header, *headers], extensions=self._extensions)
+                request = httpx.Request(
+                    "POST", self._url(addresses[turn], path), stream=_Body(body), extensions=self._extensions,
+                    headers=[self._host_header, (b"Content-Length", b"%d" % len(body)), *headers])
                 try:
                     response = await self._transport.handle_async_request(request)
                 except httpx.ConnectError:

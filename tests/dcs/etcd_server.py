@@ -12,6 +12,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from typing import Self
 
 START_S = 20.0
 
@@ -76,7 +77,7 @@ class EtcdCluster:
     def initial_cluster(self) -> str:
         return ",".join(f"{member.name}={member.peer_url}" for member in self.members)
 
-    def __enter__(self) -> EtcdCluster:
+    def __enter__(self) -> Self:
         try:
             for member in self.members:
                 member.start(self.initial_cluster, *self.arguments)
