@@ -119,15 +119,11 @@ def _config(arguments: list[str]) -> int:
 
         print(sample(), end="")
         return DONE
-    from pgha.config.check import check as problems_of
+    from pgha.config.check import check as judge
 
-    problems = problems_of(chosen.config, os.environ)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    if problems:
-        return USAGE
-    print(f"{chosen.config}: no mistakes found")
-    return DONE
+    code, text = judge(chosen.config, os.environ)
+    print(text, file=sys.stderr if code else sys.stdout)
+    return code
 
 
 def _ctl(arguments: list[str]) -> int:

@@ -38,7 +38,7 @@ def _on_this_machine(local: LocalConfig) -> Iterator[str]:
     for program in PROGRAMS:
         name = getattr(postgres.bin_name, program, "") or program
         if not (os.access(Path(postgres.bin_dir) / name, os.X_OK) if postgres.bin_dir else shutil.which(name)):
-            yield f"postgresql.bin_dir: no {name} {'in ' + postgres.bin_dir if postgres.bin_dir else 'on the PATH'} of this machine"
+            yield f"postgresql.bin_dir: no {name} {'in ' + postgres.bin_dir if postgres.bin_dir else 'on the PATH'} on this machine"
     if postgres.data_dir and not Path(postgres.data_dir).parent.is_dir():
         yield f"postgresql.data_dir: {Path(postgres.data_dir).parent} does not exist on this machine"
     for section, keys in (("restapi", ("certfile", "keyfile", "cafile")), ("etcd3", ("cacert", "cert", "key")), ("ctl", ("certfile", "keyfile", "cacert"))):

@@ -41,6 +41,11 @@ OptionList = tuple[tuple[str, str | None], ...]
 PATRONI_MINIMUM_TTL_S = 20.0
 PATRONI_MINIMUM_RETRY_TIMEOUT_S = 3.0
 
+#: the guard takes no deadline further away than a day (lock/protocol.py)
+LONGEST_TIMING_S = 86400
+#: deeper than any configuration; a patch from outside must not exhaust the stack
+DEEPEST = 32
+
 LATER = "not supported yet by this version; allowed: leave it out"
 _ONLY_LOCAL = "is known only to the node itself; allowed: in the node's own file"
 _HBA = "a list of pg_hba.conf lines"
@@ -140,9 +145,9 @@ SynchronousMode = Literal["off", "on", "quorum"]
 class ClusterConfig(Section, frozen=True, kw_only=True):
     """Effective values of `/config`. What later issues carry out is parsed, too, and named by `unsupported`."""
 
-    ttl_s: Annotated[float, Key(duration(3, whole=True), name="ttl")] = 30.0
-    loop_wait_s: Annotated[float, Key(duration(1, whole=True), name="loop_wait")] = 10.0
-    retry_timeout_s: Annotated[float, Key(duration(1, whole=True), name="retry_timeout")] = 10.0
+    ttl_s: Annotated[float, Key(duration(3, LONGEST_TIMING_S, whole=True), name="ttl")] = 30.0
+    loop_wait_s: Annotated[float, Key(duration(1, LONGEST_TIMING_S, whole=True), name="loop_wait")] = 10.0
+    retry_timeout_s: Annotated[float, Key(duration(1, LONGEST_TIMING_S, whole=True), name="retry_timeout")] = 10.0
     maximum_lag_on_failover_bytes: Annotated[int, Key(size(0), name="maximum_lag_on_failover")] = 1048576
     maximum_lag_on_syncnode_bytes: Annotated[int, Key(size(-1), name="maximum_lag_on_syncnode")] = -1
     max_timelines_history: Annotated[int, Key(integer(0))] = 0
@@ -248,16 +253,21 @@ def validate_change(old: dict[str, Any] | None, new: Any) -> list[str]:
     return [problem for problem in validate_dynamic(new) if problem not in before]
 
 
-def merge_patch(old: Any, patch: Any) -> Any:
-    """`patch` laid over `old`: tables merge, null deletes, everything else replaces (compatibility spec 3.5)."""
+def merge_patch(old: Any, patch: Any, *, depth: int = 0) -> Any:
+    """`patch` laid over `old`: tables merge, null deletes, everything else replaces (compatibility spec 3.5).
+
+    `old` is not changed. ValueError if the patch is nested more than DEEPEST deep.
+    """
     if not isinstance(patch, dict):
         return patch
+    if depth >= DEEPEST:
+        raise ValueError(f"tables are nested more than {DEEPEST} deep")
     merged = dict(old) if isinstance(old, dict) else {}
     for key, value in patch.items():
         if value is None:
             merged.pop(key, None)
         else:
-            merged[key] = merge_patch(merged.get(key), value)
+            merged[key] = merge_patch(merged.get(key), value, depth=depth + 1)
     return merged
 
 

@@ -179,3 +179,14 @@ def _layered(local: Postgresql, cluster: ClusterConfig) -> Postgresql:
     mine = {k: v for k, v in local.parameters.items() if k.lower() not in gucs.CONTROLLED}
     values["parameters"] = {**{k: v for k, v in ours.items() if k.lower() not in {m.lower() for m in mine}}, **mine}
     return replace(local, **values)
+
+
+def needs_new_agent(old: LocalConfig, new: LocalConfig) -> tuple[str, ...]:
+    """Keys that make this node who it is: a reload cannot change them, only another start can."""
+    def identity(local: LocalConfig) -> dict[str, str]:
+        return {
+            "scope": local.scope, "namespace": local.namespace, "name": local.name, "postgresql.data_dir": local.postgresql.data_dir,
+            "pgha.state_dir": local.pgha.state_dir, "pgha.runtime_dir": local.pgha.runtime_dir,
+        }
+    before, after = identity(old), identity(new)
+    return tuple(key for key in before if before[key] != after[key])

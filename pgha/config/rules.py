@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
 from pgha.config import gucs
-from pgha.config.addresses import Address, Listen
+from pgha.config.addresses import Address
 from pgha.config.cluster import read_strictly
 from pgha.config.local import Credentials, Etcd3, LocalConfig, Postgresql, PostgresUser, RestApi
 from pgha.config.schema import Path, Report, every_key
@@ -21,6 +21,8 @@ from pgha.config.values import Secret
 
 #: A password file holds one line; anything longer is the wrong file.
 PASSWORD_FILE_LIMIT_BYTES = 4096
+
+E = TypeVar("E", Credentials, Etcd3)
 
 
 def finish(local: LocalConfig, report: Report) -> LocalConfig:
@@ -30,18 +32,19 @@ def finish(local: LocalConfig, report: Report) -> LocalConfig:
         read_strictly(local.bootstrap.dcs, ("bootstrap", "dcs"), report)
     return replace(
         local, restapi=_restapi(local.restapi, report), etcd3=_etcd3(local, report), postgresql=_postgresql(local, report),
-        ctl=replace(local.ctl, authentication=_credentials(local.ctl.authentication, ("ctl", "authentication"), report)),
+        ctl=replace(local.ctl, authentication=_with_password(local.ctl.authentication, ("ctl", "authentication"), report)),
     )
 
 
-def _connect_address(listen: Listen, given: Address, path: Path, report: Report) -> Address:
+def _connect_address(section: RestApi | Postgresql, at: str, report: Report) -> Address:
     """What others connect to: as given, else the only address that is listened on."""
-    if given or not listen:
-        return given
+    listen = section.listen
+    if "connect_address" in section.given or not listen:
+        return section.connect_address
     if listen.everywhere or len(listen.hosts) != 1:
         if report.complete:
-            report.problem((*path, "connect_address"), f"is missing, and listen ({listen}) does not tell it; allowed: one host:port that the other nodes can reach")
-        return given
+            report.problem((at, "connect_address"), f"is missing, and listen ({listen}) does not tell it; allowed: one host:port that the other nodes can reach")
+        return section.connect_address
     return Address(listen.hosts[0], listen.port)
 
 
@@ -51,16 +54,15 @@ def _restapi(rest: RestApi, report: Report) -> RestApi:
     if rest.verify_client != "none" and not (rest.cafile and rest.certfile):
         report.problem(("restapi", "verify_client"), f"is {rest.verify_client}, which needs certfile and cafile; allowed: none without them")
     return replace(
-        rest, connect_address=_connect_address(rest.listen, rest.connect_address, ("restapi",), report),
-        authentication=_credentials(rest.authentication, ("restapi", "authentication"), report),
+        rest, connect_address=_connect_address(rest, "restapi", report),
+        authentication=_with_password(rest.authentication, ("restapi", "authentication"), report),
     )
 
 
 def _etcd3(local: LocalConfig, report: Report) -> Etcd3:
     etcd = local.etcd3
     if "etcd3" not in local.given:
-        if report.complete or not local.given & {"scope", "name"}:
-            report.problem(("etcd3",), 'is missing; allowed: a table with host, hosts or url, as hosts = ["10.0.0.1:2379"]')
+        report.problem(("etcd3",), 'is missing; allowed: a table with host, hosts or url, as hosts = ["10.0.0.1:2379"]')
         return etcd
     if not etcd.given & {"host", "hosts", "url"}:
         report.problem(("etcd3", "hosts"), 'is missing; allowed: host, hosts or url, as hosts = ["10.0.0.1:2379"]')
@@ -72,10 +74,7 @@ def _etcd3(local: LocalConfig, report: Report) -> Etcd3:
             report.problem(("etcd3", key), 'is given, but protocol is http; allowed: protocol = "https"')
     if etcd.key and not etcd.cert:
         report.problem(("etcd3", "key"), "is given without cert; allowed: both or none")
-    password = _password(etcd.password, etcd.password_file, ("etcd3", "password_file"), report)
-    if bool(etcd.username) != bool(password) and not _reported(report, ("etcd3", "password_file")):
-        report.problem(("etcd3", "password" if etcd.username else "username"), "is missing; allowed: username and password, or neither")
-    return replace(etcd, password=password)
+    return _with_password(etcd, ("etcd3",), report)
 
 
 def _postgresql(local: LocalConfig, report: Report) -> Postgresql:
@@ -97,12 +96,12 @@ def _postgresql(local: LocalConfig, report: Report) -> Postgresql:
     at = ("postgresql", "authentication")
     superuser = _user(users.superuser, (*at, "superuser"), report)
     replication = _user(users.replication, (*at, "replication"), report)
-    if not replication.username and report.complete:
+    if "username" not in replication.given and report.complete:
         report.problem((*at, "replication", "username"), "is missing; allowed: the user for streaming, as replicator")
     superuser = superuser if superuser.username else replace(superuser, username="postgres")
     rewind = _user(users.rewind, (*at, "rewind"), report)
     return replace(
-        postgres, connect_address=_connect_address(postgres.listen, postgres.connect_address, ("postgresql",), report),
+        postgres, connect_address=_connect_address(postgres, "postgresql", report),
         config_dir=postgres.config_dir or postgres.data_dir,
         authentication=replace(users, superuser=superuser, replication=replication, rewind=rewind if rewind.username else superuser),
     )
@@ -110,28 +109,22 @@ def _postgresql(local: LocalConfig, report: Report) -> Postgresql:
 
 def _user(user: PostgresUser, path: Path, report: Report) -> PostgresUser:
     password = _password(user.password, user.password_file, (*path, "password_file"), report)
-    if password and not user.username and path[-1] == "rewind":
-        report.problem((*path, "username"), "is missing, but there is a password; allowed: both, or neither (then the superuser rewinds)")
+    if user.given and "username" not in user.given and path[-1] == "rewind":
+        report.problem((*path, "username"), "is missing, but other keys are there; allowed: a username with them, or none at all (then the superuser rewinds)")
     return replace(user, password=password)
 
 
-def _credentials(credentials: Credentials, path: Path, report: Report) -> Credentials:
-    password = _password(credentials.password, credentials.password_file, (*path, "password_file"), report)
-    if bool(credentials.username) != bool(password) and not _reported(report, (*path, "password_file")):
-        missing = "password" if credentials.username else "username"
-        report.problem((*path, missing), "is missing; allowed: username and password, or neither")
-    return replace(credentials, password=password)
-
-
-def _reported(report: Report, path: Path) -> bool:
-    """Is there already a problem with this very key? (Then what follows from it need not be said.)"""
-    beginning = report.line(path, "")
-    return any(problem.startswith(beginning) for problem in report.problems)
+def _with_password(section: E, at: Path, report: Report) -> E:
+    """`section` with its password read; a user name and a password need each other."""
+    missing = "password" if not section.given & {"password", "password_file"} else "username" if "username" not in section.given else ""
+    if missing and section.given & {"username", "password", "password_file"}:
+        report.problem((*at, missing), "is missing; allowed: username and password, or neither")
+    return replace(section, password=_password(section.password, section.password_file, (*at, "password_file"), report))
 
 
 def _password(given: Secret, file: str, path: Path, report: Report) -> Secret:
     """The password, read from its file if it has one: the first line, without its end."""
-    if not file:
+    if not file or given:  # both given: reported already
         return given
     try:
         with open(file, "rb") as f:  # noqa: PTH123  (the descriptor is asked for its mode, too)

@@ -56,18 +56,18 @@ pg_hba = [
     "host all all 10.0.0.0/24 scram-sha-256",
 ]
 
-# Passwords: password = "…", or password_file, or PGHA_SUPERUSER_PASSWORD and so on in the environment.
+# Give each user its password: password_file, or password = "...", or PGHA_SUPERUSER_PASSWORD and so on in the environment.
 [postgresql.authentication.superuser]
 username = "postgres"
-password_file = "/etc/pgha/superuser.password"
+# password_file = "/etc/pgha/superuser.password"
 
 [postgresql.authentication.replication]
 username = "replicator"
-password_file = "/etc/pgha/replication.password"
+# password_file = "/etc/pgha/replication.password"
 
-[postgresql.authentication.rewind]
+[postgresql.authentication.rewind]      # without it the superuser rewinds
 username = "rewinder"
-password_file = "/etc/pgha/rewind.password"
+# password_file = "/etc/pgha/rewind.password"
 
 [postgresql.parameters]                 # parameters of this node only
 shared_buffers = "128MB"

@@ -102,7 +102,7 @@ class Report:
         return self.base
 
     def line(self, path: Path, what: str) -> str:
-        return f"{self.where(path)}: {dotted(path)}: {what}" if self.where(path) else f"{dotted(path)}: {what}"
+        return ": ".join(part for part in (self.where(path), dotted(path), what) if part)
 
     def problem(self, path: Path, what: str) -> None:
         self.problems.append(self.line(path, what))

@@ -169,6 +169,10 @@ def flag() -> Kind:
 
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*([A-Za-z]*)\s*")
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+#: larger than any size or duration that can be meant, small enough for 64 bits and exact in a float of whole numbers
+_LARGEST = 1 << 53
+#: what a duration may be unless its key says less: ten years fit into nanoseconds of 64 bits
+_LONGEST_S = 10 * 365 * 86400.0
 _BYTES = {"B": 1, "kB": 1 << 10, "KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 
 
@@ -177,12 +181,16 @@ def _number(value: Any, units: dict[str, float] | dict[str, int]) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise Wrong(f"is {shown(value)}, not a number")
     if not isinstance(value, str):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise Wrong(f"is {value}, not a number")
+        if abs(value) > _LARGEST:
+            raise Wrong("is far too large")
         return value
     match = _NUMBER.fullmatch(value)
     if match is None:
         raise Wrong(f"is {shown(value)}, not a number")
+    if len(match[1]) > len(str(_LARGEST)):
+        raise Wrong(f"is {shown(value)}, far too long a number")
     if not match[2]:
         return float(match[1]) if "." in match[1] else int(match[1])
     if match[2] not in units:
@@ -190,18 +198,23 @@ def _number(value: Any, units: dict[str, float] | dict[str, int]) -> float:
     return float(match[1]) * units[match[2]]
 
 
+def plain(number: float) -> str:
+    """A number as people write it: 86400, 0.25."""
+    return str(int(number)) if number == int(number) else f"{number:g}"
+
+
 def _bounded(number: float, minimum: float | None, maximum: float | None, unit: str, typed: Any) -> Any:
     if minimum is not None and number < minimum:
-        raise Wrong(f"is {number:g}{unit}, below the minimum", repaired=typed(minimum))
+        raise Wrong(f"is {plain(number)}{unit}, below the minimum", repaired=typed(minimum))
     if maximum is not None and number > maximum:
-        raise Wrong(f"is {number:g}{unit}, above the maximum", repaired=typed(maximum))
+        raise Wrong(f"is {plain(number)}{unit}, above the maximum", repaired=typed(maximum))
     return typed(number)
 
 
 def _range(minimum: float | None, maximum: float | None, unit: str) -> str:
     if maximum is not None:
-        return f" from {minimum or 0:g}{unit} to {maximum:g}{unit}"
-    return "" if minimum is None else f", at least {minimum:g}{unit}"
+        return f" from {plain(minimum or 0)}{unit} to {plain(maximum)}{unit}"
+    return "" if minimum is None else f", at least {plain(minimum)}{unit}"
 
 
 def integer(minimum: int | None = None, maximum: int | None = None) -> Kind:
@@ -217,6 +230,8 @@ def duration(minimum: float | None = None, maximum: float | None = None, *, whol
     """Seconds, as float. Units us, ms, s, min, h, d; without one: seconds. `whole`: no fractions of a second."""
     def parse(value: Any) -> float:
         number = _number(value, _SECONDS)
+        if number > _LONGEST_S:
+            raise Wrong(f"is {shown(value)}, more than ten years", repaired=float(maximum or _LONGEST_S))
         if whole and number != int(number):
             raise Wrong(f"is {shown(value)}, not whole seconds", repaired=float(max(int(number), minimum or 0)))
         return float(_bounded(number, minimum, maximum, " s", float))
