@@ -23,7 +23,7 @@ from pgha.errors import Refused
 
 _USER = "postgres"
 _ARCHIVE = "pgha.pyz"  # a copy that root made for the user who runs everything
-_PASSED_ON = ("PATH", "LANG", "TERM", "COLUMNS", "LINES", "PGHA_CACHE")
+_PASSED_ON = ("PATH", "LANG", "TERM", "COLUMNS", "LINES")
 _MINIMUM_TTL_S = 3
 _LONGEST_WAIT_S = 10
 _DONE, _FAILED = 0, 1

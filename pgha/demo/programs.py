@@ -35,21 +35,26 @@ def own_program() -> Program:
     """The pgha that is running now: the archive if it was started from one, else this package's sources."""
     started = os.path.abspath(sys.argv[0])  # noqa: PTH100  (resolve() would follow a link out of the named place)
     if zipfile.is_zipfile(started):
-        return Program((sys.executable, "-IS", started), {})
+        cache = os.environ.get("PGHA_CACHE")
+        return Program((sys.executable, "-IS", started), {"PGHA_CACHE": cache} if cache else {})
     sources = Path(__file__).resolve().parents[2]
     return Program((sys.executable, "-m", "pgha"), {"PYTHONPATH": str(sources)})
 
 
 def for_user(program: Program, user: str, directory: Path) -> Program:
-    """The same program, so that `user` can run it: the archive copied to `directory`, an interpreter that it may run."""
+    """The same program, so that `user` can run it: the archive copied to `directory`, an interpreter that it may run.
+
+    Our cache directory is of no use to another user, who makes one in its usual place.
+    """
     argv = list(program.argv)
+    environment = {name: value for name, value in program.environment.items() if name != "PGHA_CACHE"}
     if zipfile.is_zipfile(argv[-1]):
         argv[-1] = shutil.copy(argv[-1], str(directory / "pgha.pyz"))
         os.chmod(argv[-1], 0o644)  # noqa: PTH101
     for interpreter in dict.fromkeys((argv[0], "/usr/bin/python3", "/usr/local/bin/python3")):
-        candidate = Program((interpreter, *argv[1:]), program.environment)
+        candidate = Program((interpreter, *argv[1:]), environment)
         try:
-            answer = run([*candidate.argv, "--version"], timeout_s=30, user=user, environment=candidate.environment)
+            answer = run([*candidate.argv, "--version"], timeout_s=30, user=user, environment=environment)
         except (OSError, subprocess.TimeoutExpired):
             continue
         if answer.returncode == 0:
@@ -68,15 +73,15 @@ def find_etcd() -> str:
 def find_postgres(bin_dir: Path | None = None) -> Path:
     """PostgreSQL's program directory: the given one, else that of the newest supported version. Raises Missing."""
     if bin_dir is not None:
-        absent = [name for name in _POSTGRES_PROGRAMS if not (bin_dir / name).exists()]
+        absent = [name for name in _POSTGRES_PROGRAMS if not os.access(bin_dir / name, os.X_OK)]
         if absent:
-            raise Missing(f"{bin_dir} lacks {', '.join(absent)}")
+            raise Missing(f"--bin-dir {bin_dir} lacks {', '.join(absent)} (or they cannot be executed)")
         return bin_dir
     found = {}
     for pattern in _POSTGRES_PLACES:
         for place in Path("/").glob(pattern.lstrip("/")):
             version = _major(place)
-            if version in SUPPORTED_POSTGRES and all((place / name).exists() for name in _POSTGRES_PROGRAMS):
+            if version in SUPPORTED_POSTGRES and all(os.access(place / name, os.X_OK) for name in _POSTGRES_PROGRAMS):
                 found[version] = place
     if not found:
         raise Missing("PostgreSQL 13 to 18 is not installed: apt-get install postgresql "

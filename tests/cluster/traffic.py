@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from pgha.demo.processes import spawn
 #: More than the hundred a second that the scenarios are to have, so that a busy machine still reaches them.
 RATE = 150
 TABLE = "CREATE TABLE IF NOT EXISTS traffic (id bigint PRIMARY KEY, stamp timestamptz NOT NULL)"
+_numbers = itertools.count(1)
 _WRITER = Path(__file__).with_name("writer.py")
 
 
@@ -33,7 +35,7 @@ class Traffic:
         leader = bed.wait_healthy()
         with leader.connect() as connection:
             connection.execute(TABLE)
-            self._number = 1 + (connection.execute("SELECT coalesce(max(id) / 1000000000000, 0) FROM traffic").fetchone() or [0])[0]
+            connection.execute("TRUNCATE traffic")
 
     def __enter__(self) -> Self:
         for node in self.bed.nodes:
@@ -46,10 +48,10 @@ class Traffic:
         self._end()
 
     def add(self, kind: str, node: Node) -> None:
-        out = self.bed.directory / f"acks-{self._number}-{kind}-{node.name}"
+        number = next(_numbers)
+        out = self.bed.directory / f"acks-{number}-{kind}-{node.name}"
         out.touch()
-        spec = {"dsn": node.dsn(), "node": node.name, "number": self._number, "rate": RATE}
-        self._number += 1
+        spec = {"dsn": node.dsn(), "node": node.name, "number": number, "rate": RATE}
         child = spawn([sys.executable, str(_WRITER), kind, str(out), json.dumps(spec)], log=out.with_suffix(".log"), directory=_WRITER.parent,
                       environment={"PGPASSWORD": self.bed.settings.password})
         self._children.append((child, out))
