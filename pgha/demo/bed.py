@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 SCOPE = "demo"
 _POLL_S = 0.05
+_QUIT_S = 5
+_END_S = 15
 _MAX_NODES = 7
 _PORT_OFFSETS = (0, 10000, 20000)
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (private directories are made below it)
@@ -115,6 +117,9 @@ class Bed:
         """End every process of this bed, whatever state it is in, and remove its directories (or keep them)."""
         for node in self.nodes:
             node.kill_agent()
+            signal_all(node.guards(), signal.SIGKILL)
+            node.quit_postgres()
+        _poll(lambda: not any(node.postgres() for node in self.nodes), _QUIT_S)
         end_processes_of(self.directory, self.shared_memory)
         self.etcd.stop(signal.SIGKILL)
         for node in self.nodes:
@@ -133,18 +138,19 @@ class Bed:
 
     def wait(self, condition: Callable[[], T | None], timeout_s: float, what: str) -> T:
         """The first true value of `condition`; BedTimeout with everybody's state if there is none in time, or an agent gave up."""
-        end = time.monotonic() + timeout_s
-        while True:
+
+        def watched() -> T | None:
             value = condition()
-            if value:
-                return value
             for node in self.nodes:
-                if node.ended_by_itself is not None:
+                if not value and node.ended_by_itself is not None:
                     raise BedTimeout(f"the agent of {node.name} ended by itself with exit code {node.ended_by_itself}, "
                                      f"while waiting for: {what}\n{self.describe()}")
-            if time.monotonic() > end:
-                raise BedTimeout(f"after {timeout_s:g} s still not: {what}\n{self.describe()}")
-            time.sleep(_POLL_S)
+            return value
+
+        value = _poll(watched, timeout_s)
+        if not value:
+            raise BedTimeout(f"after {timeout_s:g} s still not: {what}\n{self.describe()}")
+        return value
 
     def wait_healthy(self, timeout_s: float = 60) -> Node:
         """The primary, once every node with a running agent is a member of one working cluster, as agents and SQL say."""
@@ -214,14 +220,24 @@ class Bed:
         return "\n".join(lines)
 
 
-def end_processes_of(*places: Path, timeout_s: float = 15) -> None:
-    """SIGKILL until none is left; BedTimeout if that does not succeed."""
+def _poll(condition: Callable[[], T | None], timeout_s: float) -> T | None:
+    """The first true value, or the last one after that time."""
     end = time.monotonic() + timeout_s
-    while left := belonging_to(*places):
-        if time.monotonic() > end:
-            raise BedTimeout(f"these processes do not die: {left}")
+    while not (value := condition()) and time.monotonic() < end:
+        time.sleep(_POLL_S)
+    return value
+
+
+def end_processes_of(*places: Path) -> None:
+    """SIGKILL until none is left; BedTimeout if that does not succeed."""
+
+    def none_left() -> bool:
+        left = belonging_to(*places)
         signal_all(left, signal.SIGKILL)
-        time.sleep(_POLL_S / 5)
+        return not left
+
+    if not _poll(none_left, _END_S):
+        raise BedTimeout(f"these processes do not die: {belonging_to(*places)}")
 
 
 def end_remembered(directory: Path) -> bool:

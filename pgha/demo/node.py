@@ -110,6 +110,7 @@ class Node:
                            "host all all 127.0.0.0/8 scram-sha-256"],
                 "parameters": {
                     "unix_socket_directories": str(self.runtime), "shared_buffers": "32MB", "max_wal_size": "256MB",
+                    "dynamic_shared_memory_type": "mmap",  # in the data directory, so that nothing is left after SIGKILL
                     "logging_collector": "on", "log_directory": where, "log_filename": "postgresql.log",
                     "log_line_prefix": "%m [%p] ", "log_timezone": "UTC", "log_rotation_age": "0", "log_rotation_size": "0",
                 },
@@ -203,6 +204,13 @@ class Node:
         while fresh := [p for p in self.postgres() if p not in done]:
             signal_all(fresh, number)
             done.update(fresh)
+
+    def quit_postgres(self) -> None:
+        """Immediate shutdown, also of a frozen one; unlike SIGKILL it lets PostgreSQL free its shared memory."""
+        postmaster = self.postmaster()
+        if postmaster is not None:
+            postmaster.send(signal.SIGQUIT)
+        signal_all(self.postgres(), signal.SIGCONT)
 
     # -- talking to them
 
