@@ -140,6 +140,7 @@ def take_privileges() -> Privileges:
             f.write("-1000")
     except OSError:
         spared = False
+    _libc.malloc_trim(0)  # what imports and their compilation needed once
     locked = _may_lock_all() and _libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) == 0
     return Privileges(locked, realtime, spared)
 
