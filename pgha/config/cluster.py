@@ -240,6 +240,8 @@ def read_strictly(raw: Any, at: Path, report: Report) -> ClusterConfig:
 def validate_dynamic(raw: Any) -> list[str]:
     """Everything that is wrong with `raw` as a whole new `/config`; one line each."""
     report = Report("/config")
+    if isinstance(raw, (dict, list)) and _too_deep(raw):
+        return [f"/config: is nested more than {DEEPEST} deep"]
     read_strictly(raw, (), report)
     return report.problems
 
@@ -256,12 +258,10 @@ def validate_change(old: dict[str, Any] | None, new: Any) -> list[str]:
 def merge_patch(old: Any, patch: Any, *, depth: int = 0) -> Any:
     """`patch` laid over `old`: tables merge, null deletes, everything else replaces (compatibility spec 3.5).
 
-    `old` is not changed. ValueError if the patch is nested more than DEEPEST deep.
+    `old` is not changed. What is nested deeper than DEEPEST replaces; `validate_dynamic` refuses it.
     """
-    if not isinstance(patch, dict):
+    if not isinstance(patch, dict) or depth > DEEPEST:
         return patch
-    if depth >= DEEPEST:
-        raise ValueError(f"tables are nested more than {DEEPEST} deep")
     merged = dict(old) if isinstance(old, dict) else {}
     for key, value in patch.items():
         if value is None:
@@ -269,6 +269,16 @@ def merge_patch(old: Any, patch: Any, *, depth: int = 0) -> Any:
         else:
             merged[key] = merge_patch(merged.get(key), value, depth=depth + 1)
     return merged
+
+
+def _too_deep(raw: Any) -> bool:
+    """Is anything nested more than DEEPEST deep? Level by level, without recursion."""
+    level = [raw]
+    for _ in range(DEEPEST + 1):
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer) if isinstance(inner, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def normalised(raw: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ MINIMUM = {
 #: the same, but not plain numbers
 OTHERS = ("wal_level", "wal_keep_size", "track_commit_timestamp", "wal_log_hints", "hot_standby")
 #: set by pgha, nobody else
-FORCED = ("listen_addresses", "port", "cluster_name", "restart_after_crash", "data_directory", "primary_conninfo", "primary_slot_name")
+FORCED = ("listen_addresses", "port", "cluster_name", "restart_after_crash", "data_directory", "config_file", "external_pid_file", "primary_conninfo", "primary_slot_name")
 CONTROLLED = frozenset((*MINIMUM, *OTHERS, *FORCED))
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)?")

@@ -141,13 +141,16 @@ def test_merge_patch(old, patch, new):
     assert repr(old) == before
 
 
-def test_a_patch_without_bottom_is_refused():
-    patch = leaf = {}
-    for _ in range(DEEPEST + 1):
-        leaf["a"] = {}
-        leaf = leaf["a"]
-    with pytest.raises(ValueError, match="nested more than 32 deep"):
-        merge_patch({}, patch)
+@pytest.mark.parametrize("depth", [DEEPEST + 1, 100_000])
+@pytest.mark.parametrize("kind", [lambda inner: {"a": inner}, lambda inner: [inner]])
+def test_a_patch_without_bottom_is_refused(depth, kind):
+    patch = {}
+    for _ in range(depth):
+        patch = kind(patch)
+    new = merge_patch({"slots": {}}, {"slots": patch})
+    assert validate_change({}, new) == ["/config: is nested more than 32 deep"]
+    while patch:  # taken apart by hand: freeing 100,000 levels at once is deep, too
+        patch = patch.popitem()[1] if isinstance(patch, dict) else patch.pop()
 
 
 def test_what_bootstrap_writes_has_no_units_that_a_reader_might_not_know():
