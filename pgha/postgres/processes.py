@@ -15,7 +15,7 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import trio
@@ -114,6 +114,8 @@ class Postmaster:
         self.start_ticks = start_ticks
         self.data_dir = data_dir
         self._pidfd = pidfd
+        #: Known only of a child of this process, once it has ended; negative: the signal that ended it.
+        self.exit_code: int | None = None
 
     def __repr__(self) -> str:
         return f"Postmaster(pid={self.pid}, start_ticks={self.start_ticks})"
@@ -123,14 +125,18 @@ class Postmaster:
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         if poll.poll(0):
-            reap(self.pid)
+            self._reap()
             return False
         return True
 
     async def wait_exit(self) -> None:
         """Return when it has exited. No deadline: the caller's scope is the deadline."""
         await trio.lowlevel.wait_readable(self._pidfd)
-        reap(self.pid)
+        self._reap()
+
+    def _reap(self) -> None:
+        exit_code = reap(self.pid)
+        self.exit_code = exit_code if self.exit_code is None else self.exit_code
 
     def signal(self, number: signal.Signals) -> bool:
         """Send it, to this process and no other; False if it has exited."""
@@ -193,17 +199,28 @@ def adopt(data_dir: Path) -> Postmaster | None:
     return handle_of(file.pid, data_dir)
 
 
-def remove_dead_pid_file(data_dir: Path) -> bool:
+def remove_dead_pid_file(data_dir: Path, *, socket_dirs: Iterable[Path] = ()) -> bool:
     """Remove a postmaster.pid whose process is dead, or is not PostgreSQL's of this directory. True if there was one.
 
-    PostgreSQL itself refuses to start while *any* process of our user has that number, a zombie included. PostgresError
-    while any process of the directory lives: then the file (it names the shared memory) is what protects the data.
+    PostgreSQL itself refuses to start while *any* process of our user has that number, a zombie included; the lock files
+    of its sockets work alike and go with it (`socket_dirs`: those that postmaster.pid does not name, it has only the
+    first). PostgresError while any process of the directory lives: then the file, which names the shared memory, is what
+    protects the data.
     """
     file = read_postmaster_pid(data_dir)
     if file is None:
         return False
     if living := living_processes(data_dir):
         raise PostgresError(f"postmaster.pid stays: processes {living} of {data_dir} live")
+    named = [Path(file.socket_dir)] if file.socket_dir else []
+    for directory in {*named, *socket_dirs}:
+        lock = directory / f".s.PGSQL.{file.port}.lock"
+        try:
+            pid, owner = lock.read_text(errors="replace").splitlines()[:2]
+        except (FileNotFoundError, PermissionError, ValueError):
+            continue  # none, or not of a server of ours
+        if pid.strip() == str(file.pid) and owner == file.data_dir:
+            lock.unlink(missing_ok=True)
     (data_dir / "postmaster.pid").unlink(missing_ok=True)
     return True
 

@@ -97,7 +97,7 @@ class Server:
             while postmaster.status() not in wanted:
                 with trio.move_on_after(POLL_S):
                     await postmaster.wait_exit()
-                    raise CommandFailed("postgres", reap(postmaster.pid) or 0, self.log_tail())
+                    raise CommandFailed("postgres", postmaster.exit_code or 0, self.log_tail())
             return
         raise PostgresTimeout(f"PostgreSQL is {postmaster.status() or 'silent'!r} after {deadline_s:g} s")
 

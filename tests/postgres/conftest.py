@@ -118,7 +118,7 @@ def template(config) -> Path:
         subprocess.run([BIN / "initdb", "-D", making, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8",
                         "--locale=C", "--no-instructions"], check=True, stdout=subprocess.DEVNULL)
         with (making / "postgresql.conf").open("a") as f:
-            f.write("\nfsync = off\nmax_connections = 30\nshared_buffers = 8MB\nmax_wal_size = 64MB\nwal_log_hints = on\n"
+            f.write("\nfsync = off\nshared_buffers = 8MB\nmax_wal_size = 64MB\nwal_log_hints = on\n"
                     "wal_keep_size = 64MB\n")
         making.rename(path)
     return path

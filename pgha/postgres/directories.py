@@ -1,0 +1,226 @@
+"""Whole data directories: what is there, how big, put aside, swapped in, deleted. The only copy is never removed here
+by accident: deletion is its own call, with the path spelt out.
+
+Names beside `<data_dir>`: `.clone` (being filled), `.old`, `.old.1`, … (replaced by a clone; the caller deletes it once
+the new one streams), `.failed`, `.failed.1`, … (kept for people, never removed).
+
+Rules of this file:
+* Renames happen within one parent directory and are fsynced.
+* What takes long runs in a thread in small pieces, between which a cancel works.
+* Deleting never leaves the tree: a symbolic link is removed, what it points to only if the caller names it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import trio
+
+from pgha.errors import PostgresError
+from pgha.postgres.files import sync_directory
+from pgha.postgres.processes import living_processes
+
+#: How many entries a thread handles before the loop may cancel.
+_PIECE_ENTRIES = 500
+
+Content = Literal["missing", "empty", "valid", "partial"]
+
+
+def clone_directory(data_dir: Path) -> Path:
+    """Where a clone is filled, until it is whole."""
+    return data_dir.with_name(data_dir.name + ".clone")
+
+
+def content(data_dir: Path) -> Content:
+    """"valid" has what a server needs to begin to start; "partial" has something else. OSError: it cannot be said.
+
+    `lost+found`, and empty pg_wal and tablespace mount points do not count as content.
+    """
+    try:
+        names = {entry.name for entry in os.scandir(data_dir) if entry.name != "lost+found"}
+    except FileNotFoundError:
+        return "missing"
+    if not names:
+        return "empty"
+    # pg_control is written last by initdb and by pg_basebackup, so that it stands for the rest.
+    whole = (data_dir / "PG_VERSION").is_file() and (data_dir / "global" / "pg_control").is_file()
+    return "valid" if whole else "partial"
+
+
+def major_version(data_dir: Path) -> int:
+    """15; 0 if there is no PG_VERSION or it says nothing of use."""
+    try:
+        return int((data_dir / "PG_VERSION").read_text().split(".")[0])
+    except (OSError, ValueError):
+        return 0
+
+
+def _free_name(data_dir: Path, suffix: str) -> Path:
+    """data_dir.failed, data_dir.failed.1, …: the first that is not taken."""
+    candidate = data_dir.with_name(f"{data_dir.name}.{suffix}")
+    number = 0
+    while os.path.lexists(candidate):
+        number += 1
+        candidate = data_dir.with_name(f"{data_dir.name}.{suffix}.{number}")
+    return candidate
+
+
+def _put_aside(data_dir: Path, suffix: str) -> Path:
+    if living := living_processes(data_dir):
+        raise PostgresError(f"{data_dir} is in use by processes {living}")
+    aside = _free_name(data_dir, suffix)
+    data_dir.rename(aside)
+    sync_directory(data_dir.parent)
+    return aside
+
+
+def move_to_failed(data_dir: Path) -> Path:
+    """Put the directory aside for people to look at; its new name. PostgresError while a server runs in it.
+
+    Symbolic links inside (pg_wal, tablespaces) go on pointing to where they did.
+    """
+    return _put_aside(data_dir, "failed")
+
+
+async def swap_in_clone(data_dir: Path) -> Path | None:
+    """`<data_dir>.clone` becomes the data directory; where the old one is now, or None if there was none.
+
+    The clone is fsynced first. Between the two renames there is no data directory: whoever starts then finds the clone,
+    whole, under its own name (`unfinished_swap`).
+    """
+    clone = clone_directory(data_dir)
+    if content(clone) != "valid":
+        raise PostgresError(f"{clone} is {content(clone)}, not a whole data directory")
+    await sync_tree(clone)
+    if (before := content(data_dir)) == "empty":
+        # Kept as it is where possible: it may be a mount point's child with its own ownership.
+        data_dir.rmdir()
+        before = "missing"
+    old = _put_aside(data_dir, "old") if before != "missing" else None
+    clone.rename(data_dir)
+    sync_directory(data_dir.parent)
+    return old
+
+
+def unfinished_swap(data_dir: Path) -> bool:
+    """Was a swap interrupted between its two renames? Then `swap_in_clone` finishes it."""
+    return content(data_dir) == "missing" and content(clone_directory(data_dir)) == "valid" and bool(old_directories(data_dir))
+
+
+def old_directories(data_dir: Path) -> list[Path]:
+    """Directories that a clone replaced and that nobody has deleted yet."""
+    prefix = f"{data_dir.name}.old"
+    try:
+        names = [entry.name for entry in os.scandir(data_dir.parent)]
+    except FileNotFoundError:
+        return []
+    return sorted(data_dir.with_name(n) for n in names
+                  if n == prefix or (n.startswith(prefix + ".") and n[len(prefix) + 1:].isdigit()))
+
+
+def _walk(top: Path) -> Iterator[os.DirEntry[str]]:
+    """Every entry below `top`, directories after what is in them; symbolic links are entries, never followed."""
+    try:
+        entries = list(os.scandir(top))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path))
+        yield entry
+
+
+async def _in_pieces(steps: Iterator[int]) -> int:
+    """Add up what `steps` yields, in a thread, cancellable between pieces."""
+    total = 0
+
+    def piece() -> bool:
+        nonlocal total
+        for count, amount in enumerate(steps, 1):
+            total += amount
+            if count == _PIECE_ENTRIES:
+                return True
+        return False
+
+    while await trio.to_thread.run_sync(piece):
+        await trio.lowlevel.checkpoint()
+    return total
+
+
+def linked_directories(data_dir: Path) -> list[Path]:
+    """Where pg_wal and the tablespaces really are, if outside the tree."""
+    links = [data_dir / "pg_wal"]
+    if (data_dir / "pg_tblspc").is_dir():
+        links += sorted((data_dir / "pg_tblspc").iterdir())
+    return [path.resolve() for path in links if path.is_symlink()]
+
+
+async def size_bytes(data_dir: Path) -> int:
+    """Bytes used by the directory, its WAL and its tablespaces. Files that vanish while counted count as nothing."""
+    def sizes() -> Iterator[int]:
+        for top in (data_dir, *linked_directories(data_dir)):
+            for entry in _walk(top):
+                try:
+                    yield entry.stat(follow_symlinks=False).st_blocks * 512
+                except FileNotFoundError:
+                    yield 0
+    return await _in_pieces(sizes())
+
+
+def free_bytes(path: Path) -> int:
+    """Space that we may still use on the file system of `path` or of its nearest parent that exists."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+async def sync_tree(top: Path) -> None:
+    """fsync every file and directory of a tree, its WAL and its tablespaces."""
+    def steps() -> Iterator[int]:
+        for root in (top, *linked_directories(top)):
+            for entry in _walk(root):
+                if entry.is_file(follow_symlinks=False):
+                    fd = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                    try:
+                        os.fsync(fd)
+                    finally:
+                        os.close(fd)
+                elif entry.is_dir(follow_symlinks=False):
+                    sync_directory(Path(entry.path))
+                yield 1
+            sync_directory(root)
+            yield 1
+    await _in_pieces(steps())
+    sync_directory(top.parent)
+
+
+async def delete_tree(top: Path, *, also: Iterable[Path] = ()) -> None:
+    """Delete a directory tree. PostgresError while a server runs in it; OSError if something cannot be removed.
+
+    `also`: targets of its links (from `linked_directories`) whose *content* is deleted, too; other link targets stay.
+    """
+    if living := living_processes(top):
+        raise PostgresError(f"{top} is in use by processes {living}")
+    outside = list(also)
+    assert all(path in linked_directories(top) for path in outside), outside
+
+    def steps(root: Path) -> Iterator[int]:
+        for entry in _walk(root):
+            if entry.is_dir(follow_symlinks=False):
+                os.rmdir(entry.path)  # noqa: PTH106  (entry.path is a str)
+            else:
+                os.unlink(entry.path)  # noqa: PTH108  (entry.path is a str)
+            yield 1
+
+    for path in outside:
+        await _in_pieces(steps(path))
+    if top.is_symlink():
+        raise PostgresError(f"{top} is a symbolic link: name the directory itself")
+    await _in_pieces(steps(top))
+    if top.exists():
+        top.rmdir()
+        sync_directory(top.parent)

@@ -1,0 +1,104 @@
+"""Timeline history files of a data directory: which timelines it knows, and numbers that it must not take.
+
+A promotion takes the next number for which no history file exists. A file with a comment and no row therefore *blocks*
+its number, while a standby that sees it does not follow it: the timeline it names descends from nothing (both measured,
+safety model 7). Blocks must be contiguous from the own timeline on, or the number before the gap is taken.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from msgspec import Struct
+
+from pgha.errors import PostgresError
+from pgha.model.wal import HistoryRow, parse_history_file
+from pgha.postgres.files import remove_file, write_file
+
+_NAME = re.compile(r"([0-9A-F]{8})\.history")
+#: The first words of a block of ours; whatever else a file says, it is none.
+_BLOCK = "# pgha: number taken: "
+#: A history is a few lines; anything longer is damage.
+_LIMIT_BYTES = 1024 * 1024
+
+
+class HistoryFile(Struct, frozen=True, kw_only=True):
+    """`<timeline>.history` with rows. `modified_s`: epoch seconds; for the newest, about when the promotion happened."""
+
+    timeline: int
+    rows: tuple[HistoryRow, ...]
+    modified_s: float
+
+
+def _path(data_dir: Path, timeline: int) -> Path:
+    assert timeline > 1, timeline  # timeline 1 has no history
+    return data_dir / "pg_wal" / f"{timeline:08X}.history"
+
+
+def _files(data_dir: Path) -> list[tuple[int, Path]]:
+    found = ((_NAME.fullmatch(path.name), path) for path in (data_dir / "pg_wal").iterdir())
+    return sorted((int(match[1], 16), path) for match, path in found if match)
+
+
+def _read(path: Path) -> str:
+    with path.open("rb") as f:
+        return f.read(_LIMIT_BYTES).decode(errors="replace")
+
+
+def read_histories(data_dir: Path) -> dict[int, HistoryFile]:
+    """Every history in pg_wal that has rows, by timeline; blocks are not among them. PostgresError names a damaged one."""
+    histories = {}
+    for timeline, path in _files(data_dir):
+        try:
+            text, modified_s = _read(path), path.stat().st_mtime
+            rows = parse_history_file(text)
+        except FileNotFoundError:
+            continue  # removed or archived away while we looked
+        except ValueError as e:
+            raise PostgresError(f"{path}: {e}") from None
+        if rows:
+            histories[timeline] = HistoryFile(timeline=timeline, rows=rows, modified_s=modified_s)
+    return histories
+
+
+def read_history(data_dir: Path, timeline: int) -> HistoryFile | None:
+    """How `timeline` came to be; None on timeline 1, or if the file is not (or no longer) here."""
+    return read_histories(data_dir).get(timeline) if timeline > 1 else None
+
+
+def block_timeline(data_dir: Path, timeline: int, comment: str) -> bool:
+    """Keep a promotion from taking `timeline`. False if a file of that number is there already (a history, or a block)."""
+    path = _path(data_dir, timeline)
+    if path.exists():
+        return False
+    write_file(path, f"{_BLOCK}{' '.join(comment.split())}\n")
+    return True
+
+
+def unblock_timeline(data_dir: Path, timeline: int) -> bool:
+    """Remove our block. False if there is none; a real history is never touched."""
+    path = _path(data_dir, timeline)
+    try:
+        if not _is_block(_read(path)):
+            return False
+    except FileNotFoundError:
+        return False
+    return remove_file(path)
+
+
+def blocked_timelines(data_dir: Path) -> dict[int, str]:
+    """Our blocks: timeline → comment."""
+    blocks = {}
+    for timeline, path in _files(data_dir):
+        try:
+            text = _read(path)
+        except FileNotFoundError:
+            continue
+        if _is_block(text):
+            blocks[timeline] = text[len(_BLOCK):].strip()
+    return blocks
+
+
+def _is_block(text: str) -> bool:
+    return text.startswith(_BLOCK) and text.count("\n") == 1
