@@ -1,0 +1,95 @@
+"""After a failover that was refused, `ctl explain NODE` names each obstacle with its numbers."""
+
+import re
+import signal
+
+import pytest
+from pgha.demo.processes import identify, run
+
+pytestmark = pytest.mark.cluster
+
+BALLAST = "INSERT INTO ballast SELECT repeat(md5(random()::text), 30) FROM generate_series(1, 3000)"  # about 3 MiB
+
+
+def explain(bed, node):
+    """What `pgha ctl explain` prints about this node, asked with its own configuration."""
+    program = bed.settings.program
+    answer = run([*program.argv, "ctl", "-c", str(node.config_path), "explain", node.name], timeout_s=20, user="postgres",
+                 environment=program.environment)
+    assert answer.returncode == 0, answer
+    return answer.stdout
+
+
+def until_explained(bed, node, *patterns, timeout_s=30):
+    """Wait until all of these are in one explanation."""
+
+    def found():
+        text = explain(bed, node)
+        return text if all(re.search(p, text) for p in patterns) else None
+
+    print(bed.wait(found, timeout_s, f"explain {node.name} says {patterns}"))
+
+
+def stop_walsender_of(leader, node):
+    """From now on this node receives nothing."""
+    pid = leader.ask(f"SELECT pid FROM pg_stat_replication WHERE application_name = '{node.name}'")
+    assert identify(pid).send(signal.SIGSTOP)
+
+
+def kill_node(node):
+    node.signal_agent(signal.SIGKILL)
+    node.signal_postgres(signal.SIGKILL)
+    node.kill_agent()
+
+
+def test_lag_tag_and_a_peer_ahead(cluster):
+    old = cluster.leader()
+    behind, ahead = (node for node in cluster.nodes if node is not old)
+    try:
+        behind.tags = {"nofailover": True}
+        behind.write_configuration()
+        assert behind.signal_agent(signal.SIGHUP)
+        cluster.wait(lambda: (cluster.etcd.value(cluster.key(f"members/{behind.name}")) or {}).get("tags"), 20, "the tag is published")
+        with old.connect() as sql:
+            sql.execute("CREATE TABLE IF NOT EXISTS ballast (x text)")
+            stop_walsender_of(old, behind)
+            sql.execute(BALLAST)
+            received = f"SELECT flush_lsn >= pg_current_wal_lsn() FROM pg_stat_replication WHERE application_name = '{ahead.name}'"
+            cluster.wait(lambda: sql.execute(received).fetchone()[0], 20, f"{ahead.name} has received it")
+            stop_walsender_of(old, ahead)
+            sql.execute(BALLAST)
+            position = sql.execute("SELECT (pg_current_wal_lsn() - '0/0')::bigint").fetchone()[0]
+        cluster.wait(lambda: cluster.etcd.value(cluster.key("status"))["optime"] >= position, 20, "the leader has published its position")
+        kill_node(old)
+        until_explained(cluster, ahead, r"promotion\.caught_up.*lag [2-9]\.\d MiB, limit 1\.0 MiB")
+        until_explained(cluster, behind, r"promotion\.caught_up.*lag ([5-9]|1\d)\.\d MiB, limit 1\.0 MiB", r"promotion\.not_nofailover.*nofailover is set",
+                        rf"promotion\.no_peer_is_ahead.*own \S+.*{ahead.name} at [0-9A-F]+/[0-9A-F]+ on timeline \d+")
+        assert cluster.leader() is None
+    finally:
+        behind.tags = {}
+        behind.write_configuration()
+        behind.signal_agent(signal.SIGHUP)
+    old.start_agent()
+    assert cluster.wait_healthy(60) is old, "only it has everything"
+
+
+def test_timeline(cluster):
+    """A node that missed a promotion does not lead when timelines are checked."""
+    first = cluster.leader()
+    missing, second = (node for node in cluster.nodes if node is not first)
+    assert first.request("PATCH", "/config", {"check_timeline": True}).status == 200
+    try:
+        kill_node(missing)
+        kill_node(first)
+        assert cluster.wait_leader(other_than=first, timeout_s=30) is second
+        timeline = second.patroni()["timeline"]
+        cluster.wait(lambda: len(cluster.etcd.value(cluster.key("history")) or []) >= timeline - 1, 20, "the promotion is in /history")
+        kill_node(second)
+        missing.start_agent()
+        until_explained(cluster, missing, rf"promotion\.timeline_is_known.*own timeline {timeline - 1}, the cluster's {timeline}", timeout_s=60)
+        assert cluster.leader() is None
+        second.start_agent()
+        first.start_agent()
+        assert cluster.wait_healthy(90) is second
+    finally:
+        cluster.wait(lambda: any((a := n.request("PATCH", "/config", {"check_timeline": None})) and a.status == 200 for n in cluster.nodes), 20, "reset")
