@@ -4,6 +4,7 @@ import re
 import signal
 
 import pytest
+
 from pgha.demo.processes import identify, run
 
 pytestmark = pytest.mark.cluster
