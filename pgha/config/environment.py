@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from pgha.config.local import LocalConfig
 from pgha.config.schema import Path, every_key, nearest
-from pgha.config.values import Shape
+from pgha.config.values import Shape, printable
 
 PREFIX = "PGHA_"
 #: A whole configuration, as TOML, in place of the file.
@@ -80,7 +80,7 @@ def overlay(raw: dict[str, Any], sources: dict[Path, str], environ: Mapping[str,
         variable = variables().get(name)
         if variable is None:
             close = nearest(name, [*variables(), WHOLE])
-            problems.append(f"environment: {name}: unknown variable" + (f"; did you mean {close}?" if close else f"; allowed: {PREFIX} and a key's path in capitals"))
+            problems.append(f"environment: {printable(name)}: unknown variable" + (f"; did you mean {close}?" if close else f"; allowed: {PREFIX} and a key's path in capitals"))
             continue
         try:
             value = parse(environ[name], variable.shape)
@@ -114,7 +114,7 @@ def parse(text: str, shape: Shape) -> Any:
         for load in (json.loads, lambda t: tomllib.loads(f"value = {t}")["value"]):
             try:
                 return load(text)
-            except ValueError:
+            except (ValueError, RecursionError):  # both parsers recurse; a thousand brackets are no configuration
                 continue
         raise ValueError(f"is neither TOML nor JSON; allowed: a {shape} as TOML or JSON")
     if shape == "list":

@@ -23,6 +23,7 @@ from pgha.config.environment import WHOLE, overlay
 from pgha.config.local import LocalConfig, Postgresql
 from pgha.config.rules import finish, secret_paths
 from pgha.config.schema import Path, Report, dotted, fields, read
+from pgha.config.values import printable
 from pgha.errors import ConfigError
 from pgha.model.observation import Settings
 
@@ -123,7 +124,10 @@ def _add(content: bytes, name: str, raw: dict[str, Any], sources: dict[Path, str
     try:
         table = tomllib.loads(content.decode())
     except tomllib.TOMLDecodeError as error:
-        problems.append(f"{name}: is no valid TOML: {error}")
+        problems.append(printable(f"{name}: is no valid TOML: {error}"))
+        return {}
+    except RecursionError:  # the parser recurses
+        problems.append(f"{name}: is nested too deeply; allowed: TOML as `pgha config sample` shows it")
         return {}
     except UnicodeDecodeError as error:
         problems.append(f"{name}: is not UTF-8 (byte {error.start}); allowed: TOML in UTF-8")

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_
 
 from msgspec import Struct
 
-from pgha.config.values import Kind, Wrong, type_name
+from pgha.config.values import Kind, Wrong, printable, type_name
 
 Path = tuple[str, ...]
 
@@ -112,7 +112,7 @@ class Report:
 
 
 def dotted(path: Path) -> str:
-    return ".".join(path)
+    return printable(".".join(path))
 
 
 def nearest(name: str, known: list[str]) -> str:

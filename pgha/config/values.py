@@ -20,8 +20,8 @@ class Wrong(ValueError):  # noqa: N818  (reads as what it is: `raise Wrong("is 3
     """A value that cannot be used. `repaired`: what stands in for it where others wrote it (None: the default)."""
 
     def __init__(self, what: str, *, repaired: Any = None) -> None:
-        super().__init__(what)
-        self.what = what
+        self.what = printable(what)
+        super().__init__(self.what)
         self.repaired = repaired
 
 
@@ -67,6 +67,11 @@ class Kind:
         self.secret = secret
 
 
+def printable(text: str) -> str:
+    """`text` on one line, without control characters and halves of surrogates: it goes to terminals and logs."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def shown(value: Any) -> str:
     """`value` for an error message: its type if it is a container, no credentials, not too long."""
     match value:
@@ -75,7 +80,7 @@ def shown(value: Any) -> str:
         case int() | float():
             return str(value)
         case str():
-            text = scrub(value)
+            text = printable(scrub(value))
             if "@" in text:
                 text = "***@" + text.rpartition("@")[2]
             return f'"{text[:80]}…"' if len(text) > 80 else f'"{text}"'
@@ -104,6 +109,10 @@ def _text(value: Any) -> str:
         raise Wrong("is empty")
     if "\0" in value or "\n" in value:
         raise Wrong("contains a line break or a NUL")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Wrong("is not UTF-8") from None
     return value
 
 
@@ -305,6 +314,8 @@ def program_options(*forbidden: str, program: str) -> Kind:
                 name, given = next(iter(item.items()))
                 if isinstance(given, (dict, list)) or given is None:
                     raise Wrong(f"has {type_name(given)} for {name}")
+                if given is False:
+                    continue
                 out.append((name, None if given is True else given if isinstance(given, str) else shown(given)))
             else:
                 raise Wrong(f"has {type_name(item)} as item {number}, neither a name nor one {{name = value}}")
