@@ -1,0 +1,122 @@
+"""Make it so: from an action to a sequence of steps, each sequence in a file of its own.
+
+    context.py   what every operation has at hand        wanted.py   how PostgreSQL is to be configured
+    steps.py     what several operations are made of
+    keys.py follow.py                  quick: writes to the store; changes of a running server
+    bootstrap.py clone.py start.py promote.py demote.py stop.py rewind.py inspect.py     operations
+
+Rules: the first failure ends an operation, nothing is tried twice (the next pass sees the truth); an operation can be
+cancelled at any await and leaves PostgreSQL safe.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from pgha.act import bootstrap, clone, demote, follow, inspect, keys, promote, rewind, start, steps, stop
+from pgha.act.context import Context, Fence, Progress, Renewer, log
+from pgha.act.wanted import Wanted
+from pgha.errors import OperationFailed
+from pgha.model import action as a
+
+__all__ = ["Actor", "Context", "Fence", "Progress", "Renewer", "Wanted"]
+
+#: The checkpoint after a promotion writes everything that the standby had not yet written.
+CHECKPOINT_DEADLINE_S = 3600.0
+
+
+class Actor:
+    """Does what a decision asks for, except what is the agent's own: ReadCluster, AnswerRequest, CancelOperation."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+
+    async def quick(self, action: a.QuickAction, deadline_s: float) -> None:
+        """Within the pass. Raises Refused, OperationFailed, DcsError, PostgresError, GuardError."""
+        ctx = self.ctx
+        try:
+            with trio.fail_after(deadline_s):
+                match action:
+                    case a.AcquireLock():
+                        await ctx.renewer.acquire(action, deadline_s=deadline_s)
+                    case a.ReleaseLock():
+                        await keys.release_lock(ctx, action, deadline_s=deadline_s)
+                    case a.WriteKey():
+                        await keys.write_key(ctx, action, deadline_s=deadline_s)
+                    case a.WriteInitialize():
+                        await keys.write_initialize(ctx, action, deadline_s=deadline_s)
+                    case a.CompactStore():
+                        await ctx.store.compact(action.revision, deadline_s=deadline_s)
+                        log.info("compacted the store", before_revision=action.revision)
+                    case a.Freeze():
+                        await follow.freeze(ctx, action)
+                    case a.Follow():
+                        await follow.follow(ctx, action)
+                    case a.ApplyConfiguration():
+                        await follow.apply_configuration(ctx, action)
+                    case a.RestoreStandbySignal():
+                        await follow.restore_standby_signal(ctx)
+                    case a.MaintainSlots():
+                        await follow.maintain_slots(ctx, action, deadline_s=deadline_s)
+                    case a.ReadCluster() | a.AnswerRequest() | a.CancelOperation():
+                        raise AssertionError(f"{type(action).__name__} is the agent's own")
+        except trio.TooSlowError as error:
+            raise OperationFailed(f"{type(action).__name__} had not ended after {deadline_s:g} s") from error
+        except OSError as error:
+            raise OperationFailed(f"{type(action).__name__}: {error}") from error
+
+    async def operate(self, action: a.LongAction, progress: Progress) -> dict[str, Any]:
+        """Beside the loop. Returns the facts of the operation; raises as `quick` does."""
+        name = type(action).__name__
+        began_s = trio.current_time()
+        log.info("operation begins", operation=name)
+        try:
+            facts = await self._operate(action, progress)
+        except trio.TooSlowError as error:
+            raise OperationFailed(f"{name}: a step took too long") from error
+        except OSError as error:
+            raise OperationFailed(f"{name}: {error}") from error
+        finally:
+            took_s = trio.current_time() - began_s
+            log.info("operation has ended", operation=name, took_s=took_s)
+        return facts
+
+    async def _operate(self, action: a.LongAction, progress: Progress) -> dict[str, Any]:
+        ctx = self.ctx
+        match action:
+            case a.Bootstrap():
+                return await bootstrap.bootstrap(ctx, action, progress)
+            case a.Clone():
+                return await clone.clone(ctx, action, progress)
+            case a.StartStandby():
+                return await start.start_standby(ctx, action, progress)
+            case a.StartPrimary():
+                return await start.start_primary(ctx, action, progress)
+            case a.Promote():
+                return await promote.promote(ctx, action, progress)
+            case a.Demote():
+                return await demote.demote(ctx, action, progress)
+            case a.Stop():
+                return await stop.stop(ctx, action, progress)
+            case a.Restart():
+                return await stop.restart(ctx, action, progress)
+            case a.Rewind():
+                return await rewind.rewind(ctx, action, progress)
+            case a.InspectUpstream():
+                return await inspect.inspect_upstream(ctx, action, progress)
+            case a.InspectEndOfWal():
+                return await inspect.inspect_end_of_wal(ctx, action, progress)
+            case a.Sweep():
+                return await stop.sweep(ctx, action, progress)
+            case a.AbandonDirectory():
+                return await clone.abandon(ctx, action, progress)
+
+    async def checkpoint(self) -> bool:
+        """The checkpoint after a promotion, in the agent's own time: rewinds of others wait for it. True if it is done."""
+        return await steps.checkpoint(self.ctx, deadline_s=CHECKPOINT_DEADLINE_S)
+
+    async def discard_old(self) -> list[str]:
+        """Delete the data directories that clones have replaced: once the new one streams."""
+        return await clone.discard_old(self.ctx)

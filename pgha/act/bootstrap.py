@@ -1,0 +1,196 @@
+"""Make a new cluster: nobody else's, nobody else's to see before it is whole.
+
+`initialize` = "" is won first, create-only, under a short lease: a bootstrap that was abandoned frees itself. It keeps
+two nodes from doing the work twice; what makes a second cluster impossible is the last write, one transaction, which
+the next pass decides (AcquireLock with `initialize_revision`).
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+from urllib.parse import quote
+
+import trio
+
+from pgha.act.context import Context, Progress, log
+from pgha.act.steps import (
+    CLEAN_UP_S,
+    SQL_DEADLINE_S,
+    Timeline,
+    be_standby_at_rest,
+    closing,
+    control,
+    kill_everything,
+    nothing_lives,
+    on_disk,
+    while_keeping,
+    while_offline,
+)
+from pgha.act.wanted import Conninfo, options_of
+from pgha.dcs import ABSENT, Compare, Delete, Put
+from pgha.errors import DcsError, OperationFailed, PghaError, Refused
+from pgha.model.action import Bootstrap
+from pgha.postgres import directories, files, roles
+from pgha.postgres.connection import Connection
+from pgha.postgres.initdb import initdb
+from pgha.postgres.programs import clean_environment, run_checked
+
+#: `initialize` outlives an agent that died in the middle by this much.
+LEASE_S = 30.0
+STORE_DEADLINE_S = 5.0
+INITDB_DEADLINE_S = 600.0
+START_DEADLINE_S = 60.0
+STOP_DEADLINE_S = 60.0
+#: The operator's script may load a schema, not a data warehouse.
+SCRIPT_DEADLINE_S = 1800.0
+
+
+async def bootstrap(ctx: Context, action: Bootstrap, progress: Progress) -> dict[str, Any]:
+    """Facts: system_identifier, initialize_revision. The data directory is left stopped, a standby at rest.
+
+    Refused if another node has `initialize`. On failure the key is freed if it is still ours, and the data directory
+    put aside under a numbered name, never removed.
+    """
+    del action
+    found = await on_disk(directories.content, ctx.data_dir)
+    if found not in ("missing", "empty"):
+        raise OperationFailed(f"{ctx.data_dir} is not empty ({found}): no bootstrap into it")
+    nothing_lives(ctx)
+    times = Timeline()
+    progress("asking for initialize")
+    lease = await ctx.store.grant(LEASE_S, deadline_s=STORE_DEADLINE_S)
+    revision = await _win_initialize(ctx, lease)
+    times.mark("initialize")
+    log.info("bootstrapping a new cluster", data_dir=ctx.data_dir)
+
+    async def keep_lease() -> None:
+        while True:
+            await trio.sleep(LEASE_S / 4)
+            await ctx.store.renew(lease, deadline_s=LEASE_S / 4)
+
+    try:
+        identifier = await while_keeping(keep_lease, lambda: while_offline(ctx, lambda: _make(ctx, progress, times)))
+        await ctx.fence.standby()
+        await ctx.store.renew(lease, deadline_s=STORE_DEADLINE_S)   # until the next pass has written it for good
+    except BaseException:   # also trio.Cancelled: half a cluster is nobody's
+        await _give_up(ctx, revision, lease)
+        raise
+    log.info("bootstrapped", system_identifier=identifier, took_s=times.total_s, **times.took)
+    return {"system_identifier": identifier, "initialize_revision": revision, **times.took}
+
+
+async def _win_initialize(ctx: Context, lease: int) -> int:
+    path = ctx.keys.path("initialize")
+    outcome = await ctx.store.transact(
+        compares=[Compare(key=path, revision=ABSENT)], puts=[Put(key=path, value=b"", lease=lease)], read=[path],
+        deadline_s=STORE_DEADLINE_S)
+    if outcome.succeeded:
+        return outcome.revision
+    found = outcome.found.get(path)
+    if found is not None and found.value == b"" and found.lease == lease:   # an attempt whose answer was lost
+        return found.revision
+    raise Refused("initialize is another node's: it bootstraps the cluster, or has")
+
+
+async def _give_up(ctx: Context, revision: int, lease: int) -> None:
+    """Free the key if it is ours, kill, put the directory aside. Each step whether or not the others worked."""
+    with trio.move_on_after(2 * CLEAN_UP_S, shield=True):
+        try:
+            await kill_everything(ctx, "the bootstrap failed")
+            if await on_disk(directories.content, ctx.data_dir) not in ("missing", "empty"):
+                aside = await on_disk(directories.move_to_failed, ctx.data_dir)
+                log.error("bootstrap failed; its data directory was put aside", kept_as=aside)
+        except (PghaError, OSError) as error:
+            log.error("bootstrap failed, and its data directory could not be put aside", why=str(error))
+        path = ctx.keys.path("initialize")
+        try:
+            await ctx.store.transact(compares=[Compare(key=path, revision=revision, value=b"")], puts=[Delete(key=path)],
+                                     deadline_s=STORE_DEADLINE_S)
+            await ctx.store.revoke(lease, deadline_s=STORE_DEADLINE_S)
+        except DcsError as error:
+            log.warning("initialize could not be freed; its lease ends by itself", why=str(error), within_s=LEASE_S)
+
+
+async def _make(ctx: Context, progress: Progress, times: Timeline) -> str:
+    """initdb, users, script, stop. Returns the system identifier."""
+    local = ctx.wanted.effective().local
+    name, password = ctx.wanted.user("superuser")
+    progress("initdb")
+    await initdb(ctx.data_dir, ctx.server.bin_dir, options_of(local.bootstrap.initdb), superuser=name, password=password,
+                 deadline_s=INITDB_DEADLINE_S)
+    ctx.directory.refresh()
+    times.mark("initdb")
+    await on_disk(ctx.wanted.bootstrap_hba)
+    said = await control(ctx)
+    await on_disk(ctx.wanted.write_stopped, said, standby=False)
+    private = await on_disk(_private_files, ctx)
+    progress("first start, for nobody else to connect")
+    alone = {"listen_addresses": "", "unix_socket_directories": str(ctx.private_dir), "unix_socket_permissions": "0700",
+             "hba_file": str(private), "synchronous_standby_names": ""}
+    server = await ctx.server.start({**ctx.wanted.command_line(said, standby=False), **alone})
+    try:
+        await ctx.server.wait_ready(server, deadline_s=START_DEADLINE_S)
+        times.mark("start")
+        where: Conninfo = {"host": str(ctx.private_dir), "port": local.postgresql.listen.port, "user": name,
+                           "dbname": ctx.wanted.effective().postgresql.database}
+        await _ensure_database(where)
+        await _script(ctx, where, local.bootstrap.post_bootstrap or local.bootstrap.post_init, progress)
+        progress("creating users")
+        with closing(await Connection.connect(where, deadline_s=SQL_DEADLINE_S)) as conn:
+            await _users(ctx, conn)
+            await conn.query("CHECKPOINT", deadline_s=STOP_DEADLINE_S)
+        times.mark("users")
+        ctx.server.stop(server, "fast")
+        with trio.fail_after(STOP_DEADLINE_S):
+            await server.wait_exit()
+    finally:
+        server.close()
+    await on_disk(private.unlink, missing_ok=True)
+    nothing_lives(ctx)
+    said = await control(ctx)
+    if said.state != "shut down":
+        raise OperationFailed(f"after the bootstrap PostgreSQL is {said.state!r}, not shut down")
+    await be_standby_at_rest(ctx)
+    times.mark("stop")
+    return said.system_identifier
+
+
+def _private_files(ctx: Context) -> Any:
+    """Who reaches the socket is our own user: its directory lets nobody else in."""
+    ctx.private_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    ctx.private_dir.chmod(0o700)
+    path = ctx.private_dir / "bootstrap_hba.conf"
+    files.write_file(path, "local all all trust\n", mode=0o600)
+    return path
+
+
+async def _ensure_database(where: Conninfo) -> None:
+    """The database that pgha connects to, if it is another than initdb's own."""
+    name = str(where["dbname"])
+    with closing(await Connection.connect({**where, "dbname": "template1"}, deadline_s=SQL_DEADLINE_S)) as conn:
+        if not await conn.query("SELECT FROM pg_database WHERE datname = $1", name, deadline_s=SQL_DEADLINE_S):
+            await conn.query(f"CREATE DATABASE {roles.quote_identifier(name)}", deadline_s=START_DEADLINE_S)
+
+
+async def _script(ctx: Context, where: Conninfo, command: str, progress: Progress) -> None:
+    """post_bootstrap: called with a connection URL, as the reference does."""
+    if not command:
+        return
+    progress("post_bootstrap script")
+    await on_disk(ctx.wanted.write_passfile)
+    url = (f"postgres://{quote(str(where['user']), safe='')}@/{quote(str(where['dbname']), safe='')}"
+           f"?host={quote(str(where['host']), safe='')}&port={where['port']}")
+    env = clean_environment({"PGPASSFILE": str(ctx.wanted.passfile)})
+    done = await run_checked([*shlex.split(command), url], deadline_s=SCRIPT_DEADLINE_S, env=env)
+    log.info("post_bootstrap script has ended", exit_code=done.exit_code)
+
+
+async def _users(ctx: Context, conn: Connection) -> None:
+    superuser, _ = ctx.wanted.user("superuser")
+    name, password = ctx.wanted.user("replication")
+    if name != superuser:
+        await roles.set_replication_user(conn, name, password, deadline_s=SQL_DEADLINE_S)
+    name, password = ctx.wanted.user("rewind")
+    if name != superuser:
+        await roles.set_rewind_user(conn, name, password, deadline_s=SQL_DEADLINE_S)

@@ -1,0 +1,180 @@
+"""Copy another server's data directory, and swap it in only when it is whole. The old one stays until the new one
+streams, unless there is no room and its removal was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from pgha.act.context import Context, Progress, log
+from pgha.act.steps import (
+    SQL_DEADLINE_S,
+    Timeline,
+    closing,
+    kill_everything,
+    nothing_lives,
+    on_disk,
+    reachable,
+    while_keeping,
+    while_offline,
+)
+from pgha.act.wanted import options_of
+from pgha.errors import OperationFailed, PostgresError
+from pgha.model.action import AbandonDirectory, Clone
+from pgha.postgres import basebackup, directories, files
+from pgha.postgres.connection import Connection, identify_system
+from pgha.postgres.controldata import read_control
+
+CLONE_DEADLINE_S = 7 * 86400.0
+#: pg_basebackup may wait for a checkpoint of its source, and for WAL at its end; a copy that stands still for longer hangs.
+STALL_S = 900.0
+#: Beyond the databases themselves: WAL written during the copy, rounding, the file system's own needs.
+SPACE_FACTOR = 1.05
+SPACE_EXTRA_BYTES = 128 * 1024 * 1024
+CONTROL_DEADLINE_S = 5.0
+
+
+def in_words(size_bytes: float) -> str:
+    """12345678 → "11.8 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.1f} {unit}" if unit != "B" else f"{size_bytes:.0f} B"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} TiB"
+
+
+async def clone(ctx: Context, action: Clone, progress: Progress) -> dict[str, Any]:
+    """Facts: old (path of the data directory that was replaced, "" if there was none), size_bytes, times."""
+    times = Timeline()
+    nothing_lives(ctx)
+    target = directories.clone_directory(ctx.data_dir)
+    present = await on_disk(directories.content, ctx.data_dir)
+    if action.replace == "nothing_there" and present not in ("missing", "empty"):
+        raise OperationFailed(f"{ctx.data_dir} is {present}: it is replaced only if that was asked for")
+    await _remove_leftover(target)
+    await on_disk(ctx.wanted.write_passfile)
+    size_bytes = await _source(ctx, action)
+    await _make_room(ctx, action, present, size_bytes)
+    times.mark("preparation")
+    log.info("cloning", source=action.source.name, size_bytes=size_bytes, why=action.why)
+    try:
+        await _copy(ctx, action, target, progress)
+        times.mark("copy")
+        progress("verifying the copy")
+        said = await read_control(target, ctx.server.bin_dir, deadline_s=CONTROL_DEADLINE_S)
+        if said.system_identifier != action.system_identifier:
+            raise OperationFailed(f"{action.source.name} has system identifier {said.system_identifier}, expected {action.system_identifier}")
+        await on_disk(_make_standby, target)
+    except BaseException:   # also trio.Cancelled: half a copy is of no use to anybody
+        with trio.move_on_after(60.0, shield=True):
+            await directories.delete_tree(target)
+        raise
+    progress("syncing and swapping in")
+    nothing_lives(ctx)
+    old = await while_offline(ctx, lambda: directories.swap_in_clone(ctx.data_dir))
+    ctx.directory.refresh()
+    await ctx.fence.standby()
+    times.mark("swap")
+    log.info("cloned", source=action.source.name, old_kept_as=old or "", took_s=times.total_s, **times.took)
+    return {"old": str(old) if old else "", "size_bytes": size_bytes, **times.took}
+
+
+async def discard_old(ctx: Context) -> list[str]:
+    """Delete what clones have replaced: to be called once the new data directory streams. `.failed` is never touched."""
+    gone = []
+    for old in await on_disk(directories.old_directories, ctx.data_dir):
+        if list_of := directories.linked_directories(old):
+            log.warning("the replaced data directory has parts elsewhere, which are kept", old=old, parts=[str(p) for p in list_of])
+        await directories.delete_tree(old)
+        log.info("deleted the data directory that a clone replaced", old=old)
+        gone.append(str(old))
+    return gone
+
+
+async def abandon(ctx: Context, action: AbandonDirectory, progress: Progress) -> dict[str, Any]:
+    """Set the data directory aside for people to look at. Facts: kept_as ("" if there was none)."""
+    nothing_lives(ctx)
+    if await on_disk(directories.content, ctx.data_dir) == "missing":
+        return {"kept_as": ""}
+    progress("setting the data directory aside")
+
+    async def move() -> Path:
+        return await on_disk(directories.move_to_failed, ctx.data_dir)
+
+    kept_as = await while_offline(ctx, move)
+    log.warning("the data directory was set aside", why=action.why, kept_as=kept_as)
+    return {"kept_as": str(kept_as)}
+
+
+async def _remove_leftover(target: Path) -> None:
+    if await on_disk(directories.content, target) != "missing":
+        log.info("removing what an earlier clone left", path=target)
+        await directories.delete_tree(target)
+
+
+async def _source(ctx: Context, action: Clone) -> int:
+    """Verify who the source is before a byte is copied; its databases' size in bytes (0: it would not say)."""
+    where = await reachable(ctx.wanted.source_conninfo(action.source, "replication"), deadline_s=SQL_DEADLINE_S)
+    with closing(await Connection.connect(where, deadline_s=SQL_DEADLINE_S)) as conn:
+        system = await identify_system(conn, deadline_s=SQL_DEADLINE_S)
+    if system.system_identifier != action.system_identifier:
+        raise OperationFailed(f"{action.source.name} has system identifier {system.system_identifier}, expected {action.system_identifier}")
+    try:
+        where = await reachable(ctx.wanted.source_conninfo(action.source, "superuser"), deadline_s=SQL_DEADLINE_S)
+        with closing(await Connection.connect(where, deadline_s=SQL_DEADLINE_S)) as conn:
+            rows = await conn.query("SELECT sum(pg_database_size(oid)) FROM pg_database", deadline_s=30.0)
+            return int(rows[0][0] or 0)
+    except PostgresError as error:
+        log.warning("the source does not tell its size; free space is not checked", source=action.source.name, why=str(error))
+        return 0
+
+
+async def _make_room(ctx: Context, action: Clone, present: str, size_bytes: int) -> None:
+    """Enough free space for a second copy; else the old one goes first if that was asked for, or nothing is done."""
+    needed_bytes = int(size_bytes * SPACE_FACTOR) + SPACE_EXTRA_BYTES if size_bytes else 0
+    free_bytes = await on_disk(directories.free_bytes, ctx.data_dir.parent)
+    if free_bytes >= needed_bytes:
+        return
+    numbers = f"the clone needs {in_words(needed_bytes)}, {in_words(free_bytes)} are free"
+    if action.replace != "remove_first" or present in ("missing", "empty"):
+        raise OperationFailed(f"not enough space: {numbers}")
+    freed_bytes = await directories.size_bytes(ctx.data_dir)
+    if free_bytes + freed_bytes < needed_bytes:
+        raise OperationFailed(f"not enough space even without the old data directory ({in_words(freed_bytes)}): {numbers}")
+    log.warning("removing the old data directory before the clone", path=ctx.data_dir, why=f"{action.why}; {numbers}")
+    await kill_everything(ctx, "its data directory is removed")
+
+    async def remove() -> None:
+        await directories.delete_tree(ctx.data_dir)
+
+    await while_offline(ctx, remove)
+
+
+async def _copy(ctx: Context, action: Clone, target: Path, progress: Progress) -> None:
+    last_s = trio.current_time()
+
+    def on_progress(at: basebackup.Progress) -> None:
+        nonlocal last_s
+        last_s = trio.current_time()
+        progress(f"{in_words(at.done_bytes)} of {in_words(at.total_bytes)}" if at.total_bytes else in_words(at.done_bytes))
+
+    async def watch() -> None:
+        while True:
+            await trio.sleep(STALL_S / 30)
+            if trio.current_time() - last_s > STALL_S:
+                raise OperationFailed(f"the copy has stood still for {STALL_S:g} s")
+
+    options = ctx.wanted.effective().postgresql.basebackup
+    if not any(name == "checkpoint" for name, _ in options):
+        options = (*options, ("checkpoint", "fast"))    # a spread one may take minutes before the first byte
+    conninfo = ctx.wanted.program_conninfo(action.source, "replication")
+    await while_keeping(watch, lambda: basebackup.base_backup(
+        target, ctx.server.bin_dir, conninfo, options_of(options), deadline_s=CLONE_DEADLINE_S, on_progress=on_progress))
+
+
+def _make_standby(target: Path) -> None:
+    """What the source was is not what the copy is."""
+    files.create_standby_signal(target)
+    files.clean_auto_conf(target)

@@ -1,0 +1,88 @@
+"""What every operation has at hand: this node, its server, its lock. Built once by the agent.
+
+`Fence` and `Renewer` are ports: pgha.lock.fence.Fence and pgha.lock.renewer.Renewer fit them, and so do the small ones
+of the tests. Operations never speak to the guard themselves, so that what it was told last is known in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pgha.act.wanted import Wanted
+from pgha.clock import Clock
+from pgha.dcs import Store
+from pgha.dcs.keys import Keys
+from pgha.lock.recipe import DataDirectory
+from pgha.log import Log
+from pgha.model.action import AcquireLock
+from pgha.model.lock import Identity, Licence
+from pgha.model.wal import Position
+from pgha.postgres.server import Server
+
+Progress = Callable[[str], None]
+
+log = Log("pgha.act")
+
+
+class Fence(Protocol):
+    """What the guard must know before something is done. Each raises GuardError if it did not acknowledge."""
+
+    async def armed(self) -> None:
+        """The guard knows the current licence, and enough of it is left to begin a primary."""
+        ...
+
+    async def standby(self) -> None:
+        """Everything of the directory has exited, standby.signal is there: only a server in recovery may run."""
+        ...
+
+    async def offline(self, for_s: float) -> None:
+        """Our own programs work on the directory, for at most `for_s` seconds from now."""
+        ...
+
+
+class Renewer(Protocol):
+    """The lock's owner."""
+
+    @property
+    def licence(self) -> Licence:
+        """As the renewer knows it now."""
+        ...
+
+    async def acquire(self, action: AcquireLock, *, deadline_s: float, config: bytes | None = None) -> None:
+        """Returns once it is committed. Refused, DcsError."""
+        ...
+
+    async def release(self, *, lsn: int, timeline: int, deadline_s: float) -> None:
+        """Returns once it is committed. DcsError or trio.TooSlowError: unknown; the record expires."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """`directory` finds the server's processes, `server` runs it, `wanted` knows how it is to be configured.
+
+    `hurry(for_s)`: the observer looks every few milliseconds for a while. `configuration_changed()`: it reads the
+    settings again. `last_position()`: the furthest position that this node is known to have reached.
+    `private_dir`: where only this agent's user may look (socket of a server that nobody else may reach).
+    """
+
+    clock: Clock
+    me: Identity
+    store: Store
+    keys: Keys
+    renewer: Renewer
+    fence: Fence
+    server: Server
+    directory: DataDirectory
+    wanted: Wanted
+    hurry: Callable[[float], None]
+    configuration_changed: Callable[[], None]
+    last_position: Callable[[], Position]
+    private_dir: Path
+
+    @property
+    def data_dir(self) -> Path:
+        return self.server.data_dir

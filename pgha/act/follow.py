@@ -1,0 +1,85 @@
+"""Changes of a running server that need no restart: whom it follows, its configuration, its slots."""
+
+from __future__ import annotations
+
+from pgha.act.context import Context, log
+from pgha.act.steps import SQL_DEADLINE_S, be_standby_at_rest, closing, connect, on_disk, postmaster
+from pgha.errors import OperationFailed, QueryFailed
+from pgha.model.action import ApplyConfiguration, Follow, Freeze, MaintainSlots
+from pgha.postgres import slots
+
+#: While the observer waits for the walreceiver to end or to come.
+WATCH_S = 5.0
+_DUPLICATE, _UNDEFINED, _IN_USE = "42710", "42704", "55006"
+#: A slot that is where it should be already (22023), or that never kept any WAL (55000).
+_NOT_MOVABLE = ("22023", "55000")
+
+
+async def freeze(ctx: Context, action: Freeze) -> None:
+    """Neither stream nor restore. It is done when no walreceiver lives, which the observer sees."""
+    with postmaster(ctx) as server:
+        ctx.wanted.freeze()
+        await on_disk(ctx.wanted.write_running)
+        ctx.server.reload(server)
+    log.info("frozen for the election", epoch=action.epoch)
+    ctx.hurry(WATCH_S)
+
+
+async def follow(ctx: Context, action: Follow) -> None:
+    """By reload. The signal is sent in any case: it also ends the startup process's wait before its next try (measured
+    on PostgreSQL 15: SIGHUP sets the latch of that wait)."""
+    with postmaster(ctx) as server:
+        before = ctx.wanted.upstream
+        ctx.wanted.follow(action.upstream, action.slot_name)
+        changed = await on_disk(ctx.wanted.write_running)
+        ctx.server.reload(server)
+    if changed:
+        log.info("following", upstream=action.upstream.name if action.upstream else "", before=before.name if before else "",
+                 slot=action.slot_name)
+    ctx.hurry(WATCH_S)
+
+
+async def apply_configuration(ctx: Context, action: ApplyConfiguration) -> None:
+    """Write what has changed, reload if anything has (or `force`)."""
+    with postmaster(ctx) as server:
+        changed = await on_disk(ctx.wanted.write_running)
+        if changed or action.force:
+            ctx.server.reload(server)
+            log.info("configuration written and reloaded", changed=changed)
+            ctx.configuration_changed()
+
+
+async def restore_standby_signal(ctx: Context) -> None:
+    """At rest every data directory is a standby."""
+    if await be_standby_at_rest(ctx):
+        log.info("wrote standby.signal again")
+
+
+async def maintain_slots(ctx: Context, action: MaintainSlots, *, deadline_s: float) -> None:
+    """Each slot on its own; those that failed are named together at the end, unless they are as wanted already."""
+    failed: list[str] = []
+    with closing(await connect(ctx, deadline_s=min(SQL_DEADLINE_S, deadline_s))) as conn:
+        for name in action.create:
+            try:
+                await slots.create_physical(conn, name, deadline_s=SQL_DEADLINE_S)
+                log.info("slot created", slot=name)
+            except QueryFailed as error:
+                if error.sqlstate != _DUPLICATE:
+                    failed.append(f"create {name}: {error}")
+        for name, lsn in action.advance:
+            try:
+                await slots.advance(conn, name, lsn, deadline_s=SQL_DEADLINE_S)
+            except QueryFailed as error:
+                if error.sqlstate not in (*_NOT_MOVABLE, _IN_USE, _UNDEFINED):
+                    failed.append(f"advance {name}: {error}")
+        for name in action.drop:
+            try:
+                await slots.drop(conn, name, deadline_s=SQL_DEADLINE_S)
+                log.info("slot dropped", slot=name)
+            except QueryFailed as error:
+                if error.sqlstate == _IN_USE:
+                    log.warning("slot is in use and is not dropped", slot=name)
+                elif error.sqlstate != _UNDEFINED:
+                    failed.append(f"drop {name}: {error}")
+    if failed:
+        raise OperationFailed("; ".join(failed))

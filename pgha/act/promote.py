@@ -1,0 +1,86 @@
+"""Leave recovery on exactly the timeline that was claimed, or not at all (safety model 7)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from pgha.act.context import Context, Progress, log
+from pgha.act.steps import (
+    CLEAN_UP_S,
+    SQL_DEADLINE_S,
+    Timeline,
+    be_standby_at_rest,
+    closing,
+    connect,
+    make_safe,
+    on_disk,
+    postmaster,
+)
+from pgha.errors import OperationFailed
+from pgha.model.action import Promote
+from pgha.postgres import histories
+
+#: A fast promotion takes 50 ms; longer only if replay is behind, which the mandate bounds as well.
+PROMOTION_DEADLINE_S = 300.0
+
+_TIMELINE_AND_LSN = (
+    "SELECT ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int, "
+    "pg_current_wal_flush_lsn() - '0/0'")
+
+
+async def promote(ctx: Context, action: Promote, progress: Progress) -> dict[str, Any]:
+    """Block the numbers of others, promote, verify the timeline. Killed by the recipe if anything goes wrong after the
+    request: a server that is out of recovery without anybody watching must not stay."""
+    times = Timeline()
+    requested = False
+    with postmaster(ctx) as server:
+        try:
+            with closing(await connect(ctx)) as conn:
+                if (await conn.query("SELECT pg_is_in_recovery()", deadline_s=SQL_DEADLINE_S))[0][0] != "t":
+                    raise OperationFailed("PostgreSQL is not in recovery: there is nothing to promote")
+                progress(f"blocking timelines {action.block}" if action.block else "asking the guard")
+                await _block(ctx, action)
+                times.mark("block")
+                await ctx.fence.armed()
+                times.mark("armed")
+                progress(f"promoting to timeline {action.timeline}")
+                requested = True
+                await ctx.server.promote(server, conn, deadline_s=PROMOTION_DEADLINE_S)
+                timeline, lsn = (int(v or 0) for v in (await conn.query(_TIMELINE_AND_LSN, deadline_s=SQL_DEADLINE_S))[0])
+                times.mark("promotion")
+            if timeline != action.timeline:
+                raise OperationFailed(f"promoted to timeline {timeline}, but {action.timeline} was claimed")
+            requested = False
+        except BaseException:   # also trio.Cancelled: nobody would watch what becomes of the request
+            if requested:
+                await make_safe(ctx, "the promotion was not completed")
+            raise
+        finally:
+            await _unblock(ctx, action)
+    log.info("promoted", timeline=timeline, took_s=times.total_s, **times.took)
+    ctx.wanted.no_longer_frozen()
+    ctx.hurry(1.0)
+    try:
+        await be_standby_at_rest(ctx)
+    except OSError as error:   # the next pass sees that it is missing, and writes it
+        log.warning("standby.signal could not be written after the promotion", why=str(error))
+    return {"timeline": timeline, "lsn": lsn, "checkpoint_pending": True, **times.took}
+
+
+async def _block(ctx: Context, action: Promote) -> None:
+    comment = f"epoch {action.epoch}, for the promotion of {ctx.me.name} to {action.timeline}"
+    if action.timeline > 1 and await on_disk(histories.read_history, ctx.data_dir, action.timeline) is not None:
+        raise OperationFailed(f"timeline {action.timeline} exists already: its history file is in pg_wal")
+    for number in action.block:
+        await on_disk(histories.block_timeline, ctx.data_dir, number, comment)
+
+
+async def _unblock(ctx: Context, action: Promote) -> None:
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + CLEAN_UP_S):
+        for number in action.block:
+            try:
+                await on_disk(histories.unblock_timeline, ctx.data_dir, number)
+            except OSError as error:
+                log.warning("a block could not be removed", timeline=number, why=str(error))

@@ -1,0 +1,105 @@
+"""Start PostgreSQL: as a standby, which the guard lets live; or as primary, which needs the licence and an armed guard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from pgha.act.context import Context, Progress, log
+from pgha.act.steps import (
+    Timeline,
+    be_standby_at_rest,
+    control,
+    make_safe,
+    on_disk,
+    ready_to_start,
+    wait_primary,
+)
+from pgha.errors import OperationFailed, PostgresTimeout
+from pgha.model.action import Source, StartPrimary, StartStandby
+from pgha.postgres import files
+from pgha.postgres.startup import answers_startup
+
+#: A standby that needs longer until it accepts sessions is recovering: the observer tells the rest.
+STANDBY_READY_S = 2.0
+#: No answer at all in this time: something is wrong with it.
+STANDBY_ANSWER_S = 30.0
+
+
+async def start_standby(ctx: Context, action: StartStandby, progress: Progress) -> dict[str, Any]:
+    """Returns once it accepts sessions, or answers that it is starting."""
+    times = Timeline()
+    await ready_to_start(ctx)
+    await be_standby_at_rest(ctx)
+    await start_prepared_standby(ctx, action.upstream, action.slot_name, progress, times)
+    return times.took
+
+
+async def start_prepared_standby(ctx: Context, upstream: Source | None, slot_name: str, progress: Progress, times: Timeline) -> None:
+    """Configuration, guard, start. standby.signal is there."""
+    ctx.wanted.follow(upstream, slot_name)
+    said = await control(ctx)
+    await on_disk(ctx.wanted.write_stopped, said)
+    times.mark("configuration")
+    await ctx.fence.standby()
+    times.mark("guard")
+    progress(f"starting as a standby of {upstream.name if upstream else 'nobody'}")
+    server = await ctx.server.start(ctx.wanted.command_line(said))
+    ctx.hurry(STANDBY_ANSWER_S)
+    try:
+        try:
+            await ctx.server.wait_ready(server, deadline_s=STANDBY_READY_S)
+        except PostgresTimeout:
+            await _wait_answers(ctx)
+        times.mark("start")
+        log.info("started as a standby", pid=server.pid, upstream=upstream.name if upstream else "", status=server.status(),
+                 took_s=times.total_s)
+    finally:
+        server.close()
+
+
+async def _wait_answers(ctx: Context) -> None:
+    """It recovers. That it does is seen from its refusals."""
+    where = ctx.wanted.local_conninfo()
+    if not await answers_startup(str(where["host"]), int(where["port"]), deadline_s=STANDBY_ANSWER_S):
+        raise OperationFailed(f"PostgreSQL runs, but has not answered within {STANDBY_ANSWER_S:g} s: {ctx.server.log_tail()[-500:]}")
+
+
+async def start_primary(ctx: Context, action: StartPrimary, progress: Progress) -> dict[str, Any]:
+    """In place, without a new timeline. Returns once it accepts writes."""
+    times = Timeline()
+    await ready_to_start(ctx)
+    await start_prepared_primary(ctx, progress, times, timeout_s=action.timeout_s)
+    return times.took
+
+
+async def start_prepared_primary(ctx: Context, progress: Progress, times: Timeline, *, timeout_s: float) -> None:
+    """Configuration, guard, removal of standby.signal, guard again, start, standby.signal back (safety model 7).
+
+    Whatever goes wrong, and a cancellation as well, ends with everything killed and standby.signal back.
+    """
+    ctx.wanted.no_longer_frozen()
+    said = await control(ctx)
+    await on_disk(ctx.wanted.write_stopped, said, standby=False)
+    times.mark("configuration")
+    await ctx.fence.armed()
+    try:
+        await on_disk(files.remove_standby_signal, ctx.data_dir)
+        await ctx.fence.armed()      # the disk may have taken its time
+        times.mark("armed")
+        progress("starting as primary")
+        server = await ctx.server.start(ctx.wanted.command_line(said, standby=False))
+        ctx.hurry(timeout_s)
+        try:
+            with trio.fail_after(timeout_s + 1.0):
+                await wait_primary(ctx, server, deadline_s=timeout_s)
+        finally:
+            server.close()
+        times.mark("start")
+        await be_standby_at_rest(ctx)
+        times.mark("standby_signal")
+    except BaseException:   # also trio.Cancelled: a primary that nobody waits for must not stay
+        await make_safe(ctx, "the start as primary was not completed")
+        raise
+    log.info("started as primary", pid=server.pid, took_s=times.total_s, **times.took)

@@ -1,0 +1,252 @@
+"""How PostgreSQL is to be configured here and now: the effective configuration, and whom it follows.
+
+Files and command line are derived anew at each start and each change; the only memory is whom to follow, whether the
+server is frozen for an election, and what the primary's limits were at the last start.
+
+Rules of this file:
+* passwords go into a passfile (0600) for whatever reads arguments or files, and into memory for our own connections;
+* `write_*` are file work, meant for a thread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pgha.config.load import Effective
+from pgha.config.local import PostgresUser
+from pgha.log import Log
+from pgha.model.action import Source
+from pgha.postgres import files
+from pgha.postgres.controldata import ControlData
+from pgha.postgres.initdb import Options
+from pgha.postgres.parameters import Prepared, SettingValue, prepare
+from pgha.postgres.processes import read_postmaster_pid
+
+log = Log("pgha.act")
+
+WhichUser = Literal["superuser", "replication", "rewind"]
+Conninfo = dict[str, str | int]
+
+#: How long a standby waits before it tries its upstream again. PostgreSQL's 5 s is the whole of a switchover's tail:
+#: after the upstream was re-pointed it fails once more often than not, since the new primary is just being promoted.
+RETRY_INTERVAL = "500ms"
+#: Each try runs restore_command, too, which may be an expensive program.
+RETRY_INTERVAL_WITH_RESTORE = "1s"
+#: Where PostgreSQL puts its socket if nobody says otherwise; Debian's build says otherwise.
+_DEFAULT_SOCKET_DIRS = ("/var/run/postgresql", "/tmp")  # noqa: S108  (PostgreSQL's own default)
+#: A line of ours in postgresql.conf (files.postgresql_conf).
+_WRITTEN = re.compile(r"^(primary_conninfo|primary_slot_name) = '((?:[^']|'')*)'$", re.MULTILINE)
+
+
+class Wanted:
+    """`effective()`: the configuration as it is now. `passfile`: written by us, outside the data directory."""
+
+    def __init__(self, *, effective: Callable[[], Effective], passfile: Path) -> None:
+        self._effective = effective
+        self._passfile = Path(effective().local.postgresql.pgpass or passfile)
+        self._upstream: Source | None = None
+        self._slot_name = ""
+        self._frozen = False
+        self._told = False      # whom to follow; until then a restarted agent keeps what its predecessor wrote
+        self._control: ControlData | None = None
+        self._notes: tuple[str, ...] = ()
+        self._data_dir = Path(effective().local.postgresql.data_dir)
+        self.config_dir = Path(effective().local.postgresql.config_dir or self._data_dir)
+
+    # --- whom to follow ------------------------------------------------------------------------------------------------
+
+    def follow(self, upstream: Source | None, slot_name: str) -> None:
+        """From the next write on; this also ends a freeze."""
+        self._upstream, self._slot_name, self._frozen, self._told = upstream, slot_name, False, True
+
+    def freeze(self) -> None:
+        """No upstream and no restore_command, until `follow` or the end of the promotion."""
+        self._frozen = True
+
+    def no_longer_frozen(self) -> None:
+        """As a primary it follows nobody in any case."""
+        self._upstream, self._slot_name, self._frozen, self._told = None, "", False, True
+
+    @property
+    def upstream(self) -> Source | None:
+        return self._upstream
+
+    @property
+    def frozen(self) -> bool:
+        return self._frozen
+
+    # --- connections -----------------------------------------------------------------------------------------------------
+
+    def local_conninfo(self) -> Conninfo:
+        """To the server of this data directory as superuser, for our own connections. `host` may be a name."""
+        postgresql = self._effective().postgresql
+        user = postgresql.authentication.superuser
+        where: Conninfo = {"host": postgresql.listen.local_host, "port": postgresql.listen.port}
+        if postgresql.use_unix_socket:
+            where["host"] = self._socket_dir()
+        return {**where, **_own_login(user), "dbname": postgresql.database}
+
+    def _socket_dir(self) -> str:
+        running = read_postmaster_pid(self._data_dir)
+        if running is not None and running.socket_dir:
+            return running.socket_dir
+        given = str(self._parameters().get("unix_socket_directories", "")).split(",")[0].strip()
+        return given or next((d for d in _DEFAULT_SOCKET_DIRS if Path(d).is_dir()), "/tmp")  # noqa: S108  (as above)
+
+    def source_conninfo(self, source: Source, which: WhichUser) -> Conninfo:
+        """To another member, for our own connections."""
+        postgresql = self._effective().postgresql
+        user: PostgresUser = getattr(postgresql.authentication, which)
+        out: Conninfo = {"host": source.host, "port": source.port, **_own_login(user), "application_name": self._name}
+        return out | ({"replication": "true"} if which == "replication" else {"dbname": postgresql.database})
+
+    def program_conninfo(self, source: Source, which: WhichUser) -> Conninfo:
+        """To another member, for programs: the password is in the passfile (`write_passfile` first)."""
+        postgresql = self._effective().postgresql
+        user: PostgresUser = getattr(postgresql.authentication, which)
+        out: Conninfo = {"host": source.host, "port": source.port, "user": user.username, "passfile": str(self._passfile),
+                         "application_name": self._name, **user.keywords()}
+        return out if which == "replication" else out | {"dbname": postgresql.database}
+
+    @property
+    def _name(self) -> str:
+        return self._effective().local.name
+
+    def user(self, which: WhichUser) -> tuple[str, str | None]:
+        """(name, password)."""
+        user: PostgresUser = getattr(self._effective().postgresql.authentication, which)
+        return user.username, user.password.reveal() or None
+
+    # --- settings --------------------------------------------------------------------------------------------------------
+
+    @property
+    def passfile(self) -> Path:
+        return self._passfile
+
+    def effective(self) -> Effective:
+        return self._effective()
+
+    def _parameters(self) -> dict[str, SettingValue]:
+        return dict(self._effective().postgresql.parameters)
+
+    def prepared(self, major_version: int) -> Prepared:
+        """Everything but recovery settings, split into command line and file."""
+        effective = self._effective()
+        restores = bool(effective.postgresql.recovery_conf.get("restore_command"))
+        listen = effective.postgresql.listen
+        given = {name.lower() for name in effective.postgresql.parameters}
+        wanted = self._parameters()
+        if "wal_retrieve_retry_interval" not in given:
+            wanted["wal_retrieve_retry_interval"] = RETRY_INTERVAL_WITH_RESTORE if restores else RETRY_INTERVAL
+        forced = {"listen_addresses": ",".join(listen.hosts), "port": str(listen.port), "cluster_name": effective.local.scope}
+        done = prepare(wanted, forced=forced, major_version=major_version, control=self._control, standby=self._control is not None)
+        if done.notes != self._notes:
+            self._notes = done.notes
+            for note in done.notes:
+                log.warning("PostgreSQL setting", note=note)
+        return done
+
+    def command_line(self, said: ControlData, *, standby: bool = True) -> dict[str, str]:
+        """For the start of the server whose pg_control is `said`; a standby gets at least its primary's limits."""
+        self._control = said if standby else None
+        return self.prepared(self.major_version()).command_line
+
+    def settings(self) -> dict[str, str]:
+        """What the running server should have, by lower-case name: for comparing with pg_settings."""
+        return self.prepared(self.major_version()).file
+
+    def major_version(self) -> int:
+        """Of the data directory; 0 if it does not say."""
+        try:
+            text = (self._data_dir / "PG_VERSION").read_text().strip()
+        except OSError:
+            return 0
+        return int(text) if text.isdigit() else 0
+
+    def recovery(self) -> dict[str, str]:
+        """primary_conninfo and its companions; both sources of WAL are empty while frozen."""
+        effective = self._effective()
+        own = {name: str(value) for name, value in effective.postgresql.recovery_conf.items()}
+        out = {"primary_conninfo": "", "primary_slot_name": "", "restore_command": "", **own}
+        if self._frozen:
+            return {**out, "restore_command": ""}
+        if not self._told:
+            return out | self._written()
+        if self._upstream is not None:
+            user = effective.postgresql.authentication.replication
+            options = user.keywords()
+            if effective.postgresql.krbsrvname:
+                options["krbsrvname"] = effective.postgresql.krbsrvname
+            out["primary_conninfo"] = files.conninfo_text(files.primary_conninfo(
+                host=self._upstream.host, port=self._upstream.port, user=user.username, application_name=self._name,
+                passfile=self._passfile, dbname=effective.postgresql.database, options=options))
+            out["primary_slot_name"] = self._slot_name
+        return out
+
+    def _written(self) -> dict[str, str]:
+        """primary_conninfo and primary_slot_name as a former agent wrote them."""
+        try:
+            text = (self.config_dir / "postgresql.conf").read_text(errors="replace")
+        except OSError:
+            return {}
+        return {name: value.replace("''", "'").replace("\\\\", "\\") for name, value in _WRITTEN.findall(text)}
+
+    # --- files -----------------------------------------------------------------------------------------------------------
+
+    def write_passfile(self) -> bool:
+        """The passwords of the three users, for whichever member: re-pointing needs no rewrite. True if it changed."""
+        lines = []
+        for which in ("replication", "rewind", "superuser"):
+            name, password = self.user(which)
+            if password:
+                line = files.pgpass_line(host="*", port="*", user=name, password=password)
+                if line not in lines:
+                    lines.append(line)
+        return files.write_pgpass(self._passfile, lines)
+
+    def write_running(self) -> bool:
+        """Write what has changed; True if a reload has something to read."""
+        changed = self.write_passfile()
+        postgresql = self._effective().postgresql
+        given = {name.lower() for name in postgresql.parameters}
+        changed |= files.write_postgresql_conf(self.config_dir, self.prepared(self.major_version()).file, self.recovery())
+        if postgresql.pg_hba and "hba_file" not in given:
+            changed |= files.write_hba(self.config_dir, postgresql.pg_hba)
+        if postgresql.pg_ident and "ident_file" not in given:
+            changed |= files.write_ident(self.config_dir, postgresql.pg_ident)
+        return changed
+
+    def write_stopped(self, said: ControlData, *, standby: bool = True) -> None:
+        """Before a start: the same, and nothing in postgresql.auto.conf may win over it."""
+        self._control = said if standby else None
+        if restored := files.restore_configuration(self.config_dir, self._data_dir):
+            log.info("restored configuration files from their copies", names=restored)
+        if removed := files.clean_auto_conf(self._data_dir):
+            log.info("removed recovery settings from postgresql.auto.conf", names=removed)
+        self.write_running()
+        if self.config_dir != self._data_dir:
+            files.save_configuration(self.config_dir, self._data_dir)
+
+    def bootstrap_hba(self) -> None:
+        """A new cluster's pg_hba.conf: initdb's own lines, then bootstrap.pg_hba, unless postgresql.pg_hba says it all."""
+        effective = self._effective()
+        if effective.local.bootstrap.pg_hba and not effective.postgresql.pg_hba:
+            path = self.config_dir / "pg_hba.conf"
+            files.write_file(path, path.read_text() + "".join(f"{line}\n" for line in effective.local.bootstrap.pg_hba))
+
+
+def _own_login(user: PostgresUser) -> Conninfo:
+    out: Conninfo = {"user": user.username, **user.keywords()}
+    if user.password:
+        out["password"] = user.password.reveal()
+    if user.sslpassword:
+        out["sslpassword"] = user.sslpassword.reveal()
+    return out
+
+
+def options_of(given: Sequence[tuple[str, str | None]]) -> Options:
+    """A program's options from the configuration, as postgres/ takes them."""
+    return [name if value is None else {name: value} for name, value in given]

@@ -1,0 +1,279 @@
+"""How is PostgreSQL? One task keeps the answer in `facts`; a hung server makes the answer old, never the loop late.
+
+Processes are watched through a pidfd, so a death is noticed in milliseconds; questions in SQL are asked over one kept
+connection, each with a deadline, every `interval_s`, and faster for a while after `hurry`.
+
+Rules of this file:
+* nothing here raises: what goes wrong is a fact (`answer`, `why`);
+* on the death of a postmaster what it left is killed before anybody is told (safety model 8): orphaned backends go on
+  acknowledging commits;
+* an SQL answer of one postmaster is never shown as another's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import trio
+from msgspec.structs import replace
+
+from pgha.clock import Clock, Instant, remaining_s
+from pgha.errors import PostgresError, PostgresTimeout, PostgresUnreachable
+from pgha.lock import recipe
+from pgha.log import Log
+from pgha.model.node import Answer, PostgresFacts, Process, Row
+from pgha.postgres.connection import Connection, answers_startup, resolve
+from pgha.postgres.probe import OPTIONS, read_row
+from pgha.postgres.processes import Postmaster, adopt, read_postmaster_pid
+
+log = Log("pgha.postgres")
+
+#: A probe's whole budget.
+PROBE_DEADLINE_S = 1.0
+#: Between looks while something is about to change; later, when it has taken longer than SOON_S, less often.
+HURRY_S = 0.03
+CALM_HURRY_S = 0.2
+SOON_S = 5.0
+#: A server that starts or stops is asked for a sign of life this often; its pid file tells the rest.
+SIGN_OF_LIFE_S = 0.5
+#: Processes without a postmaster are orphans once they have been seen for this long: a postmaster that has just been
+#: started needs a few milliseconds to write its pid file.
+ORPHAN_AGE_S = 0.5
+
+_PROCESS: dict[str, Process] = {"starting": "starting", "stopping": "stopping", "ready": "running", "standby": "running"}
+#: The server refuses a session because it starts, recovers or stops.
+_CANNOT_CONNECT_NOW = "57P03"
+
+
+class PostgresObserver:
+    """`conninfo()`: how to connect as superuser. `interval_s()`: between probes of a healthy server.
+
+    `wake` is called after `facts` was replaced by something that may matter for a decision.
+    """
+
+    def __init__(self, *, data_dir: Path, directory: recipe.DataDirectory, conninfo: Callable[[], Mapping[str, str | int]],
+                 clock: Clock, interval_s: Callable[[], float], wake: Callable[[], None]) -> None:
+        self._data_dir = data_dir
+        self._directory = directory
+        self._conninfo = conninfo
+        self._clock = clock
+        self._interval_s = interval_s
+        self._wake = wake
+        self._kick = trio.Event()
+        self._hurry_until: Instant | None = None
+        self._postmaster: Postmaster | None = None
+        self._connection: Connection | None = None
+        self._probing: trio.CancelScope | None = None
+        self._unowned: tuple[int, Instant] | None = None     # processes without a postmaster: start ticks' limit, since
+        self._sign_of_life_at: Instant | None = None
+        self._wal_written_ns = 0
+        self.facts = PostgresFacts()
+
+    # --- what others may say -------------------------------------------------------------------------------------------
+
+    def kick(self) -> None:
+        """Look now."""
+        self._kick.set()
+
+    def hurry(self, for_s: float) -> None:
+        """Something is about to change: look every few milliseconds for the next `for_s` seconds."""
+        until = self._clock.now().plus_s(for_s)
+        if self._hurry_until is None or remaining_s(until, self._hurry_until) > 0:
+            self._hurry_until = until
+        self._kick.set()
+
+    # --- the task ------------------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep `facts` true. Never returns; cancelling it leaves PostgreSQL alone."""
+        try:
+            async with trio.open_nursery() as nursery:
+                task_status.started()
+                while True:
+                    self._kick = trio.Event()
+                    if self._postmaster is None and (found := adopt(self._data_dir)) is not None:
+                        self._appeared(found)
+                        nursery.start_soon(self._watch, found)
+                    if self._postmaster is not None:
+                        with trio.CancelScope() as self._probing:
+                            await self._look(self._postmaster)
+                        self._probing = None
+                    else:
+                        self._look_for_orphans()
+                    with trio.move_on_after(self._next_in_s()):
+                        await self._kick.wait()
+        finally:
+            self._disconnect()
+
+    def _next_in_s(self) -> float:
+        now, facts = self._clock.now(), self.facts
+        wait_s = self._interval_s()
+        if facts.process in ("starting", "stopping") and facts.since is not None:
+            wait_s = min(wait_s, HURRY_S if remaining_s(facts.since.plus_s(SOON_S), now) > 0 else CALM_HURRY_S)
+        elif facts.process == "running" and facts.answer != "sql":
+            wait_s = min(wait_s, CALM_HURRY_S)
+        if self._hurry_until is not None and remaining_s(self._hurry_until, now) > 0:
+            wait_s = min(wait_s, HURRY_S)
+        return min(wait_s, ORPHAN_AGE_S) if self._unowned is not None else wait_s
+
+    # --- processes -----------------------------------------------------------------------------------------------------
+
+    def _appeared(self, postmaster: Postmaster) -> None:
+        now = self._clock.now()
+        self._postmaster = postmaster
+        self._unowned = None
+        self._sign_of_life_at = None
+        log.info("postmaster found", pid=postmaster.pid, status=postmaster.status())
+        self._set(PostgresFacts(process=_PROCESS.get(postmaster.status(), "starting"), pid=postmaster.pid, since=now, ever_started=True))
+
+    async def _watch(self, postmaster: Postmaster) -> None:
+        try:
+            await postmaster.wait_exit()
+            self._died(postmaster)
+        finally:
+            postmaster.close()
+
+    def _died(self, postmaster: Postmaster) -> None:
+        """First kill what it left, then tell."""
+        seen = recipe.ticks_now()
+        file = read_postmaster_pid(self._data_dir)
+        report = recipe.kill_orphans(self._directory, seen_ticks=seen, keep=frozenset({file.pid} if file else ()))
+        log.info("postmaster has ended", pid=postmaster.pid, orphans_killed=len(report.killed), took_s=report.took_s)
+        self._postmaster = None
+        self._disconnect()
+        if self._probing is not None:
+            self._probing.cancel()
+        self._set(PostgresFacts(since=self._clock.now(), ever_started=True, why=f"postmaster {postmaster.pid} has ended"))
+        self._kick.set()
+
+    def _look_for_orphans(self) -> None:
+        """No postmaster can be adopted: is there anything of one that died before we looked?"""
+        file = read_postmaster_pid(self._data_dir)
+        own = frozenset({file.pid} if file is not None and file.single_user else ())
+        left = [p for p in recipe.processes_of(self._directory) if p.pid not in own and p.ppid not in own]
+        now = self._clock.now()
+        if not left:
+            self._unowned = None
+        elif self._unowned is None:
+            self._unowned = (recipe.ticks_now(), now)
+        elif remaining_s(self._unowned[1].plus_s(ORPHAN_AGE_S), now) <= 0:
+            report = recipe.kill_orphans(self._directory, seen_ticks=self._unowned[0], keep=own)
+            if report.killed:
+                log.warning("killed processes that a dead postmaster had left", count=len(report.killed))
+        if bool(left) != self.facts.orphans or self.facts.process != "absent":
+            self._set(PostgresFacts(since=now, ever_started=self.facts.ever_started, orphans=bool(left), why=self.facts.why))
+
+    # --- questions -----------------------------------------------------------------------------------------------------
+
+    async def _look(self, postmaster: Postmaster) -> None:
+        status = postmaster.status()
+        process = _PROCESS.get(status, "starting")
+        if process != self.facts.process:
+            self._set(replace(self.facts, process=process, since=self._clock.now()))
+        if status == "ready":
+            await self._ask()
+        else:
+            await self._ask_for_sign_of_life()
+
+    async def _ask(self) -> None:
+        asked_at = self._clock.now()
+        try:
+            with trio.fail_after(PROBE_DEADLINE_S):
+                if self._connection is None or self._connection.closed:
+                    self._connection = await Connection.connect({**await self._where(), "options": OPTIONS}, deadline_s=PROBE_DEADLINE_S)
+                row = await read_row(self._connection, deadline_s=PROBE_DEADLINE_S)
+        except (PostgresTimeout, trio.TooSlowError):
+            self._disconnect()
+            await self._silent()
+        except PostgresUnreachable as error:
+            self._disconnect()
+            starting = error.sqlstate == _CANNOT_CONNECT_NOW
+            self._answer("starting" if starting else "refused", alive=error.sqlstate is not None, why=str(error))
+        except PostgresError as error:   # it answered, but not what was asked: alive, and said so
+            self._disconnect()
+            self._answer("refused", alive=True, why=str(error))
+        else:
+            self._wal_written_ns = 0
+            self._set(replace(self.facts, answer="sql", answered_at=asked_at, row=row, row_at=asked_at, why=""))
+
+    async def _silent(self) -> None:
+        """No SQL answer in time. A startup answer, or WAL that is being written, still shows life."""
+        alive = await self._answers() or await self._wal_progress()
+        self._answer("silent", alive=alive, why=f"no answer to SQL within {PROBE_DEADLINE_S:g} s")
+
+    async def _ask_for_sign_of_life(self) -> None:
+        """It starts or stops: sessions are refused, and a refusal is the answer."""
+        now = self._clock.now()
+        if self._sign_of_life_at is not None and remaining_s(self._sign_of_life_at.plus_s(SIGN_OF_LIFE_S), now) > 0:
+            return
+        self._sign_of_life_at = now
+        alive = await self._answers()
+        self._answer("starting" if alive else "silent", alive=alive, why="" if alive else "no answer to a startup packet")
+
+    async def _answers(self) -> bool:
+        try:
+            where = await self._where()
+        except PostgresError:
+            return False
+        return await answers_startup(str(where.get("hostaddr") or where["host"]), int(where.get("port", 5432)), deadline_s=PROBE_DEADLINE_S)
+
+    async def _wal_progress(self) -> bool:
+        """Was a WAL segment written since the last time this was asked?"""
+        newest = 0
+        with trio.move_on_after(PROBE_DEADLINE_S):
+            newest = await trio.to_thread.run_sync(_newest_segment_ns, self._data_dir / "pg_wal", abandon_on_cancel=True)
+        before, self._wal_written_ns = self._wal_written_ns, max(newest, self._wal_written_ns)
+        return 0 < before < newest
+
+    async def _where(self) -> dict[str, str | int]:
+        """The connection's parameters with an address in place of a name."""
+        where = dict(self._conninfo())
+        if "hostaddr" not in where:
+            where["host"] = (await resolve(str(where["host"]), deadline_s=PROBE_DEADLINE_S))[0]
+        return where
+
+    # --- odds and ends -------------------------------------------------------------------------------------------------
+
+    def _answer(self, answer: Answer, *, alive: bool, why: str) -> None:
+        at = self._clock.now() if alive else self.facts.answered_at
+        self._set(replace(self.facts, answer=answer, answered_at=at, why=why))
+
+    def _set(self, facts: PostgresFacts) -> None:
+        before, self.facts = self.facts, facts
+        if _what_matters(before) != _what_matters(facts):
+            self._wake()
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _what_matters(facts: PostgresFacts) -> tuple[object, ...]:
+    """A change of this wakes the loop; positions alone do not."""
+    return facts.process, facts.pid, facts.answer, facts.orphans, _role_and_streams(facts.row)
+
+
+def _role_and_streams(row: Row | None) -> tuple[object, ...]:
+    if row is None:
+        return ()
+    receiver = row.receiver
+    streams = frozenset((str(r.get("application_name")), str(r.get("state"))) for r in row.replication)
+    return (row.in_recovery, row.timeline, row.replay_paused, frozenset(row.pending_restart),
+            (receiver.status, receiver.sender_host, receiver.sender_port, receiver.timeline) if receiver is not None else None, streams)
+
+
+def _newest_segment_ns(pg_wal: Path) -> int:
+    """When a segment file was last written; 0 if that cannot be told. Our own history files do not count."""
+    newest = 0
+    try:
+        with os.scandir(pg_wal) as entries:
+            for entry in entries:
+                if len(entry.name) == 24:  # a segment's name; all else is the archiver's or ours
+                    newest = max(newest, entry.stat().st_mtime_ns)
+    except OSError:
+        return 0
+    return newest
