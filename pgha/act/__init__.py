@@ -40,7 +40,8 @@ class Actor:
             with trio.fail_after(deadline_s):
                 match action:
                     case a.AcquireLock():
-                        await ctx.renewer.acquire(action, deadline_s=deadline_s)
+                        config = ctx.bootstrap_config() if action.initialize_revision is not None else None
+                        await ctx.renewer.acquire(action, deadline_s=deadline_s, config=config)
                     case a.ReleaseLock():
                         await keys.release_lock(ctx, action, deadline_s=deadline_s)
                     case a.WriteKey():

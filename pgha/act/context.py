@@ -66,6 +66,7 @@ class Context:
 
     `hurry(for_s)`: the observer looks every few milliseconds for a while. `configuration_changed()`: it reads the
     settings again. `last_position()`: the furthest position that this node is known to have reached.
+    `bootstrap_config()`: the JSON that becomes `/config` in the same transaction as a new cluster's first lock.
     `private_dir`: where only this agent's user may look (socket of a server that nobody else may reach).
     """
 
@@ -81,6 +82,7 @@ class Context:
     hurry: Callable[[float], None]
     configuration_changed: Callable[[], None]
     last_position: Callable[[], Position]
+    bootstrap_config: Callable[[], bytes]
     private_dir: Path
 
     @property

@@ -26,6 +26,7 @@ from pgha.lock import recipe
 from pgha.log import Log
 from pgha.model.node import Answer, PostgresFacts, Process, Row
 from pgha.postgres.connection import Connection, answers_startup, resolve
+from pgha.postgres.parameters import SETTINGS_SQL, pending_restart, running_settings, settings_argument
 from pgha.postgres.probe import OPTIONS, read_row
 from pgha.postgres.processes import Postmaster, adopt, read_postmaster_pid
 
@@ -37,6 +38,8 @@ PROBE_DEADLINE_S = 1.0
 HURRY_S = 0.03
 CALM_HURRY_S = 0.2
 SOON_S = 5.0
+#: A reload reaches the backends within this time.
+RELOAD_S = 0.3
 #: A server that starts or stops is asked for a sign of life this often; its pid file tells the rest.
 SIGN_OF_LIFE_S = 0.5
 #: Processes without a postmaster are orphans once they have been seen for this long: a postmaster that has just been
@@ -49,19 +52,24 @@ _CANNOT_CONNECT_NOW = "57P03"
 
 
 class PostgresObserver:
-    """`conninfo()`: how to connect as superuser. `interval_s()`: between probes of a healthy server.
+    """`conninfo()`: how to connect as superuser. `interval_s()`: between probes of a healthy server. `wanted()`: the
+    settings that the server should have, by lower-case name, for telling what waits for a restart.
 
     `wake` is called after `facts` was replaced by something that may matter for a decision.
     """
 
     def __init__(self, *, data_dir: Path, directory: recipe.DataDirectory, conninfo: Callable[[], Mapping[str, str | int]],
-                 clock: Clock, interval_s: Callable[[], float], wake: Callable[[], None]) -> None:
+                 clock: Clock, interval_s: Callable[[], float], wake: Callable[[], None],
+                 wanted: Callable[[], Mapping[str, str]] = dict) -> None:
         self._data_dir = data_dir
         self._directory = directory
         self._conninfo = conninfo
         self._clock = clock
         self._interval_s = interval_s
         self._wake = wake
+        self._wanted = wanted
+        self._pending: dict[str, tuple[str, str]] = {}
+        self._settings_due: Instant | None = None
         self._kick = trio.Event()
         self._hurry_until: Instant | None = None
         self._postmaster: Postmaster | None = None
@@ -84,6 +92,11 @@ class PostgresObserver:
         if self._hurry_until is None or remaining_s(until, self._hurry_until) > 0:
             self._hurry_until = until
         self._kick.set()
+
+    def configuration_changed(self) -> None:
+        """A reload was sent: ask again what waits for a restart, once its effect is there."""
+        self._settings_due = self._clock.now().plus_s(RELOAD_S)
+        self.hurry(2 * RELOAD_S)
 
     # --- the task ------------------------------------------------------------------------------------------------------
 
@@ -126,6 +139,7 @@ class PostgresObserver:
         self._postmaster = postmaster
         self._unowned = None
         self._sign_of_life_at = None
+        self._pending, self._settings_due = {}, now
         log.info("postmaster found", pid=postmaster.pid, status=postmaster.status())
         self._set(PostgresFacts(process=_PROCESS.get(postmaster.status(), "starting"), pid=postmaster.pid, since=now, ever_started=True))
 
@@ -185,6 +199,7 @@ class PostgresObserver:
                 if self._connection is None or self._connection.closed:
                     self._connection = await Connection.connect({**await self._where(), "options": OPTIONS}, deadline_s=PROBE_DEADLINE_S)
                 row = await read_row(self._connection, deadline_s=PROBE_DEADLINE_S)
+                row = replace(row, pending_restart=await self._pending_restart(self._connection))
         except (PostgresTimeout, trio.TooSlowError):
             self._disconnect()
             await self._silent()
@@ -198,6 +213,15 @@ class PostgresObserver:
         else:
             self._wal_written_ns = 0
             self._set(replace(self.facts, answer="sql", answered_at=asked_at, row=row, row_at=asked_at, why=""))
+
+    async def _pending_restart(self, conn: Connection) -> dict[str, tuple[str, str]]:
+        """pg_settings costs the server more than all the rest: read once a postmaster and after each reload."""
+        if self._settings_due is not None and remaining_s(self._settings_due, self._clock.now()) <= 0:
+            self._settings_due = None
+            wanted = self._wanted()
+            rows = await conn.query(SETTINGS_SQL, settings_argument(wanted), deadline_s=PROBE_DEADLINE_S)
+            self._pending = pending_restart(wanted, running_settings(rows))
+        return self._pending
 
     async def _silent(self) -> None:
         """No SQL answer in time. A startup answer, or WAL that is being written, still shows life."""
