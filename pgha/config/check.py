@@ -35,8 +35,7 @@ def check(where: str | os.PathLike[str], environ: Mapping[str, str]) -> tuple[in
 def _on_this_machine(local: LocalConfig) -> Iterator[str]:
     """What this machine lacks."""
     postgres = local.postgresql
-    for program in PROGRAMS:
-        name = getattr(postgres.bin_name, program, "") or program
+    for name in PROGRAMS:
         if not (os.access(Path(postgres.bin_dir) / name, os.X_OK) if postgres.bin_dir else shutil.which(name)):
             yield f"postgresql.bin_dir: no {name} {'in ' + postgres.bin_dir if postgres.bin_dir else 'on the PATH'} on this machine"
     if postgres.data_dir and not Path(postgres.data_dir).parent.is_dir():

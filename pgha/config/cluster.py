@@ -18,22 +18,9 @@ import msgspec
 from msgspec import field
 
 from pgha.config import gucs
+from pgha.config.lists import lines, program_options, texts
 from pgha.config.schema import Key, Path, Report, Section, fields, read
-from pgha.config.values import (
-    Kind,
-    Wrong,
-    choice,
-    duration,
-    flag,
-    integer,
-    lines,
-    path,
-    program_options,
-    size,
-    text,
-    texts,
-    type_name,
-)
+from pgha.config.values import Kind, Wrong, choice, duration, flag, integer, path, plain, size, text, type_name
 
 OptionList = tuple[tuple[str, str | None], ...]
 
@@ -67,32 +54,17 @@ def _replica_methods(value: Any) -> tuple[str, ...]:
     return methods
 
 
-class BinNames(Section, frozen=True, kw_only=True):
-    """Other names of PostgreSQL's programs in bin_dir; "" = their own."""
-
-    pg_ctl: Annotated[str, Key(text("a file name"))] = ""
-    initdb: Annotated[str, Key(text("a file name"))] = ""
-    pg_controldata: Annotated[str, Key(text("a file name"))] = ""
-    pg_basebackup: Annotated[str, Key(text("a file name"))] = ""
-    postgres: Annotated[str, Key(text("a file name"))] = ""
-    pg_isready: Annotated[str, Key(text("a file name"))] = ""
-    pg_rewind: Annotated[str, Key(text("a file name"))] = ""
-    pg_waldump: Annotated[str, Key(text("a file name"))] = ""
-
-
 class SharedPostgresql(Section, frozen=True, kw_only=True):
     """The keys of `postgresql` that a node's file and `/config` may both have: the node's own win, `parameters` merge."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("callbacks", "pre_promote", "before_stop", "custom_conf", "rewind"), LATER),
+        **dict.fromkeys(("callbacks", "pre_promote", "before_stop", "custom_conf", "rewind", "bin_name", "use_unix_socket_repl"), LATER),
         **dict.fromkeys((f"{key}_{role}" for key in ("parameters", "pg_hba", "pg_ident") for role in ("primary", "replica", "standby_leader")), LATER),
     }
 
     database: Annotated[str, Key(text())] = "postgres"
     bin_dir: Annotated[str, Key(path())] = ""
-    bin_name: BinNames = BinNames()
     use_unix_socket: Annotated[bool, Key(flag())] = False
-    use_unix_socket_repl: Annotated[bool, Key(flag())] = False
     parameters: Annotated[dict[str, Any], Key(Kind(gucs.parameters, "a table of PostgreSQL's parameters", shape="table"))] = field(default_factory=dict)
     pg_hba: Annotated[tuple[str, ...], Key(lines(_HBA))] = ()
     pg_ident: Annotated[tuple[str, ...], Key(lines(_IDENT))] = ()
@@ -191,7 +163,7 @@ def _repaired(config: ClusterConfig, report: Report, *, patroni_member_present: 
     if patroni_member_present:
         for key, value, minimum in (("ttl", ttl, PATRONI_MINIMUM_TTL_S), ("retry_timeout", retry, PATRONI_MINIMUM_RETRY_TIMEOUT_S)):
             if value < minimum:
-                report.problem((key,), f"is {value:g} s, raised to {minimum:g} s because a Patroni member is present")
+                report.problem((key,), f"is {plain(value)} s, raised to {plain(minimum)} s because a Patroni member is present")
         ttl, retry = max(ttl, PATRONI_MINIMUM_TTL_S), max(retry, PATRONI_MINIMUM_RETRY_TIMEOUT_S)
     if loop_wait + 2 * retry > ttl:
         written = _timing(ttl, loop_wait, retry)
@@ -199,13 +171,13 @@ def _repaired(config: ClusterConfig, report: Report, *, patroni_member_present: 
             loop_wait, retry = 1.0, float((ttl - 1) // 2)
         else:
             loop_wait = ttl - 2 * retry
-        report.problem(("ttl",), f"{written}; used instead: loop_wait {loop_wait:g} s, retry_timeout {retry:g} s")
+        report.problem(("ttl",), f"{written}; used instead: loop_wait {plain(loop_wait)} s, retry_timeout {plain(retry)} s")
     assert loop_wait >= 1 and retry >= 1 and loop_wait + 2 * retry <= ttl, (ttl, loop_wait, retry)  # noqa: PT018  (one rule)
     return msgspec.structs.replace(config, ttl_s=ttl, loop_wait_s=loop_wait, retry_timeout_s=retry)
 
 
 def _timing(ttl: float, loop_wait: float, retry: float) -> str:
-    return f"loop_wait + 2 x retry_timeout is {loop_wait:g} + 2 x {retry:g} = {loop_wait + 2 * retry:g} s, more than ttl {ttl:g} s"
+    return f"loop_wait + 2 x retry_timeout is {plain(loop_wait)} + 2 x {plain(retry)} = {plain(loop_wait + 2 * retry)} s, more than ttl {plain(ttl)} s"
 
 
 def unsupported(config: ClusterConfig) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 The name is the key's path in capitals, except that the three PostgreSQL users and the credentials of restapi and ctl
 leave out "postgresql.authentication" and "authentication", and [pgha] leaves out itself:
 
-    PGHA_SCOPE  PGHA_RESTAPI_LISTEN  PGHA_RESTAPI_USERNAME  PGHA_SUPERUSER_PASSWORD  PGHA_POSTGRESQL_BIN_PG_CTL  PGHA_STATE_DIR
+    PGHA_SCOPE  PGHA_RESTAPI_LISTEN  PGHA_RESTAPI_USERNAME  PGHA_SUPERUSER_PASSWORD  PGHA_POSTGRESQL_BIN_DIR  PGHA_STATE_DIR
 
 Lists are TOML, JSON or text with commas; tables are TOML ({a = 1}) or JSON.
 """
@@ -44,8 +44,6 @@ def variable_name(path: Path) -> str:
             parts = [user, *rest]
         case (("restapi" | "ctl") as section, "authentication", *rest):
             parts = [section, *rest]
-        case ("postgresql", "bin_name", program):
-            parts = ["postgresql", "bin", program]
         case ("pgha", *rest):
             parts = rest
         case _:

@@ -16,6 +16,7 @@ from msgspec import field
 
 from pgha.config.addresses import Address, Listen, address, addresses, bracketed, listen, url
 from pgha.config.cluster import LATER, OptionList, SharedPostgresql
+from pgha.config.lists import lines, mapping, program_options, texts
 from pgha.config.schema import Key, Section
 from pgha.config.values import (
     Kind,
@@ -26,14 +27,10 @@ from pgha.config.values import (
     duration,
     flag,
     integer,
-    lines,
-    mapping,
     path,
-    program_options,
     secret,
     shown,
     text,
-    texts,
     type_name,
 )
 from pgha.model.cluster import Tags

@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from pgha.config.addresses import Address, Listen, address, addresses, listen, url
-from pgha.config.values import Secret, Wrong, boolean, choice, duration, integer, program_options, shown, size, texts
+from pgha.config.lists import program_options, texts
+from pgha.config.values import Secret, Wrong, boolean, choice, duration, integer, shown, size
 
 
 @pytest.mark.parametrize(("kind", "value", "means"), [
