@@ -13,11 +13,16 @@ from pgha.model.decision import Decision, Election, Memory, Reason, Vote
 from pgha.model.observation import Observation
 
 
+READ_ABSENCE_EVERY_S = 1.0
+
+
 def decide(o: Observation, memory: Memory) -> Decision | None:
     now = standing(o)
     if now.whose in (Whose.ABSENT, Whose.SETTLING, Whose.UNKNOWN):
+        # Absence counts only by reads; the watch says nothing of what is not there.
+        old = o.dcs.read_at is None or candidate_age_s(o.dcs.read_at, o.now) > READ_ABSENCE_EVERY_S
         return Decision(situation="leaderless", summary=f"waiting: {now.because}", reasons=(because(now),), memory=memory, ask_peers=ask_others(o, every_s=1.0),
-                        wake_in_s=min(0.5, now.left_s) if now.left_s else 0.2)
+                        actions=(ReadCluster(),) if old else (), wake_in_s=min(0.5, now.left_s) if now.left_s else 0.2)
     if now.whose not in (Whose.FREE, Whose.NEVER, Whose.OWN_FORMER):
         return None
     if now.whose is Whose.NEVER and view_of(o).initialize == "":

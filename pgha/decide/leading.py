@@ -220,8 +220,8 @@ def _timestamp(wall_s: float) -> str:
 
 
 def operator_requests(o: Observation, *, as_primary: bool) -> list[Action]:
-    """Restarts and reloads that were asked for through REST: one operation a pass."""
-    actions: list[Action] = []
+    """What configuration and operators ask of the running server: one operation a pass."""
+    actions: list[Action] = [ApplyConfiguration()] if o.settings.configuration_changed else []
     for request in o.requests:
         if request.kind == "reload":
             actions += [ApplyConfiguration(force=True), AnswerRequest(id=request.id, status=202, text="reload scheduled")]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import trio
@@ -40,18 +39,16 @@ GUARD_DEADLINE_S = 0.5
 class Fence:
     """Owner of the guard's knowledge, and the agent's own hand at the deadline."""
 
-    def __init__(self, *, renewer: Renewer, guard: GuardClient, data_dir: Path, clock: Clock, wake: Callable[[], None]) -> None:
+    def __init__(self, *, renewer: Renewer, guard: GuardClient, directory: recipe.DataDirectory, clock: Clock, wake: Callable[[], None]) -> None:
         self._renewer = renewer
         self._guard = guard
-        self._data_dir = data_dir
+        self._directory = directory
         self._clock = clock
         self._wake_loop = wake
         self._news = trio.Event()
         self._told: Deadline | None = None         # the fence_at that the guard acknowledged last
         self._adopted: Deadline | None = None      # a former agent's, of a primary that was found running
         self._signalled: set[int] = set()
-        self._fencing = False
-        self._primary_expected = False
         self.mode: Literal["unknown", "armed", "standby", "offline"] = "unknown"
         self.facts = GuardFacts()
 
@@ -71,27 +68,27 @@ class Fence:
         self._signalled.clear()
         self._news.set()
 
-    async def narrow(self, valid_until: Deadline, ttl_s: float) -> None:
+    async def narrow(self, valid_until: Deadline, ttl_s: float, *, sequence: int) -> None:
         """A write that shortens the licence is about to be sent (renewer.Narrower)."""
         if self.mode == "armed":
             until = fence_at(valid_until, ttl_s)
-            status = await self._guard.narrow(until, deadline_s=GUARD_DEADLINE_S)
+            status = await self._guard.narrow(until, sequence=sequence, deadline_s=GUARD_DEADLINE_S)
             self._told = until
-            self._note(status)
+            self.note(status)
 
     async def standby(self) -> None:
         """Every process of the directory has exited; from here on only a server in recovery may run."""
-        self._note(await self._guard.standby(deadline_s=GUARD_DEADLINE_S))
+        self.note(await self._guard.standby(deadline_s=GUARD_DEADLINE_S))
         self._settle("standby")
 
     async def offline(self, for_s: float) -> None:
         """Our own programs will work on the directory for at most `for_s` from now; ask again to go on."""
-        self._note(await self._guard.offline(self._clock.now().plus_s(for_s), deadline_s=GUARD_DEADLINE_S))
+        self.note(await self._guard.offline(self._clock.now().plus_s(for_s), deadline_s=GUARD_DEADLINE_S))
         self._settle("offline")
 
     def adopt(self, status: GuardStatus, *, primary: bool) -> None:
         """At the agent's start: go on where the former agent and the guard stand. Grants nothing."""
-        self._note(status)
+        self.note(status)
         self.mode = "armed" if primary else "standby" if status.state == "standby" else "unknown"
         self._adopted = status.fence_at if primary else None
         self._told = status.fence_at
@@ -155,14 +152,11 @@ class Fence:
         try:
             await self._tell(deadline)
         except GuardError as error:
-            if self.facts.reachable:
-                log.error("guard does not answer; it will fence at the last deadline that it knows", why=str(error))
-            self.facts = GuardFacts(reachable=False, state=self.facts.state, fence_at=self._told, pid=self.facts.pid, why=str(error))
-            self._wake_loop()
+            self.unanswered(str(error))
 
     async def _tell(self, deadline: Deadline) -> None:
         licence = self._renewer.licence
-        self._note(await self._guard.arm(sequence=licence.sequence, fence_at=deadline, deadline_s=GUARD_DEADLINE_S))
+        self.note(await self._guard.arm(sequence=licence.sequence, fence_at=deadline, deadline_s=GUARD_DEADLINE_S))
         self._told = deadline
 
     async def _act(self) -> None:
@@ -186,7 +180,7 @@ class Fence:
 
     async def _lapse(self) -> None:
         """The loop has given no mandate for too long: end writes in order, then give the lock back (safety model 10)."""
-        if not recipe.processes_of(self._data_dir):
+        if not recipe.processes_of(self._directory):
             return
         log.error("the mandate has lapsed: ending writes", kind=self._renewer.mandate.kind, why=self._renewer.mandate.why)
         self._signal(signal.SIGINT)
@@ -194,10 +188,10 @@ class Fence:
         deadline = self._deadline()
         if deadline is not None:
             limit = earlier(limit, deadline)
-        while recipe.processes_of(self._data_dir) and remaining_s(limit, self._clock.now()) > 0:
+        while recipe.processes_of(self._directory) and remaining_s(limit, self._clock.now()) > 0:
             await trio.sleep(0.02)
         self._kill("the mandate has lapsed")
-        while recipe.processes_of(self._data_dir):
+        while recipe.processes_of(self._directory):
             await trio.sleep(0.02)
         self._settle("unknown")
         try:
@@ -211,17 +205,17 @@ class Fence:
         if number in self._signalled:
             return
         self._signalled.add(number)
-        sent_to = recipe.signal_postmaster(self._data_dir, number)
+        sent_to = recipe.signal_postmaster(self._directory, number)
         if sent_to:
             log.error("the licence is about to end: stopping PostgreSQL", signal=number.name, pid=sent_to)
         self._wake_loop()
 
     def _kill(self, why: str) -> None:
-        report = recipe.kill_all(self._data_dir)
+        report = recipe.kill_all(self._directory)
         if report.killed:
             log.error("fenced", why=why, killed=len(report.killed), took_s=report.took_s)
             self._wake_loop()
-        if not report.killed and not recipe.processes_of(self._data_dir):
+        if not report.killed and not recipe.processes_of(self._directory):
             # Everything is dead: nothing is left to enforce here until somebody arms again; the guard stays latched.
             self._settle("unknown")
             if self._renewer.licence.state is LicenceState.HELD:
@@ -234,5 +228,14 @@ class Fence:
         self._told = None
         self._signalled.clear()
 
-    def _note(self, status: GuardStatus) -> None:
+    def unanswered(self, why: str) -> None:
+        """The guard does not answer: it, or the next one from its file, fences at the last deadline that it was told."""
+        if self.facts.reachable:
+            log.error("guard does not answer; it fences at the last deadline that it knows", why=why)
+            self._wake_loop()
+        self._told = None
+        self.facts = GuardFacts(reachable=False, state=self.facts.state, fence_at=self.facts.fence_at, pid=self.facts.pid, why=why)
+
+    def note(self, status: GuardStatus) -> None:
+        """What the guard said last."""
         self.facts = GuardFacts(reachable=True, state=status.state, fence_at=status.fence_at, pid=status.pid)

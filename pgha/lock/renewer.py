@@ -47,8 +47,8 @@ class Timing(Struct, frozen=True, kw_only=True):
 class Narrower(Protocol):
     """The guard's confirmation that a shorter licence is known to it."""
 
-    async def narrow(self, valid_until: Deadline, ttl_s: float) -> None:
-        """Raises GuardError if it was not confirmed."""
+    async def narrow(self, valid_until: Deadline, ttl_s: float, *, sequence: int) -> None:
+        """`sequence`: the highest that was sent under the longer licence. Raises GuardError if it was not confirmed."""
         ...
 
 
@@ -261,7 +261,7 @@ class Renewer:
             end = self._book.shortened(sent)
             if end is not None:
                 if self.narrower is not None:
-                    await self.narrower.narrow(end, timing.ttl_s)
+                    await self.narrower.narrow(end, timing.ttl_s, sequence=sent.record.sequence - 1)
                 self._book.shorten(sent, end)
                 self._announce()
             valid_until = self.licence.valid_until

@@ -37,6 +37,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     has_bootstrap_section: bool = True
     tags: Tags = Tags()
     watchdog_required: bool = False
+    configuration_changed: bool = False  # PostgreSQL's files do not hold the effective configuration yet
     dynamic_config: bytes = b""          # the shared configuration as last known, to restore a missing key
     postgres_host: str = ""              # how peers reach this PostgreSQL: connect_address
     postgres_port: int = 5432

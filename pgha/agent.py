@@ -1,0 +1,660 @@
+"""The agent of one node: the nursery and the loop. The only file that knows all steps.
+
+    observation = assemble(cells) → decision = decide(observation, memory) → carry out → wait for news
+
+Everything that enters from the side (a change in the store, a request, a signal, PostgreSQL's death, an operation's
+end) only wakes the loop, and is a fact of the next observation. The loop does no I/O of its own but the quick writes
+that a decision asks for, each with a deadline; renewer, fence, REST and watchdog are tasks beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import ssl
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+from msgspec.structs import replace
+
+from pgha import __version__
+from pgha import log as logging
+from pgha.act import Actor
+from pgha.act.context import Context
+from pgha.act.wanted import Wanted
+from pgha.announce import Announcer, member_value
+from pgha.clock import Clock, Instant, SystemClock
+from pgha.config.cluster import normalised
+from pgha.config.directories import agent_lock, data_directory_lock, pgpass, prepare_runtime_dir, prepare_state_dir
+from pgha.config.load import Effective, Loaded, effective, load, needs_new_agent
+from pgha.config.local import LocalConfig
+from pgha.config.state import node_id
+from pgha.dcs import Store
+from pgha.dcs.etcd3 import Etcd3Store
+from pgha.dcs.keys import Keys, encode
+from pgha.decide import decide
+from pgha.errors import ConfigError, DcsError, GuardError, OperationFailed, PghaError, PostgresError, Refused
+from pgha.inbox import Inbox
+from pgha.lock import recipe, watchdog
+from pgha.lock.fence import Fence
+from pgha.lock.guard_client import GuardClient, agent_flock, ensure_running
+from pgha.lock.renewer import Renewer, Timing
+from pgha.lock.watchdog import LinuxDevice, Watchdog
+from pgha.model.action import (
+    AcquireLock,
+    Action,
+    AnswerRequest,
+    ApplyConfiguration,
+    Bootstrap,
+    CancelOperation,
+    Clone,
+    Demote,
+    InspectEndOfWal,
+    InspectUpstream,
+    LongAction,
+    Promote,
+    ReadCluster,
+    Restart,
+    Rewind,
+    StartPrimary,
+    StartStandby,
+    Stop,
+)
+from pgha.model.decision import Decision, Memory
+from pgha.model.lock import Identity, LicenceState
+from pgha.model.node import DataDirectoryFacts, PostgresFacts, WatchdogFacts
+from pgha.model.observation import DcsFacts, Observation, Operation, Settings, Upstream
+from pgha.model.wal import HistoryRow, Position
+from pgha.observe.cluster import ClusterObserver
+from pgha.observe.data_directory import DataDirectoryReader
+from pgha.observe.peers import PeersObserver
+from pgha.observe.postgres import PostgresObserver
+from pgha.postgres.files import read_dynamic_cache, write_dynamic_cache
+from pgha.postgres.server import Server
+from pgha.rest.access import Access, resolve_allowlist
+from pgha.rest.published import Board, nothing_yet, publish_pass
+from pgha.rest.routes import App
+from pgha.rest.server import Listen, serve
+from pgha.rest.tls import make_context, server_headers
+from pgha.systemd import notify
+
+log = logging.Log("pgha")
+
+#: A quick action's whole time, unless retry_timeout is shorter.
+QUICK_S = 3.0
+#: After a quick action failed, the next pass comes this much later at least: a store that refuses is not hammered.
+PAUSE_AFTER_FAILURE_S = 0.1
+#: What operations and quick actions may end with; anything else is our own mistake, and ends the agent loudly.
+OPERATING_ERRORS = (OperationFailed, PostgresError, DcsError, GuardError, Refused, ConfigError, OSError, trio.TooSlowError)
+
+
+class Agent:
+    """One node's parts, and the loop over them."""
+
+    def __init__(self, loaded: Loaded, *, path: str, environ: dict[str, str], clock: Clock, store: Callable[[LocalConfig], Store] | None = None) -> None:
+        local = loaded.local
+        self.path, self.environ, self.clock, self.local = path, environ, clock, local
+        self.state_dir = prepare_state_dir(local, environ)
+        self.runtime_dir = prepare_runtime_dir(local, environ)
+        data_dir = Path(local.postgresql.data_dir)
+        self.me = Identity(name=local.name, node_id=node_id(self.state_dir), incarnation=secrets.token_hex(8))
+        self.keys = Keys(local.namespace, local.scope)
+        make_store = store or _store
+        self.store, renewer_store = make_store(local), make_store(local)
+        cached = _cached_config(data_dir)
+        self.dynamic: dict[str, Any] | None = cached
+        self.effective: Effective = effective(local, cached if cached is not None else normalised(dict(local.bootstrap.dcs)))
+        self._config_revision = -1
+        self._news = trio.Event()
+
+        self.renewer = Renewer(store=renewer_store, keys=self.keys, me=self.me, clock=clock,
+                               timing=lambda: Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s), changed=self._licence_changed)
+        self.guard = GuardClient(self.runtime_dir, incarnation=self.me.incarnation, started_ns=clock.now().boot_ns, data_dir=data_dir)
+        self.directory = recipe.DataDirectory(data_dir)
+        self.fence = Fence(renewer=self.renewer, guard=self.guard, directory=self.directory, clock=clock, wake=self.wake)
+        self.renewer.narrower = self.fence
+        self.cluster = ClusterObserver(
+            store=self.store, keys=self.keys, clock=clock, state_dir=self.state_dir, wake=self.wake, me=self.me.name,
+            settings=lambda: (self.settings.ttl_s, self.settings.loop_wait_s, self.settings.retry_timeout_s, self.settings.member_slots_ttl_s))
+        self.wanted = Wanted(effective=lambda: self.effective, passfile=pgpass(local, environ))
+        self.postgres = PostgresObserver(
+            data_dir=data_dir, directory=self.directory, conninfo=self.wanted.local_conninfo, clock=clock,
+            interval_s=lambda: self.settings.loop_wait_s, wake=self._postgres_changed)
+        bin_dir = local.postgresql.bin_dir
+        self.reader = DataDirectoryReader(data_dir, bin_dir)
+        self.peers = PeersObserver(clock=clock, wake=self.wake, verify=_peer_context(local), auth=None)
+        self.watchdog = Watchdog(LinuxDevice(local.watchdog.device), mode=local.watchdog.mode, safety_margin_s=local.watchdog.safety_margin_s, clock=clock)
+        self.announcer = Announcer(store=self.store, keys=self.keys, name=self.me.name, clock=clock, ttl_s=lambda: self.settings.ttl_s,
+                                   loop_wait_s=lambda: self.settings.loop_wait_s)
+        self.inbox = Inbox(store=self.store, keys=self.keys, clock=clock, view=lambda: self.cluster.facts.view, wake=self.wake)
+        self.board = Board(nothing_yet(name=self.me.name, scope=local.scope, at=clock.now(), wall_s=clock.wall_s()))
+        context = Context(
+            clock=clock, me=self.me, store=self.store, keys=self.keys, renewer=self.renewer, fence=self.fence,
+            server=Server(data_dir, bin_dir, config_file=Path(local.postgresql.config_dir) / "postgresql.conf" if local.postgresql.config_dir else None),
+            directory=self.directory, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.kick,
+            last_position=self._last_position, private_dir=self.runtime_dir)
+        self.actor = Actor(context)
+
+        self.memory = Memory()
+        self.number = 0
+        self.shutting_down = False
+        self.finished = False
+        self._operation: Operation | None = None
+        self._operation_scope: trio.CancelScope | None = None
+        self._operation_number = 0
+        self._ended: Operation | None = None
+        self._directory_stale = True
+        self._directory_news = trio.Event()
+        self._checkpoint_pending = False
+        self._applied: Any = None
+        self._said: tuple[str, str] = ("", "")
+        self._refusal = ""
+        self._upstream: Upstream | None = None
+        self._cloned = False
+        self._nursery: trio.Nursery | None = None
+
+    @property
+    def settings(self) -> Settings:
+        return self.effective.settings
+
+    # --- news ----------------------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Let the loop run its next pass now."""
+        self._news.set()
+
+    def _licence_changed(self) -> None:
+        self.fence.changed()
+        self.wake()
+
+    def _postgres_changed(self) -> None:
+        """PostgreSQL's processes have changed: what the data directory says may be old."""
+        if self.postgres.facts.process in ("absent", "running"):
+            self._directory_stale = self._directory_stale or self.postgres.facts.process == "absent"
+            self._directory_news.set()
+        self.wake()
+
+    # --- the nursery ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until the agent has been told to stop, and has. Raises what a task cannot go on from."""
+        await self._meet_guard()
+        headers = {**server_headers(self.local.restapi.server_tokens, version=__version__, compatible=__version__), **self.local.restapi.http_extra_headers}
+        app = App(self.board, self.inbox, clock=self.clock, access=await _access(self.local), headers=headers)
+        listen = self.local.restapi.listen
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            await nursery.start(self._take_signals)
+            await nursery.start(serve, Listen(addresses=[(host, listen.port) for host in listen.hosts], headers=headers, ssl_context=_rest_context(self.local)), app)
+            await nursery.start(self.fence.run)
+            await nursery.start(self.renewer.run)
+            await nursery.start(self.postgres.run)
+            await nursery.start(self.cluster.run)
+            await nursery.start(self.peers.run)
+            await nursery.start(self.announcer.run)
+            nursery.start_soon(self._pet_watchdog)
+            nursery.start_soon(self._keep_directory_facts)
+            nursery.start_soon(self._keep_guard)
+            await self._loop()
+            nursery.cancel_scope.cancel()
+        await self._part()
+
+    async def _meet_guard(self) -> None:
+        """Before anything else: no primary runs without a guard, and a restarted agent asks it how long it may."""
+        status = await ensure_running(self.guard, self._guard_command(), log=str(self.runtime_dir / "guard.log"))
+        primary = status.state in ("armed", "latched") and bool(recipe.processes_of(self.directory))
+        self.fence.adopt(status, primary=primary)
+        log.info("guard", state=status.state, pid=status.pid, why=status.why)
+
+    def _guard_command(self) -> list[str]:
+        return [sys.executable, *_own_program(), "guard", str(Path(self.path).absolute()), "--data-dir", self.local.postgresql.data_dir,
+                "--runtime-dir", str(self.runtime_dir), "--agent-lock", str(agent_lock(self.local, self.environ))]
+
+    async def _keep_guard(self) -> None:
+        """Notice the guard's death, and start another: it resumes from its file."""
+        while True:
+            await trio.sleep(min(1.0, self.settings.loop_wait_s))
+            try:
+                self.fence.note(await self.guard.status())
+            except GuardError as error:
+                if self.finished:
+                    return
+                self.fence.unanswered(str(error))
+                log.warning("guard does not answer, starting one", why=str(error))
+                if self.local.pgha.guard == "agent":
+                    try:
+                        self.fence.note(await ensure_running(self.guard, self._guard_command(), log=str(self.runtime_dir / "guard.log")))
+                        self.fence.changed()
+                    except GuardError as again:
+                        log.error("guard could not be started", why=str(again))
+
+    async def _take_signals(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
+            task_status.started()
+            async for number in received:
+                if number == signal.SIGHUP:
+                    self._reload()
+                else:
+                    log.info("told to stop", signal=signal.Signals(number).name)
+                    self.shutting_down = True
+                    notify("STOPPING=1")
+                self.wake()
+
+    async def _pet_watchdog(self) -> None:
+        """Only while a primary runs, or is about to, under this node's licence."""
+        def wanted() -> watchdog.Wanted:
+            licence = self.renewer.licence
+            held = licence.state is LicenceState.HELD
+            self.watchdog.check(self.settings.ttl_s)
+            return watchdog.Wanted(protecting=held and not self.settings.pause, ttl_s=licence.ttl_s or self.settings.ttl_s,
+                                   valid_until=licence.valid_until if held else None)
+        await self.watchdog.run(wanted)
+
+    async def _keep_directory_facts(self) -> None:
+        """The data directory is looked at when something has changed, and now and then; a disk that hangs hangs only this."""
+        while True:
+            self._directory_news = trio.Event()
+            await self._look_at_directory()
+            with trio.move_on_after(10.0 if self.postgres.facts.alive else 1.0):
+                await self._directory_news.wait()
+
+    async def _look_at_directory(self) -> None:
+        before = self.reader.facts
+        facts = self.postgres.facts
+        after = await self.reader.read_facts(running=facts.alive, timeline=facts.row.timeline if facts.row else 0)
+        if self._directory_stale or before != after:
+            self._directory_stale = False
+            self.wake()
+
+    # --- the loop ------------------------------------------------------------------------------------------------------
+
+    async def _loop(self) -> None:
+        notify("READY=1")
+        while not self.finished:
+            self._news = trio.Event()
+            self._take_configuration()
+            seen = self._assemble()
+            decision = decide(seen, self.memory)
+            self.memory = decision.memory
+            self.renewer.give_mandate(decision.mandate, number=self.number)
+            self.renewer.position = self._position_to_record(seen)
+            self.peers.ask(decision.ask_peers)
+            self._publish(seen, decision)
+            self._discard_replaced(seen)
+            failed = await self._carry_out(seen, decision)
+            if self._done(decision):
+                break
+            with trio.move_on_after(PAUSE_AFTER_FAILURE_S if failed else decision.wake_in_s):
+                if failed:
+                    await trio.sleep(PAUSE_AFTER_FAILURE_S)
+                await self._news.wait()
+
+    def _assemble(self) -> Observation:
+        self.number += 1
+        directory = self.reader.facts
+        if self._directory_stale:
+            directory = DataDirectoryFacts(state="unknown", why="being looked at")
+        return Observation(
+            now=self.clock.now(), wall_s=self.clock.wall_s(), number=self.number, me=self.me, settings=self._settings_now(), dcs=self._dcs(), licence=self.renewer.licence,
+            postgres=self.postgres.facts, directory=directory, guard=self.fence.facts, watchdog=self._watchdog_facts(), peers=dict(self.peers.facts),
+            upstream=self._upstream, operation=self._operation, ended=self._ended, requests=self.inbox.requests, shutting_down=self.shutting_down)
+
+    def _dcs(self) -> DcsFacts:
+        """The store as observed; an answer to the renewer is a sign of life, too."""
+        facts = self.cluster.facts
+        heard = self.renewer.heard_at
+        return replace(facts, heard_at=heard) if heard is not None and (facts.heard_at is None or heard > facts.heard_at) else facts
+
+    def _settings_now(self) -> Settings:
+        return replace(self.settings, configuration_changed=self._applied != self._to_apply() and self._applied is not None,
+                       dynamic_config=encode(self.dynamic) if self.dynamic else b"")
+
+    def _to_apply(self) -> Any:
+        return (self.effective.postgresql.parameters, self.effective.postgresql.pg_hba, self.effective.postgresql.pg_ident, self.effective.postgresql.recovery_conf)
+
+    def _watchdog_facts(self) -> WatchdogFacts:
+        return self.watchdog.facts
+
+    def _discard_replaced(self, seen: Observation) -> None:
+        """A clone's predecessor is deleted once the clone streams."""
+        row = seen.postgres.row
+        if self._cloned and row is not None and row.receiver is not None and row.receiver.status == "streaming" and self._nursery is not None:
+            self._cloned = False
+            self._nursery.start_soon(self._discard)
+
+    async def _discard(self) -> None:
+        try:
+            for path in await self.actor.discard_old():
+                log.info("deleted the data directory that a clone has replaced", path=path)
+        except OPERATING_ERRORS as error:
+            log.warning("replaced data directory could not be deleted", why=str(error))
+
+    def _position_to_record(self, seen: Observation) -> tuple[int, int]:
+        row = seen.postgres.row
+        return (row.position, row.timeline) if row is not None else self.renewer.position
+
+    def _last_position(self) -> Position:
+        lsn, timeline = self.renewer.position
+        return Position(timeline=timeline, lsn=lsn)
+
+    def _publish(self, seen: Observation, decision: Decision) -> None:
+        if decision.summary.startswith("refused to hand over"):
+            self._refusal = decision.summary.partition(": ")[2]
+        self.board.publish(publish_pass(seen, decision, scope=self.local.scope, failover_refusal=self._refusal))
+        said = (decision.situation, decision.summary)
+        if said != self._said:
+            self._said = said
+            log.info(decision.summary, situation=decision.situation, **({"pass": self.number}))
+            notify(f"STATUS={decision.summary}")
+        view = seen.dcs.view
+        if view is not None and self.me.name not in view.members:
+            self.announcer.gone()
+        local = self.local
+        self.announcer.announce(member_value(
+            seen, decision, api_url=f"{local.restapi.base_url}/patroni", checkpoint_pending=self._checkpoint_pending,
+            conn_url=f"postgres://{local.postgresql.connect_address}/{self.effective.postgresql.database}"))
+
+    def _done(self, decision: Decision) -> bool:
+        if self.shutting_down and decision.memory.shutdown_done and self._operation is None and not self.postgres.facts.alive:
+            self.finished = True
+        return self.finished
+
+    # --- carrying out --------------------------------------------------------------------------------------------------
+
+    async def _carry_out(self, seen: Observation, decision: Decision) -> bool:
+        """In order; the first failure ends the pass. Whether anything failed."""
+        for action in decision.actions:
+            if isinstance(action, LongAction):
+                self._begin(action)
+                return False
+            try:
+                with trio.fail_after(max(QUICK_S, self.settings.retry_timeout_s) + 1.0):
+                    await self._quick(action)
+            except OPERATING_ERRORS as error:
+                log.warning("action failed", action=type(action).__name__, why=str(error) or type(error).__name__)
+                return True
+        return False
+
+    async def _quick(self, action: Action) -> None:
+        deadline_s = min(QUICK_S, self.settings.retry_timeout_s)
+        if isinstance(action, ReadCluster):
+            await self.cluster.read()
+            self.wake()
+        elif isinstance(action, CancelOperation):
+            self._cancel(action)
+        elif isinstance(action, AnswerRequest):
+            self.inbox.answer(action.id, action.status, action.text)
+        elif isinstance(action, AcquireLock):
+            config = encode(normalised(dict(self.local.bootstrap.dcs))) if action.initialize_revision is not None else None
+            await self.renewer.acquire(action, deadline_s=deadline_s, config=config)
+            await self.cluster.read()       # what was written is seen by the next pass, which may then promote
+            self.wake()
+        else:
+            assert not isinstance(action, LongAction), action
+            if isinstance(action, ApplyConfiguration):
+                self._applied = self._to_apply()
+            await self.actor.quick(action, deadline_s)
+
+    def _begin(self, action: LongAction) -> None:
+        assert self._operation is None, (self._operation, action)
+        assert self._nursery is not None
+        self._operation_number += 1
+        kind = type(action).__name__
+        if isinstance(action, Restart) and action.request_id:
+            self.inbox.taken(action.request_id)
+        self._operation = Operation(kind=kind, id=self._operation_number, started_at=self.clock.now(), detail=getattr(action, "why", ""))
+        self._nursery.start_soon(self._operate, action, self._operation)
+        self.wake()
+
+    def _cancel(self, action: CancelOperation) -> None:
+        if self._operation is not None and self._operation.id == action.id and self._operation_scope is not None:
+            log.info("ending operation", kind=self._operation.kind, why=action.why)
+            self._operation = replace(self._operation, cancelling=True)
+            self._operation_scope.cancel()
+
+    async def _operate(self, action: LongAction, operation: Operation) -> None:
+        """Run one long operation beside the loop; its end is a fact."""
+        facts: dict[str, Any] = {}
+        ok, why = False, "it was ended"
+        with trio.CancelScope() as self._operation_scope:
+            try:
+                facts = await self.actor.operate(action, self._progress)
+                ok, why = True, ""
+            except OPERATING_ERRORS as error:
+                why = str(error) or type(error).__name__
+                log.warning("operation failed", kind=operation.kind, why=why)
+        self._operation_scope = None
+        self._note_operation(action, facts, ok=ok, why=why)
+        if isinstance(action, InspectEndOfWal) and ok:
+            await self.reader.note_end_of_wal(lsn=int(facts["end_of_wal"]), timeline=int(facts["end_of_wal_timeline"]))
+        if ok:
+            await self._wait_until_seen(action)
+        self._directory_stale = True
+        await self._look_at_directory()
+        self._ended = replace(operation, ended_at=self.clock.now(), ok=ok, why=why, facts=facts)
+        self._operation = None
+        self.wake()
+
+    async def _wait_until_seen(self, action: LongAction) -> None:
+        """The end of an operation is a fact only once the observer has seen its effect: the next pass must not begin it again."""
+        self.postgres.hurry(2.0)
+        with trio.move_on_after(2.0):
+            while not _effect_is_seen(action, self.postgres.facts):
+                await trio.sleep(0.005)
+
+    def _progress(self, text: str) -> None:
+        if self._operation is not None and self._operation.progress != text:
+            self._operation = replace(self._operation, progress=text)
+            self.wake()
+
+    def _note_operation(self, action: LongAction, facts: dict[str, Any], *, ok: bool, why: str) -> None:
+        if facts.get("checkpoint_pending") and self._nursery is not None:
+            self._checkpoint_pending = True
+            self._nursery.start_soon(self._checkpoint)
+        if isinstance(action, Demote):
+            self._checkpoint_pending = False
+        if isinstance(action, InspectUpstream):
+            self._upstream = _upstream_from(action, facts, why, self.clock.now())
+        if isinstance(action, Clone | Rewind) and ok:
+            self._upstream = None
+            self._cloned = self._cloned or isinstance(action, Clone)
+        if isinstance(action, Restart) and action.request_id:
+            self.inbox.answer(action.request_id, 200 if ok else 503, "restarted successfully" if ok else f"restart failed: {why}")
+
+    async def _checkpoint(self) -> None:
+        """After a promotion: pg_rewind of the others needs the new timeline in pg_control."""
+        await self.actor.checkpoint()
+        self._checkpoint_pending = False
+        self.wake()
+
+    # --- configuration -------------------------------------------------------------------------------------------------
+
+    def _take_configuration(self) -> None:
+        """A change of `/config` counts from the next pass on."""
+        view = self.cluster.facts.view
+        if self._applied is None and self.postgres.facts.alive:
+            self._applied = self._to_apply()
+        if view is None or view.config is None:
+            return
+        mixed = any(not m.is_pgha for m in view.members.values() if m.name != self.me.name and m.version)
+        mark = view.revision_of("config") * 2 + mixed
+        if mark == self._config_revision:
+            return
+        self._config_revision = mark
+        self.dynamic = view.config
+        self.effective = effective(self.local, view.config, patroni_member_present=mixed)
+        for problem in self.effective.problems:
+            log.warning("configuration in the store", problem=problem)
+        self.fence.changed()
+        if self._nursery is not None:
+            self._nursery.start_soon(self._cache_configuration, encode(view.config))
+
+    async def _cache_configuration(self, text: bytes) -> None:
+        data_dir = Path(self.local.postgresql.data_dir)
+
+        def write() -> None:
+            if (data_dir / "PG_VERSION").exists():
+                write_dynamic_cache(data_dir, text)
+
+        try:
+            await trio.to_thread.run_sync(write, abandon_on_cancel=True)
+        except OSError as error:
+            log.warning("configuration could not be cached", why=f"{error.filename}: {error.strerror}")
+
+    def _reload(self) -> None:
+        """SIGHUP: read the files again; a mistake in them changes nothing."""
+        try:
+            loaded = load(self.path, self.environ)
+        except ConfigError as error:
+            for problem in error.problems:
+                log.error("configuration not reloaded", problem=problem)
+            return
+        fixed = needs_new_agent(self.local, loaded.local)
+        if fixed:
+            log.error("configuration not reloaded: these keys need another start of the agent", keys=", ".join(fixed))
+            return
+        self.local = loaded.local
+        _set_up_log(self.local)
+        self.effective = effective(self.local, self.dynamic if self.dynamic is not None else normalised(dict(self.local.bootstrap.dcs)))
+        self._applied = ()      # differs from anything: written and reloaded in the next pass
+        log.info("configuration reloaded")
+
+    # --- the end -------------------------------------------------------------------------------------------------------
+
+    async def _part(self) -> None:
+        """PostgreSQL is stopped and the lock given back: say so in the member key, let the guard go."""
+        with trio.move_on_after(1.0):
+            try:
+                seen = self._assemble()
+                self.announcer.announce(member_value(
+                    seen, replace(Decision(situation="stopping", summary=""), state="stopped", role="replica"), api_url=f"{self.local.restapi.base_url}/patroni",
+                    conn_url=f"postgres://{self.local.postgresql.connect_address}/{self.effective.postgresql.database}", checkpoint_pending=False))
+                await self.announcer.settle()
+            except DcsError as error:
+                log.warning("member key could not be written", why=str(error))
+        if self.local.pgha.guard == "agent":
+            try:
+                await self.guard.bye()
+            except GuardError as error:
+                log.warning("guard did not take its leave", why=str(error))
+        with trio.move_on_after(1.0):
+            await self.guard.aclose()
+            await self.store.aclose()
+        log.info("stopped")
+
+
+def _store(local: LocalConfig) -> Store:
+    etcd = local.etcd3
+    context: ssl.SSLContext | None = None
+    if any(url.startswith("https:") for url in etcd.endpoints):
+        try:
+            context = ssl.create_default_context(cafile=etcd.cacert or None)
+            if etcd.cert:
+                context.load_cert_chain(etcd.cert, etcd.key or None)
+        except OSError as error:
+            raise ConfigError(f"etcd3: cacert, cert or key cannot be used: {error.strerror or error}") from error
+    return Etcd3Store(etcd.endpoints, username=etcd.username or None, password=etcd.password.reveal() or None, ssl_context=context)
+
+
+def _peer_context(local: LocalConfig) -> ssl.SSLContext | bool:
+    """Peers' certificates are not verified, as among the reference's agents (compatibility spec 3.6); ours is presented."""
+    if not local.restapi.tls:
+        return False
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    cert, key = (local.ctl.certfile, local.ctl.keyfile) if local.ctl.certfile else (local.restapi.certfile, local.restapi.keyfile)
+    try:
+        context.load_cert_chain(cert, key or None, password=(local.ctl.keyfile_password if local.ctl.certfile else local.restapi.keyfile_password).reveal() or None)
+    except OSError as error:
+        raise ConfigError(f"ctl.certfile: cannot use {cert}: {error.strerror or error}") from error
+    return context
+
+
+def _rest_context(local: LocalConfig) -> ssl.SSLContext | None:
+    rest = local.restapi
+    if not rest.tls:
+        return None
+    return make_context(certfile=rest.certfile, keyfile=rest.keyfile, keyfile_password=rest.keyfile_password.reveal(), cafile=rest.cafile, ciphers=rest.ciphers,
+                        verify_client=rest.verify_client)
+
+
+async def _access(local: LocalConfig) -> Access:
+    rest = local.restapi
+    return Access(username=rest.authentication.username, password=rest.authentication.password.reveal(),
+                  networks=await resolve_allowlist(rest.allowlist) if rest.allowlist else None)
+
+
+def _cached_config(data_dir: Path) -> dict[str, Any] | None:
+    try:
+        text = read_dynamic_cache(data_dir)
+        value = msgspec.json.decode(text) if text else None
+    except (OSError, msgspec.DecodeError) as error:
+        log.warning("cached configuration could not be read", why=str(error))
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _effect_is_seen(action: LongAction, facts: PostgresFacts) -> bool:
+    if isinstance(action, StartPrimary | Promote) or (isinstance(action, Restart) and action.as_primary):
+        return facts.row is not None and not facts.row.in_recovery
+    if isinstance(action, StartStandby | Restart):
+        return facts.alive
+    if isinstance(action, Demote | Stop | Rewind | Clone | Bootstrap):
+        return not facts.alive
+    return True
+
+
+def _upstream_from(action: InspectUpstream, facts: dict[str, Any], why: str, now: Instant) -> Upstream:
+    if not facts:
+        return Upstream(name=action.source.name, asked_at=now, ok=False, why=why)
+    return Upstream(name=action.source.name, asked_at=now, ok=True, system_identifier=facts["system_identifier"], timeline=facts["timeline"], lsn=facts["lsn"],
+                    in_recovery=facts["in_recovery"], history=msgspec.convert(facts["history"], tuple[HistoryRow, ...]))
+
+
+def _own_program() -> list[str]:
+    """How this very program is run: an archive, or the package from its directory."""
+    script = sys.argv[0]
+    if script.endswith(".pyz"):
+        return [str(Path(script).absolute())]
+    return ["-m", "pgha"]
+
+
+def _set_up_log(local: LocalConfig) -> None:
+    logging.set_up(level=local.log.level, form=local.log.type, loggers=local.log.loggers, static=dict(local.log.static_fields))
+
+
+def main(path: str) -> int:
+    """`pgha run CONFIG`: exit code 0 after a clean stop; 1 if it could not go on; ConfigError before anything was begun."""
+    environ = dict(os.environ)
+    loaded = load(path, environ)
+    for name in loaded.consumed_env:
+        os.environ.pop(name, None)
+    _set_up_log(loaded.local)
+    for warning in loaded.warnings:
+        log.warning("configuration", problem=warning)
+    local = loaded.local
+    prepare_state_dir(local, environ)
+    prepare_runtime_dir(local, environ)
+    with agent_flock(agent_lock(local, environ)) as ours, agent_flock(data_directory_lock(local, environ)) as alone:
+        if not (ours and alone):
+            raise OperationFailed(f"another agent runs on {local.postgresql.data_dir} (it holds {agent_lock(local, environ)})")
+        log.info("starting", version=__version__, name=local.name, scope=local.scope, pid=os.getpid())
+        agent = Agent(loaded, path=path, environ=environ, clock=SystemClock())
+        code = 0
+        try:
+            trio.run(agent.run)
+        except* PghaError as group:
+            for error in _leaves(group):
+                log.error("cannot go on", why=str(error), kind=type(error).__name__)
+            code = 1
+    return code
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    return [leaf for e in group.exceptions for leaf in (_leaves(e) if isinstance(e, BaseExceptionGroup) else [e])]

@@ -1,0 +1,163 @@
+"""What operators ask through REST, on its way to the loop (rest.requests.Requests).
+
+Restarts and reloads become facts of the next observation, and are answered by the pass that deals with them.
+Switchovers, failovers and configuration are writes to the store, from where every node sees them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import trio
+
+from pgha.clock import Clock
+from pgha.config.cluster import merge_patch, validate_change
+from pgha.dcs import Compare, Put, Store
+from pgha.dcs.keys import Keys, encode
+from pgha.errors import DcsError
+from pgha.log import Log
+from pgha.model.cluster import ClusterView
+from pgha.model.observation import Request
+from pgha.rest.requests import Answer
+
+log = Log("pgha.rest")
+
+#: Requests that wait for a pass; more are refused.
+WAITING_AT_MOST = 16
+
+
+class Inbox:
+    """Owner of the requests that wait. `view()`: the cluster as seen; `wake(why)`: the loop."""
+
+    def __init__(self, *, store: Store, keys: Keys, clock: Clock, view: Callable[[], ClusterView | None], wake: Callable[[], None]) -> None:
+        self._store = store
+        self._keys = keys
+        self._clock = clock
+        self._view = view
+        self._wake = wake
+        self._number = 0
+        self._waiting: dict[int, Request] = {}
+        self._answers: dict[int, Answer] = {}
+        self._answered: dict[int, trio.Event] = {}
+
+    # --- the loop's side -----------------------------------------------------------------------------------------------
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """Those that no pass has dealt with yet, oldest first."""
+        return tuple(self._waiting.values())
+
+    def taken(self, number: int) -> None:
+        """A pass has begun to carry this out: it is no fact of the next observation."""
+        self._waiting.pop(number, None)
+
+    def answer(self, number: int, status: int, text: str) -> None:
+        """The outcome of a request; whoever waits for it is told."""
+        self._waiting.pop(number, None)
+        event = self._answered.get(number)
+        if event is not None:
+            self._answers[number] = Answer(status=status, text=text)
+            event.set()
+
+    # --- REST's side ---------------------------------------------------------------------------------------------------
+
+    def wake(self, why: str, epoch: int) -> None:  # noqa: ARG002  (the port's signature)
+        view = self._view()
+        if view is not None and epoch >= view.epoch.number:
+            self._wake()
+
+    async def submit(self, kind: str, payload: Mapping[str, Any], *, deadline_s: float) -> Answer:
+        """See rest.requests.Requests."""
+        if kind in ("restart", "reload"):
+            return await self._wait_for_pass(kind, dict(payload), deadline_s)
+        try:
+            with trio.fail_after(deadline_s):
+                if kind in ("switchover", "failover"):
+                    return await self._write_failover(payload, deadline_s)
+                if kind == "cancel_switchover":
+                    return await self._cancel(deadline_s)
+                if kind in ("patch_config", "put_config"):
+                    return await self._write_config(dict(payload), deadline_s, patch=kind == "patch_config")
+        except DcsError as error:
+            log.warning("request could not be written to the store", kind=kind, why=str(error))
+            return Answer(status=503, text=_FAILED.get(kind, "the store does not answer"))
+        except trio.TooSlowError:
+            return Answer(status=503, text=_FAILED.get(kind, "the store does not answer in time"))
+        return Answer(status=501, text=f"{kind} is not supported")
+
+    async def _wait_for_pass(self, kind: Any, options: dict[str, Any], deadline_s: float) -> Answer:
+        if len(self._waiting) >= WAITING_AT_MOST:
+            return Answer(status=503, text="too many requests are waiting")
+        if kind == "restart" and any(r.kind == "restart" for r in self._waiting.values()):
+            return Answer(status=503, text="restart already in progress")
+        self._number += 1
+        number, event = self._number, trio.Event()
+        self._answered[number] = event
+        self._waiting[number] = Request(id=number, kind=kind, at=self._clock.now(), options=options)
+        self._wake()
+        try:
+            with trio.move_on_after(deadline_s):
+                await event.wait()
+            return self._answers.pop(number, None) or Answer(status=503, text=f"no outcome of the {kind} within {deadline_s:g} seconds; it may still happen")
+        finally:
+            self._waiting.pop(number, None)
+            self._answered.pop(number, None)
+            self._answers.pop(number, None)
+
+    async def _write_failover(self, payload: Mapping[str, Any], deadline_s: float) -> Answer:
+        view = self._view()
+        if view is None:
+            return Answer(status=503, text=_FAILED["failover"])
+        value = {k: payload[k] for k in ("leader", "member") if payload.get(k)}
+        outcome = await self._put("failover", encode(value), view.revision_of("failover"), deadline_s)
+        if not outcome[0]:
+            return Answer(status=503, text=_FAILED["failover"] + " (it was changed meanwhile)")
+        return Answer(status=200, text="", revision=outcome[1])
+
+    async def _cancel(self, deadline_s: float) -> Answer:
+        view = self._view()
+        if view is None or view.failover.empty:
+            return Answer(status=404, text="no switchover is scheduled")
+        done, revision = await self._put("failover", b"{}", view.revision_of("failover"), deadline_s)
+        return Answer(status=200 if done else 409, text="scheduled switchover deleted" if done else "failover key was changed meanwhile", revision=revision)
+
+    async def _write_config(self, change: dict[str, Any], deadline_s: float, *, patch: bool) -> Answer:
+        path = self._keys.path("config")
+        snapshot = await self._store.read(path, deadline_s=deadline_s)
+        entry = snapshot.entries.get(path)
+        if entry is None and patch:
+            return Answer(status=503, text="there is no configuration in the store")
+        try:
+            old = json.loads(entry.value) if entry else {}
+        except ValueError:
+            old = {}
+        if not isinstance(old, dict):
+            old = {}
+        new = merge_patch(old, change) if patch else change
+        problems = validate_change(old, new)
+        if problems:
+            return Answer(status=400, text="\n".join(problems))
+        if new == old:
+            return Answer(status=200, text=json.dumps(new), json=True)
+        done, revision = await self._put("config", encode(new), entry.revision if entry else 0, deadline_s)
+        if not done:
+            return Answer(status=409 if patch else 502, text="the configuration was changed by somebody else meanwhile")
+        return Answer(status=200, text=json.dumps(new), json=True, revision=revision)
+
+    async def _put(self, key: str, value: bytes, revision: int, deadline_s: float) -> tuple[bool, int]:
+        path = self._keys.path(key)
+        outcome = await self._store.transact(compares=[Compare(key=path, revision=revision)], puts=[Put(key=path, value=value)], read=[path], deadline_s=deadline_s)
+        found = outcome.found.get(path)
+        if not outcome.succeeded and found is not None and found.value == value and found.revision > revision:
+            return True, found.revision      # an attempt whose answer was lost had written it
+        return outcome.succeeded, outcome.revision
+
+
+_FAILED = {
+    "switchover": "failed to write failover key into DCS",
+    "failover": "failed to write failover key into DCS",
+    "patch_config": "the configuration could not be written",
+    "put_config": "the configuration could not be written",
+}
