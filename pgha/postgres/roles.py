@@ -6,6 +6,7 @@ show it; logging of these statements is off besides.
 
 from __future__ import annotations
 
+from pgha.errors import QueryFailed
 from pgha.postgres.connection import Connection
 
 #: What pg_rewind calls on its source (chapter "pg_rewind", Notes).
@@ -39,10 +40,17 @@ async def set_role(conn: Connection, name: str, *, password: str | None, attribu
     role = quote_identifier(name)
     exists = await conn.query("SELECT FROM pg_roles WHERE rolname = $1", name, deadline_s=deadline_s)
     verb = "ALTER" if exists else "CREATE"
+    # Apart, since a string of several statements is logged whole before its first one has any effect.
     await conn.query(
         "BEGIN; SET LOCAL log_statement = none; SET LOCAL log_min_duration_statement = -1; "
-        "SET LOCAL log_min_error_statement = panic; SET LOCAL synchronous_commit = local; "
-        f"{verb} ROLE {role} WITH {words}; COMMIT", deadline_s=deadline_s)
+        "SET LOCAL log_min_duration_sample = -1; SET LOCAL log_transaction_sample_rate = 0; "
+        "SET LOCAL log_min_error_statement = panic; SET LOCAL synchronous_commit = local", deadline_s=deadline_s)
+    try:
+        await conn.query(f"{verb} ROLE {role} WITH {words}", deadline_s=deadline_s)
+    except QueryFailed:
+        await conn.query("ROLLBACK", deadline_s=deadline_s)
+        raise
+    await conn.query("COMMIT", deadline_s=deadline_s)
 
 
 async def set_superuser(conn: Connection, name: str, password: str | None, *, deadline_s: float) -> None:
@@ -54,7 +62,7 @@ async def set_replication_user(conn: Connection, name: str, password: str | None
 
 
 async def set_rewind_user(conn: Connection, name: str, password: str | None, *, deadline_s: float) -> None:
-    """A user with no more than pg_rewind needs, in the database it connects to (and in template1's descendants: no)."""
+    """A user with no more than pg_rewind needs, in the database of `conn`, which is the one pg_rewind must connect to."""
     await set_role(conn, name, password=password, attributes="LOGIN", deadline_s=deadline_s)
     role = quote_identifier(name)
     grants = "; ".join(f"GRANT EXECUTE ON FUNCTION pg_catalog.{f} TO {role}" for f in _REWIND_FUNCTIONS)

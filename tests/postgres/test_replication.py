@@ -1,0 +1,299 @@
+"""Probe, slots, clone and rewind, on pairs of real servers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import trio
+
+from pgha.errors import CommandFailed, ConfigError, PostgresError, PostgresTimeout, QueryFailed
+from pgha.postgres import files, pg_rewind, probe, slots
+from pgha.postgres.basebackup import backup_arguments, base_backup
+from pgha.postgres.controldata import read_control
+from pgha.postgres.directories import clone_directory, content, swap_in_clone
+from pgha.postgres.processes import adopt, read_stat, wait_no_process
+
+pytestmark = pytest.mark.postgres
+
+
+def source_of(node, **more):
+    return {"host": str(node.socket_dir), "port": node.port, "user": "postgres", "dbname": "postgres"} | more
+
+
+async def follow(standby, primary, slot=""):
+    """Write what makes `standby` follow `primary`, and start it."""
+    files.clean_auto_conf(standby.data_dir)
+    recovery = {"primary_conninfo": files.conninfo_text(files.primary_conninfo(
+        host=str(primary.socket_dir), port=primary.port, user="postgres", application_name=standby.name, passfile=None)),
+        "wal_retrieve_retry_interval": "100ms", "primary_slot_name": slot}
+    files.write_postgresql_conf(standby.data_dir, {}, recovery)
+    files.create_standby_signal(standby.data_dir)
+    return await standby.start()
+
+
+async def caught_up(standby, primary):
+    conn, other = await standby.connect(), await primary.connect()
+    with trio.fail_after(10):
+        while (await probe.read_row(conn, deadline_s=5)).replayed_lsn < (await probe.read_row(other, deadline_s=5)).lsn:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+    other.close()
+    return conn
+
+
+async def pair(make_node):
+    a = make_node("a")
+    postmaster = await a.start()
+    b = make_node("b", copy=False)
+    await base_backup(b.data_dir, b.server.bin_dir, source_of(a), ["no-verify-checksums", {"checkpoint": "fast"}], deadline_s=30)
+    await follow(b, a)
+    return a, postmaster, b
+
+
+def test_probe_of_primary_and_standby(make_node):
+    async def main():
+        a, _, b = await pair(make_node)
+        conn = await a.connect(options=probe.OPTIONS)
+        await slots.create_physical(conn, "b", deadline_s=5)
+        standby = await caught_up(b, a)
+        with trio.fail_after(10):
+            while not (row := await probe.read_row(conn, deadline_s=5)).replication:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert not row.in_recovery
+        assert row.timeline == 1
+        assert row.lsn > 0
+        assert row.received_lsn == row.replayed_lsn == 0
+        assert row.receiver is None
+        assert row.server_version // 10000 == conn.server_version // 10000
+        assert row.started_at_s > 1e9
+        assert [s.name for s in row.slots] == ["b"]
+        assert row.slots[0].restart_lsn > 0
+        assert row.replication[0]["application_name"] == "b"
+        assert {"usename", "client_addr", "state", "sync_state", "sync_priority", "flush_lsn", "pid"} <= row.replication[0].keys()
+        seen = await probe.read_row(standby, deadline_s=5)
+        assert seen.in_recovery
+        assert (seen.timeline, seen.lsn) == (1, 0)
+        assert seen.received_lsn >= seen.replayed_lsn > 0
+        assert seen.receiver.status == "streaming"
+        assert seen.receiver.sender_port == a.port
+        assert f"port={a.port}" in seen.primary_conninfo
+        assert seen.system_identifier == row.system_identifier
+        assert f"port={a.port}" in await probe.receiver_conninfo(standby, deadline_s=5)
+        assert await probe.receiver_conninfo(conn, deadline_s=5) is None
+        await standby.query("select pg_wal_replay_pause()", deadline_s=5)
+        assert (await probe.read_row(standby, deadline_s=5)).replay_paused
+        position = await probe.own_position(a.conninfo, deadline_s=5)
+        assert (position.timeline, position.lsn >= row.lsn) == (1, True)
+        # As cheap as promised: the median of many, with what this machine adds.
+        took = []
+        for _ in range(50):
+            began = time.perf_counter()
+            await probe.read_row(conn, deadline_s=5)
+            took.append(time.perf_counter() - began)
+        assert sorted(took)[25] < 0.02, sorted(took)[25]
+        conn.close()
+        standby.close()
+    trio.run(main)
+
+
+def test_probe_across_a_promotion_tells_the_new_timeline(make_node):
+    async def main():
+        a, postmaster, b = await pair(make_node)
+        conn = await caught_up(b, a)
+        postmaster.signal(signal.SIGKILL)
+        b_postmaster = adopt(b.data_dir)
+        b.server.request_promotion(b_postmaster)
+        rows = []
+        with trio.fail_after(10):
+            while not rows or rows[-1].in_recovery:
+                rows.append(await probe.read_row(conn, deadline_s=5))
+        assert {r.timeline for r in rows if r.in_recovery} <= {1, 2}
+        assert rows[-1].timeline == 2
+        conn.close()
+    trio.run(main)
+
+
+def test_slots(make_node):
+    async def main():
+        a = make_node()
+        await a.start()
+        conn = await a.connect()
+        await slots.create_physical(conn, "node_2", deadline_s=5)
+        with pytest.raises(QueryFailed) as e:
+            await slots.create_physical(conn, "node_2", deadline_s=5)
+        assert e.value.sqlstate == "42710"
+        at = (await probe.read_row(conn, deadline_s=5)).slots[0].restart_lsn
+        await conn.query("create table t as select generate_series(1, 1000)", deadline_s=5)
+        end = (await probe.read_row(conn, deadline_s=5)).lsn
+        assert await slots.advance(conn, "node_2", end, deadline_s=5) == end
+        assert end > at
+        assert await slots.advance(conn, "node_2", end + 10**9, deadline_s=5) >= end  # never past what there is
+        with pytest.raises(QueryFailed):
+            await slots.advance(conn, "node_2", at, deadline_s=5)
+        await slots.drop(conn, "node_2", deadline_s=5)
+        with pytest.raises(QueryFailed) as e:
+            await slots.drop(conn, "node_2", deadline_s=5)
+        assert e.value.sqlstate == "42704"
+        conn.close()
+    trio.run(main)
+
+
+@pytest.mark.parametrize(("member", "slot"), [
+    ("Node-1.a", "node_1_a"), ("n_2", "n_2"), ("é", "u0233"), ("a b", "au0032b"), ("x" * 70, "x" * 63), ("数", "u25968"),
+])
+def test_slot_name(member, slot):
+    assert slots.slot_name(member) == slot
+
+
+def test_clone_tells_its_progress_and_replaces_a_directory(make_node):
+    async def main():
+        a = make_node()
+        await a.start()
+        await a.sql("create table t as select repeat('x', 1000) from generate_series(1, 20000)")
+        seen = []
+        b = make_node("b")
+        target = clone_directory(b.data_dir)
+        await base_backup(target, b.server.bin_dir, source_of(a), [{"checkpoint": "fast"}], deadline_s=30, on_progress=seen.append)
+        assert seen[-1].done_bytes >= 20 * 2**20
+        assert 0.9 < seen[-1].done_bytes / seen[-1].total_bytes <= 1.1
+        assert [p.done_bytes for p in seen] == sorted(p.done_bytes for p in seen)
+        with pytest.raises(PostgresError, match="not empty"):
+            await base_backup(target, b.server.bin_dir, source_of(a), [], deadline_s=30)
+        assert (await swap_in_clone(b.data_dir)).name == "b.old"
+        await follow(b, a)
+        conn = await caught_up(b, a)
+        assert await conn.query("select count(*) from t", deadline_s=5) == [("20000",)]
+        conn.close()
+    trio.run(main)
+
+
+def test_clone_that_fails_or_is_cancelled_leaves_no_process(make_node, base):
+    async def main():
+        a = make_node()
+        await a.start()
+        await a.sql("create table t as select repeat('x', 1000) from generate_series(1, 20000)")
+        with pytest.raises(CommandFailed, match="does not exist"):
+            await base_backup(base / "x", a.server.bin_dir, source_of(a, user="nobody"), [], deadline_s=10)
+        children = _descendants()
+        seen = trio.Event()
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                async def cancel():
+                    await seen.wait()
+                    scope.cancel()
+                nursery.start_soon(cancel)
+                await base_backup(base / "y", a.server.bin_dir, source_of(a), [{"max-rate": "1M"}, {"checkpoint": "fast"}],
+                                  deadline_s=30, on_progress=lambda p: p.done_bytes and seen.set())
+        assert scope.cancelled_caught
+        with pytest.raises(PostgresTimeout):
+            await base_backup(base / "z", a.server.bin_dir, source_of(a), [{"max-rate": "1M"}, {"checkpoint": "fast"}], deadline_s=0.5)
+        with trio.fail_after(5):  # SIGKILL has been sent to all; the kernel takes a moment
+            while _descendants() != children:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert content(base / "y") == "partial"
+        with trio.fail_after(10):
+            while await a.sql("select count(*) from pg_stat_replication") != [("0",)]:  # noqa: ASYNC110
+                await trio.sleep(0.02)
+    trio.run(main)
+
+
+def _descendants():
+    """Living children: also what they orphaned, since the test is a subreaper."""
+    stats = {int(p): read_stat(int(p)) for p in os.listdir("/proc") if p.isdigit()}
+    return {pid for pid, stat in stats.items() if stat and stat.parent == os.getpid() and stat.state != "Z"}
+
+
+def test_backup_options():
+    assert backup_arguments(["verbose", {"max-rate": "10M", "checkpoint": "fast"}]) == [
+        "--verbose", "--max-rate=10M", "--checkpoint=fast"]
+    with pytest.raises(ConfigError) as e:
+        backup_arguments(["no-sync", {"pgdata": "x"}, {"wal-method": "none"}, "-R"])
+    assert len(e.value.problems) == 4
+    with pytest.raises(ConfigError, match="compress"):
+        backup_arguments([{"compress": "gzip"}])
+    assert backup_arguments([{"compress": "server-gzip"}]) == ["--compress=server-gzip"]
+
+
+async def diverged(make_node):
+    """a was primary, crashed, and has WAL that b, promoted, never saw."""
+    a, postmaster, b = await pair(make_node)
+    await a.sql("create table t (who text)")
+    conn = await caught_up(b, a)
+    await b.server.promote(adopt(b.data_dir), conn, deadline_s=10)
+    conn.close()
+    await a.sql("insert into t select 'a' from generate_series(1, 1000)")
+    await b.sql("insert into t values ('b')")
+    await b.sql("checkpoint")
+    postmaster.signal(signal.SIGKILL)
+    await postmaster.wait_exit()
+    await wait_no_process(a.data_dir, deadline_s=10)
+    return a, b
+
+
+def test_a_crashed_old_primary_is_recovered_rewound_and_streams(make_node):
+    async def main():
+        a, b = await diverged(make_node)
+        (a.data_dir / "patroni.dynamic.json").write_text("mine")
+        bin_dir = a.server.bin_dir
+
+        async def control():
+            return await read_control(a.data_dir, bin_dir, deadline_s=5)
+
+        with pytest.raises(PostgresError, match="in production"):
+            await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), await control(), deadline_s=30)
+        await a.server.single_user_recovery(a.parameters, deadline_s=30)
+        files.create_standby_signal(a.data_dir)  # pg_rewind of a cleanly stopped target does not mind it
+        seen = []
+        done = await pg_rewind.rewind(
+            a.data_dir, bin_dir, source_of(b), await control(), deadline_s=30, on_progress=seen.append)
+        assert done.outcome == "rewound", done.output
+        assert not pg_rewind.interrupted(a.data_dir)
+        assert seen[-1].done_bytes == seen[-1].total_bytes > 0
+        assert (a.data_dir / "patroni.dynamic.json").read_text() == "mine"
+        await follow(a, b)
+        conn = await caught_up(a, b)
+        assert await conn.query("select who, count(*) from t group by 1", deadline_s=5) == [("b", "1")]
+        assert (await probe.read_row(conn, deadline_s=5)).timeline == 2
+        conn.close()
+    trio.run(main)
+
+
+def test_a_rewind_that_cannot_is_told_apart(make_node):
+    async def main():
+        a, b = await diverged(make_node)
+        bin_dir = a.server.bin_dir
+        await a.server.single_user_recovery(a.parameters, deadline_s=30)
+        control = await read_control(a.data_dir, bin_dir, deadline_s=5)
+        done = await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b, port=1), control, deadline_s=30)
+        assert (done.outcome, done.target_changed) == ("failed", False)
+        assert not pg_rewind.interrupted(a.data_dir)
+        for path in sorted((a.data_dir / "pg_wal").glob("0000000100000000*"))[:-1]:
+            path.rename(a.data_dir.parent / path.name)
+        done = await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), control, deadline_s=30)
+        assert done.outcome == "missing_wal", done.output
+        (a.data_dir.parent / done.missing_segment).rename(a.data_dir / "pg_wal" / done.missing_segment)
+        # Interrupted in the middle: a marker says so.
+        (a.data_dir / "big").write_bytes(b"")
+        with pytest.raises(PostgresTimeout):
+            await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), control, deadline_s=0.0005)
+        assert pg_rewind.interrupted(a.data_dir)
+        with pytest.raises(ConfigError):
+            await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), control, deadline_s=30, options=["dry-run"])
+    trio.run(main)
+
+
+def test_no_rewind_required(make_node):
+    async def main():
+        a, postmaster, b = await pair(make_node)
+        conn = await caught_up(b, a)
+        conn.close()
+        standby = adopt(b.data_dir)
+        b.server.stop(standby, "fast")
+        await standby.wait_exit()
+        control = await read_control(b.data_dir, b.server.bin_dir, deadline_s=5)
+        assert control.state == "shut down in recovery"
+        done = await pg_rewind.rewind(b.data_dir, b.server.bin_dir, source_of(a), control, deadline_s=30)
+        assert done.outcome == "not_needed", done.output
+    trio.run(main)
