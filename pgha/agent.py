@@ -10,6 +10,7 @@ that a decision asks for, each with a deadline; renewer, fence, REST and watchdo
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import signal
 import ssl
@@ -137,7 +138,7 @@ class Agent:
             clock=clock, me=self.me, store=self.store, keys=self.keys, renewer=self.renewer, fence=self.fence,
             server=Server(data_dir, bin_dir, config_file=Path(local.postgresql.config_dir) / "postgresql.conf" if local.postgresql.config_dir else None),
             directory=self.directory, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.kick,
-            last_position=self._last_position, private_dir=self.runtime_dir)
+            last_position=self._last_position, bootstrap_config=self._bootstrap_config, private_dir=self.runtime_dir)
         self.actor = Actor(context)
 
         self.memory = Memory()
@@ -152,7 +153,7 @@ class Agent:
         self._directory_news = trio.Event()
         self._checkpoint_pending = False
         self._applied: Any = None
-        self._said: tuple[str, str] = ("", "")
+        self._said: tuple[str, ...] = ()
         self._refusal = ""
         self._upstream: Upstream | None = None
         self._cloned = False
@@ -250,7 +251,8 @@ class Agent:
         def wanted() -> watchdog.Wanted:
             licence = self.renewer.licence
             held = licence.state is LicenceState.HELD
-            self.watchdog.check(self.settings.ttl_s)
+            if not held:
+                self.watchdog.check(self.settings.ttl_s)
             return watchdog.Wanted(protecting=held and not self.settings.pause, ttl_s=licence.ttl_s or self.settings.ttl_s,
                                    valid_until=licence.valid_until if held else None)
         await self.watchdog.run(wanted)
@@ -314,6 +316,9 @@ class Agent:
         return replace(self.settings, configuration_changed=self._applied != self._to_apply() and self._applied is not None,
                        dynamic_config=encode(self.dynamic) if self.dynamic else b"")
 
+    def _bootstrap_config(self) -> bytes:
+        return encode(normalised(dict(self.local.bootstrap.dcs)))
+
     def _to_apply(self) -> Any:
         return (self.effective.postgresql.parameters, self.effective.postgresql.pg_hba, self.effective.postgresql.pg_ident, self.effective.postgresql.recovery_conf)
 
@@ -346,7 +351,7 @@ class Agent:
         if decision.summary.startswith("refused to hand over"):
             self._refusal = decision.summary.partition(": ")[2]
         self.board.publish(publish_pass(seen, decision, scope=self.local.scope, failover_refusal=self._refusal))
-        said = (decision.situation, decision.summary)
+        said = _what_is_said(decision)
         if said != self._said:
             self._said = said
             log.info(decision.summary, situation=decision.situation, **({"pass": self.number}))
@@ -390,7 +395,7 @@ class Agent:
         elif isinstance(action, AnswerRequest):
             self.inbox.answer(action.id, action.status, action.text)
         elif isinstance(action, AcquireLock):
-            config = encode(normalised(dict(self.local.bootstrap.dcs))) if action.initialize_revision is not None else None
+            config = self._bootstrap_config() if action.initialize_revision is not None else None
             await self.renewer.acquire(action, deadline_s=deadline_s, config=config)
             await self.cluster.read()       # what was written is seen by the next pass, which may then promote
             self.wake()
@@ -598,6 +603,11 @@ def _cached_config(data_dir: Path) -> dict[str, Any] | None:
         log.warning("cached configuration could not be read", why=str(error))
         return None
     return value if isinstance(value, dict) else None
+
+
+def _what_is_said(decision: Decision) -> tuple[str, ...]:
+    """A decision is logged when it changes, not when only its numbers do."""
+    return (decision.situation, re.sub(r"[0-9A-F]*/?[0-9.]+", "#", decision.summary), *(type(a).__name__ for a in decision.actions if isinstance(a, LongAction)))
 
 
 def _effect_is_seen(action: LongAction, facts: PostgresFacts) -> bool:

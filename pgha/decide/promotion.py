@@ -169,11 +169,19 @@ def peers_were_waited_for(o: Observation, election: Election) -> Reason:
         return reason(rule, True, f"all {len(names)} other members gave their position")
     if manually_chosen(o) or _released_to(o):
         return reason(rule, True, f"{', '.join(pending)} not waited for: this node was chosen")
+    # Silence counts from when a member was first asked in vain: probing begins before the record expires.
+    silent_s = min((_silent_s(o, n) for n in pending), default=0.0)
+    waited_s = max(waited_s, silent_s) if voted_at else 0.0
     ahead = [n for n in pending if _last_known(o, n, answered.get(n)) > own.lsn]
     if ahead:
         return reason(rule, waited_s >= SILENT_AHEAD_S, f"{', '.join(ahead)} last known ahead of {format_lsn(own.lsn)}, "
                       f"waited {waited_s:.2f} s of {SILENT_AHEAD_S} s")
     return reason(rule, waited_s >= ANSWERS_S, f"{', '.join(pending)} without a final position, none known ahead, waited {waited_s:.2f} s of {ANSWERS_S} s")
+
+
+def _silent_s(o: Observation, name: str) -> float:
+    peer = o.peers.get(name)
+    return candidate_age_s(peer.silent_since, o.now) if peer is not None and peer.silent_since is not None else 0.0
 
 
 def _released_to(o: Observation) -> bool:

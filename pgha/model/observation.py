@@ -71,6 +71,7 @@ class Peer(Struct, frozen=True, kw_only=True):
     asked_at: Instant
     answered: bool = False
     why: str = ""
+    silent_since: Instant | None = None  # first of an unbroken row of questions without an answer
     is_pgha: bool = False
     in_recovery: bool | None = None
     timeline: int = 0

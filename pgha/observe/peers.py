@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import trio
+from msgspec.structs import replace
 
 from pgha.clock import Clock
 from pgha.model.cluster import Tags
@@ -73,6 +74,9 @@ class PeersObserver:
             began = self._clock.now()
             before = self.facts.get(name)
             peer = await self._answer(client, name, url, question.epoch)
+            if not peer.answered:
+                silent_since = before.silent_since if before is not None and before.silent_since is not None else peer.asked_at
+                peer = replace(peer, silent_since=silent_since)
             self.facts[name] = peer
             if before is None or _shape(before) != _shape(peer):
                 self._wake()
