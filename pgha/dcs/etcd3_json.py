@@ -7,11 +7,15 @@ from streaming calls and then also with status 200, as {"error": {"grpc_code" or
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import Struct, field
+
+from pgha.dcs import Change, Compare, Delete, Entry, Put
 
 
 class Header(Struct, frozen=True, kw_only=True):
@@ -220,3 +224,41 @@ def range_end(prefix: bytes) -> bytes:
     """The first key after all that start with `prefix`; a zero byte means "to the very end"."""
     trimmed = prefix.rstrip(b"\xff")
     return trimmed[:-1] + bytes([trimmed[-1] + 1]) if trimmed else b"\0"
+
+
+def compare_parts(compare: Compare) -> list[dict[str, Any]]:
+    """etcd takes an absent key as revision 0, and as unequal to every value."""
+    common: dict[str, Any] = {"key": compare.key.encode(), "result": "EQUAL"}
+    parts = []
+    if compare.revision is not None:
+        parts.append({**common, "target": "MOD", "mod_revision": str(compare.revision)})
+    if compare.value is not None:
+        parts.append({**common, "target": "VALUE", "value": compare.value})
+    return parts
+
+
+def operation(put: Put | Delete) -> dict[str, Any]:
+    if isinstance(put, Delete):
+        return {"requestDeleteRange": {"key": put.key.encode()}}
+    return {"requestPut": {"key": put.key.encode(), "value": put.value, "lease": str(put.lease)}}
+
+
+def entries(kvs: Sequence[KeyValue]) -> dict[str, Entry]:
+    return {entry.key: entry for entry in map(_entry, kvs)}
+
+
+def _entry(kv: KeyValue) -> Entry:
+    return Entry(key=_text(kv.key), value=kv.value, revision=kv.mod_revision, lease=kv.lease)
+
+
+def _text(key: bytes) -> str:
+    return key.decode(errors="replace")  # a key that is not UTF-8 is nobody's of ours
+
+
+def changes(events: Sequence[Event]) -> list[Change]:
+    """One for each revision, in order."""
+    return [
+        Change(revision=revision, entries={
+            _text(event.kv.key): None if event.type == "DELETE" else _entry(event.kv) for event in group})
+        for revision, group in itertools.groupby(events, key=lambda event: event.kv.mod_revision)
+    ]

@@ -20,7 +20,8 @@ from trio.testing import trio_test
 
 from pgha.dcs import Compare, Delete, Generation, Outcome, Put, Store
 from pgha.dcs import etcd3_json as wire
-from pgha.dcs.etcd3 import Etcd3Store, _believable, _Known
+from pgha.dcs.etcd3 import Etcd3Store
+from pgha.dcs.etcd3_client import Known, believable
 from pgha.dcs.etcd3_json import Header, Meaning
 from pgha.errors import ConfigError, DcsRefused, DcsUnreachable
 
@@ -55,11 +56,11 @@ def three() -> Iterator[EtcdCluster]:
 
 
 @contextmanager
-def fault(cluster: EtcdCluster, number: signal.Signals, *members: EtcdServer) -> Iterator[None]:
+def fault(cluster: EtcdCluster, number: signal.Signals, *members: EtcdServer) -> Iterator[EtcdServer]:
     for member in members:
         member.signal(number)
     try:
-        yield
+        yield members[0]
     finally:
         for member in members:
             if number == signal.SIGSTOP:
@@ -154,6 +155,23 @@ async def test_all_members_gone_is_unreachable_at_the_deadline_without_spinning(
                 pass
 
 
+@pytest.mark.parametrize("cut", ["by its own deadline", "from outside"])
+@trio_test
+async def test_a_deadline_as_short_as_an_attempt_does_not_meet_a_stopped_member_for_ever(three, cut):
+    async with aclosing(Etcd3Store(three.urls, first_endpoint=0)) as store:
+        await put(store, "/short")
+        with fault(three, signal.SIGSTOP, next(m for m in three.members if m is not three.leader())) as stopped:
+            store._client.preferred = three.members.index(stopped)
+            if cut == "from outside":
+                with trio.move_on_after(0.2) as scope:
+                    await put(store, "/short", attempt_s=ATTEMPT_S)
+                assert scope.cancelled_caught
+            else:
+                with pytest.raises(DcsUnreachable):
+                    await put(store, "/short", deadline_s=0.3, attempt_s=ATTEMPT_S)
+            assert (await put(store, "/short", deadline_s=0.3, attempt_s=ATTEMPT_S)).succeeded
+
+
 # whom to believe
 
 @trio_test
@@ -167,14 +185,14 @@ async def test_an_endpoint_of_another_cluster_is_passed_over(three, etcd, caplog
         assert (await store.read("/mine", deadline_s=S)).entries["/mine"].value == b"of three"
         assert store.generation == Generation(cluster_id=plain.generation.cluster_id, revision=revision)
         # later what is known counts
-        store._preferred = 0
+        store._client.preferred = 0
         outcome = await store.transact(compares=[Compare(key="/mine", revision=revision)],
                                        puts=[Put(key="/mine", value=b"new")], deadline_s=S, attempt_s=ATTEMPT_S)
         assert outcome.succeeded
-        store._preferred = 0
+        store._client.preferred = 0
         lease = await store.grant(10, deadline_s=S)
         await store.renew(lease, deadline_s=S)
-        store._preferred = 0
+        store._client.preferred = 0
         async with store.watch("/mine", after_revision=revision) as watch:
             assert (await anext(watch)).revision == outcome.revision
         assert store.regressions == 0
@@ -213,6 +231,28 @@ async def test_a_store_that_was_rebuilt_empty_is_noticed(token):
             assert store.generation.revision == snapshot.revision + 1
 
 
+@trio_test
+async def test_a_cluster_that_was_rebuilt_is_believed_when_all_that_answer_agree():
+    with EtcdCluster(3, "--initial-cluster-token", "first") as cluster:
+        async with aclosing(Etcd3Store(cluster.urls)) as store:
+            for _ in range(5):
+                await put(store, "/k")
+            before = store.generation
+            for member in cluster.members:
+                member.signal(signal.SIGKILL)
+                member.wipe()
+            for member in cluster.members:
+                member.start(cluster.initial_cluster, "--initial-cluster-token", "second")
+            cluster.wait_healthy()
+            cluster.members[0].signal(signal.SIGSTOP)  # it has no say
+            outcome = await store.transact(compares=[Compare(key="/k", value=b"v")], puts=[], read=["/k"],
+                                           deadline_s=S, attempt_s=ATTEMPT_S)
+            assert (outcome.succeeded, outcome.found) == (False, {})
+            assert store.regressions == 1
+            assert store.generation.cluster_id not in ("", before.cluster_id)
+            assert store.generation.revision == outcome.revision < before.revision
+
+
 A, B = "a", "b"
 
 
@@ -239,7 +279,7 @@ A, B = "a", "b"
 def test_whom_to_believe(said, others, known, believed):
     header, *rest = (Header(cluster_id=c, revision=r, raft_term=t) for c, r, t in (said, *others.values()))
     answers = {"e0": header, **dict(zip(others, rest, strict=True))}
-    assert _believable("e0", header, answers, _Known(*known) if known else _Known()) is believed
+    assert believable("e0", header, answers, Known(*known) if known else Known()) is believed
 
 
 # a lost answer
@@ -354,10 +394,10 @@ async def test_a_token_that_is_no_longer_known_is_replaced(guarded):
         guarded.members[0].start(guarded.initial_cluster)
         guarded.wait_healthy()
         assert (await put(store, "/app/0")).succeeded
-        store._token = "a.1"
+        store._client._token = "a.1"
         async with store.watch("/app/", after_revision=revision) as watch:
             assert await anext(watch) is not None
-        store._token = "a.1"
+        store._client._token = "a.1"
         assert (await put(store, "/app/0")).succeeded
 
 
@@ -450,24 +490,24 @@ async def test_a_name_server_that_is_silent_costs_only_its_own_endpoint(etcd):
             await put(store, "/dns", attempt_s=0.2)
         threads = threading.active_count()
         for _ in range(10):
-            store._preferred = 0
+            store._client.preferred = 0
             with took(0.5):
                 await put(store, "/dns", attempt_s=0.1)
         assert names.calls == 1
         assert threading.active_count() <= threads
         names.go.set()
         with trio.fail_after(5):
-            assert await store._endpoints[0]._addresses.get() == ("127.0.0.1",)
+            assert await store._client.endpoints[0]._addresses.get() == ("127.0.0.1",)
         assert names.calls == 1
-        store._preferred = 0
+        store._client.preferred = 0
         await put(store, "/dns", attempt_s=0.2)
-        assert store._preferred == 0
+        assert store._client.preferred == 0
         # known once, it goes on being used while a new look-up hangs
         names.go.clear()
-        store._endpoints[0].went_silent()
+        store._client.endpoints[0].went_silent()
         with took(0.5):
             await put(store, "/dns", attempt_s=0.3)
-        assert store._preferred == 0
+        assert store._client.preferred == 0
         names.go.set()
 
 
