@@ -108,12 +108,18 @@ class Connection:
         """
         wanted = _complete(conninfo)
         with trio.move_on_after(deadline_s) as scope:
-            pgconn = pq.PGconn.connect_start(make_conninfo("", **wanted).encode())
+            try:
+                pgconn = pq.PGconn.connect_start(make_conninfo("", **wanted).encode())
+            except psycopg.Error as e:  # a word that libpq does not know
+                raise PostgresUnreachable(_first_line(str(e))) from e
             try:
                 refused = await _establish(pgconn)
                 if refused is None:
                     pgconn.nonblocking = 1
                     return cls(pgconn)
+            except psycopg.Error as e:
+                pgconn.finish()
+                raise PostgresUnreachable(_first_line(str(e))) from e
             except BaseException:  # also trio.Cancelled: the descriptor goes now, not when someone collects it
                 pgconn.finish()
                 raise

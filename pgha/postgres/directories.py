@@ -72,6 +72,8 @@ def _free_name(data_dir: Path, suffix: str) -> Path:
 def _put_aside(data_dir: Path, suffix: str) -> Path:
     if living := living_processes(data_dir):
         raise PostgresError(f"{data_dir} is in use by processes {living}")
+    if data_dir.is_mount():
+        raise PostgresError(f"{data_dir} is a mount point and cannot be renamed: use a directory inside it")
     aside = _free_name(data_dir, suffix)
     data_dir.rename(aside)
     sync_directory(data_dir.parent)
@@ -96,12 +98,8 @@ async def swap_in_clone(data_dir: Path) -> Path | None:
     if content(clone) != "valid":
         raise PostgresError(f"{clone} is {content(clone)}, not a whole data directory")
     await sync_tree(clone)
-    if (before := content(data_dir)) == "empty":
-        # Kept as it is where possible: it may be a mount point's child with its own ownership.
-        data_dir.rmdir()
-        before = "missing"
-    old = _put_aside(data_dir, "old") if before != "missing" else None
-    clone.rename(data_dir)
+    old = _put_aside(data_dir, "old") if content(data_dir) in ("valid", "partial") else None
+    clone.rename(data_dir)  # also over an empty directory
     sync_directory(data_dir.parent)
     return old
 

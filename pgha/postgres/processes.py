@@ -193,6 +193,8 @@ def handle_of(pid: int, data_dir: Path) -> Postmaster | None:
 
 def adopt(data_dir: Path) -> Postmaster | None:
     """The living postmaster of `data_dir`, whoever started it; None if there is none (also if only orphans are left)."""
+    for pid in tuple(_children):
+        reap(pid)  # one whose handle was dropped before its end
     file = read_postmaster_pid(data_dir)
     if file is None or file.single_user:
         return None

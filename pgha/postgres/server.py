@@ -40,7 +40,7 @@ class Server:
     """A data directory and the programs that run it. Holds no state: processes are found, never remembered.
 
     `config_file`: where postgresql.conf is, if not in the data directory. `log_path`: where the server writes until its
-    own logging takes over; None is `<data_dir>.log`'s place beside the data directory: "postmaster.log".
+    own logging takes over; by default "postmaster.log" beside the data directory.
     """
 
     def __init__(self, data_dir: Path, bin_dir: Path | str, *, config_file: Path | None = None,

@@ -60,8 +60,11 @@ async def _dump(data_dir: Path, bin_dir: Path | str, timeline: int, from_lsn: in
          f"--start={format_lsn(from_lsn)}", *options], deadline_s=deadline_s)
 
 
-async def read_record(data_dir: Path, bin_dir: Path | str, *, timeline: int, lsn: int, deadline_s: float) -> WalRecord:
-    """The record that begins exactly at `lsn`. PostgresError if there is none."""
+async def read_record(data_dir: Path, bin_dir: Path | str, *, timeline: int, lsn: int, segment_bytes: int,
+                      deadline_s: float) -> WalRecord:
+    """The record that begins exactly at `lsn`. PostgresError if there is none, or no longer."""
+    if _extent(data_dir, timeline, lsn, segment_bytes)[0] != lsn:
+        raise PostgresError(f"the WAL of timeline {timeline} at {format_lsn(lsn)} is not in {data_dir}")
     done = await _dump(data_dir, bin_dir, timeline, lsn, "--limit=1", deadline_s=deadline_s)
     match = _RECORD.search(done.stdout)
     if match is None or parse_lsn(match["lsn"]) != lsn:
@@ -94,12 +97,13 @@ async def shutdown_positions(control: ControlData, data_dir: Path, bin_dir: Path
         raise PostgresError(f"no shutdown checkpoint: the state is {control.state!r}")
     until = trio.current_time() + deadline_s
     checkpoint = await read_record(
-        data_dir, bin_dir, timeline=control.timeline, lsn=control.checkpoint_lsn, deadline_s=deadline_s)
+        data_dir, bin_dir, timeline=control.timeline, lsn=control.checkpoint_lsn,
+        segment_bytes=control.wal_segment_bytes, deadline_s=deadline_s)
     if not checkpoint.is_shutdown_checkpoint:
         raise PostgresError(f"record at {format_lsn(checkpoint.lsn)} is {checkpoint.desc[:40]!r}")
     try:
         before = await read_record(data_dir, bin_dir, timeline=control.timeline, lsn=checkpoint.prev_lsn,
-                                   deadline_s=until - trio.current_time())
+                                   segment_bytes=control.wal_segment_bytes, deadline_s=until - trio.current_time())
     except PostgresTimeout:
         raise
     except PostgresError:
@@ -109,26 +113,50 @@ async def shutdown_positions(control: ControlData, data_dir: Path, bin_dir: Path
     return ShutdownPositions(timeline=control.timeline, checkpoint_lsn=checkpoint.lsn, end_lsn=end, published_lsn=published)
 
 
+def _extent(data_dir: Path, timeline: int, lsn: int, segment_bytes: int) -> tuple[int, int]:
+    """Where to begin, and the end of the last segment file in an unbroken row from there.
+
+    Begin is `lsn`, or the first later segment if only such are there for `timeline`. pg_waldump must not be let run past
+    the last file: it waits 5 s for it to appear.
+    """
+    per_log = 2**32 // segment_bytes
+    names = (path.name for path in (data_dir / "pg_wal").glob(f"{timeline:08X}" + "[0-9A-F]" * 16))
+    wanted = lsn // segment_bytes
+    present = {number for name in names if (number := int(name[8:16], 16) * per_log + int(name[16:], 16)) >= wanted}
+    if not present:
+        raise PostgresError(f"no WAL of timeline {timeline} from {format_lsn(lsn)} on in {data_dir}")
+    first = last = min(present)
+    while last + 1 in present:
+        last += 1
+    return max(lsn, first * segment_bytes), (last + 1) * segment_bytes
+
+
 async def end_of_wal(control: ControlData, data_dir: Path, bin_dir: Path | str, *, timeline: int, from_lsn: int,
                      deadline_s: float) -> int:
     """End of the valid WAL of a stopped or crashed server: what crash recovery would replay up to.
 
-    Every record from `from_lsn` (a record's begin: the redo LSN of pg_control) is read and verified. The last good one
-    is found in pg_waldump's message about the first bad one; where the WAL ends with its segment there is no such
-    message, and the records are listed instead.
+    Every record from `from_lsn` (the redo LSN of pg_control) is read and verified. The last good one is found in
+    pg_waldump's message about the first bad one; if all are good to the end of the files, there is no message, and the
+    last records are listed. `timeline` may have begun after `from_lsn` (a crash soon after a promotion): reading then
+    begins with its first segment, for what is before was replayed already.
     """
     until = trio.current_time() + deadline_s
-    quiet = await _dump(data_dir, bin_dir, timeline, from_lsn, "--quiet", deadline_s=deadline_s)
-    left_s = until - trio.current_time()
-    found = _LAST_READ.search(quiet.stderr)
-    if found is not None:
-        last = await read_record(data_dir, bin_dir, timeline=timeline, lsn=parse_lsn(found[1]), deadline_s=left_s)
-    else:  # no further segment file, not one good record, or a pg_waldump without --quiet (13, 14)
-        listed = await _dump(data_dir, bin_dir, timeline, from_lsn, deadline_s=left_s)
-        records = list(_RECORD.finditer(listed.stdout))
-        if not records:
-            if "could not find a valid record" in listed.stderr:
-                return from_lsn
-            raise CommandFailed("pg_waldump", listed.exit_code, listed.stderr)
-        last = _record(records[-1])
-    return record_end(last, segment_bytes=control.wal_segment_bytes, block_bytes=control.wal_block_bytes)
+    segment_bytes = control.wal_segment_bytes
+    begin, stop = _extent(data_dir, timeline, from_lsn, segment_bytes)
+    bound = f"--end={format_lsn(stop)}"
+    quiet = await _dump(data_dir, bin_dir, timeline, begin, bound, "--quiet", deadline_s=deadline_s)
+    bad = _LAST_READ.search(quiet.stderr)
+    if bad is not None:
+        last = await read_record(
+            data_dir, bin_dir, timeline=timeline, lsn=parse_lsn(bad[1]), segment_bytes=segment_bytes,
+            deadline_s=until - trio.current_time())
+        return record_end(last, segment_bytes=segment_bytes, block_bytes=control.wal_block_bytes)
+    # One record may fill segments; the second attempt reads them all, as for pg_waldump 13 and 14 without --quiet.
+    near = max(begin, stop - 2 * segment_bytes) if quiet.exit_code == 0 else begin
+    for start in dict.fromkeys((near, begin)):
+        listed = await _dump(data_dir, bin_dir, timeline, start, bound, deadline_s=until - trio.current_time())
+        if records := list(_RECORD.finditer(listed.stdout)):
+            return record_end(_record(records[-1]), segment_bytes=segment_bytes, block_bytes=control.wal_block_bytes)
+    if "could not find a valid record" in listed.stderr:
+        return begin  # not one record has been written
+    raise CommandFailed("pg_waldump", listed.exit_code, listed.stderr)

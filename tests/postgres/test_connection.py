@@ -93,7 +93,7 @@ def test_a_server_that_refuses_says_its_code(make_node):
     async def main():
         a = make_node()
         (a.data_dir / "standby.signal").touch()
-        # Never consistent: the backup label asks for WAL that is not there... so it stays in start-up.
+        # A standby without hot_standby runs, and refuses everybody.
         postmaster = await a.server.start(a.parameters | {"hot_standby": "off"})
         await a.server.wait_ready(postmaster, deadline_s=10, hot=False)
         assert postmaster.status() == "standby"
@@ -128,6 +128,8 @@ def test_replication_commands(make_node):
 
 def test_names_are_never_resolved_by_libpq(make_node):
     async def main():
+        with pytest.raises(PostgresUnreachable, match="nonsense"):
+            await Connection.connect({"host": "127.0.0.1", "nonsense": "x"}, deadline_s=1)
         with pytest.raises(ValueError):
             await Connection.connect({"host": "localhost"}, deadline_s=1)
         assert await resolve("/tmp", deadline_s=1) == ["/tmp"]

@@ -86,7 +86,7 @@ def test_end_of_wal_is_where_crash_recovery_ends(make_node):
         first = end if end % 8192 else end + 24
         # The end-of-recovery checkpoint is the first record after it.
         from pgha.postgres.wal_files import read_record
-        record = await read_record(a.data_dir, a.server.bin_dir, timeline=1, lsn=first, deadline_s=5)
+        record = await read_record(a.data_dir, a.server.bin_dir, timeline=1, lsn=first, segment_bytes=2**24, deadline_s=5)
         assert record.desc.startswith("CHECKPOINT_SHUTDOWN")
     trio.run(main)
 
@@ -102,6 +102,8 @@ def test_end_of_wal_at_a_segments_end_and_of_a_clean_server(make_node):
             path.unlink()  # the next segment was never written
         end = await end_of_wal(control, a.data_dir, a.server.bin_dir, timeline=1, from_lsn=control.redo_lsn, deadline_s=20)
         assert end % control.wal_segment_bytes == 0
+        with pytest.raises(PostgresError, match="timeline 1"):  # at once, not after pg_waldump's patience
+            await end_of_wal(control, a.data_dir, a.server.bin_dir, timeline=1, from_lsn=end + 2**30, deadline_s=1)
         assert end > control.redo_lsn
 
         b = make_node("b")
@@ -110,6 +112,28 @@ def test_end_of_wal_at_a_segments_end_and_of_a_clean_server(make_node):
         assert positions.published_lsn == positions.checkpoint_lsn == control.checkpoint_lsn
         assert positions.end_lsn == await end_of_wal(
             control, b.data_dir, b.server.bin_dir, timeline=1, from_lsn=control.redo_lsn, deadline_s=10)
+    trio.run(main)
+
+
+def test_end_of_wal_soon_after_a_promotion(make_node):
+    """pg_control may still name a checkpoint of the old timeline, in a segment that the new one does not have."""
+    async def main():
+        a = make_node()
+        old = await control_of(a)
+        postmaster = await a.start()
+        await a.sql("create table t (a int); select pg_switch_wal()")
+        await a.sql("insert into t values (1); select pg_switch_wal()")
+        await ended(a, postmaster, signal.SIGINT)
+        (a.data_dir / "standby.signal").touch()
+        postmaster = await a.start()
+        conn = await a.connect()
+        await a.server.promote(postmaster, conn, deadline_s=10)
+        await conn.query("insert into t values (2)", deadline_s=5)
+        flushed = parse_lsn((await conn.query("select pg_current_wal_flush_lsn()", deadline_s=5))[0][0])
+        conn.close()
+        await ended(a, postmaster, signal.SIGKILL)
+        end = await end_of_wal(old, a.data_dir, a.server.bin_dir, timeline=2, from_lsn=old.redo_lsn, deadline_s=20)
+        assert flushed <= end < flushed + 8192
     trio.run(main)
 
 
