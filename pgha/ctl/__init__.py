@@ -1,0 +1,103 @@
+"""`pgha ctl`: look at a cluster and change it. Standard library only, so that it starts at once.
+
+Results go to standard output, everything else to standard error. Exit codes: ends.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from pgha.ctl.ends import USAGE, End
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command of ctl; `argv` without "pgha ctl". Returns the exit code."""
+    try:
+        given = _parser().parse_args(list(argv))
+    except SystemExit as ended:        # argparse has printed why
+        return ended.code if isinstance(ended.code, int) else USAGE
+    from pgha.ctl.settings import environment, load
+
+    try:
+        settings = None
+        if given.command != "version" or given.members:
+            settings = load(config_file=given.config_file, scope=given.scope, dcs_url=given.dcs_url, environ=environment())
+        return _run(given, settings)
+    except End as end:
+        print("\n".join(f"pgha: {line}" for line in end.text.splitlines()), file=sys.stderr)
+        return end.code
+    except EOFError:
+        print("pgha: aborted: nothing was changed", file=sys.stderr)
+        return USAGE
+
+
+def _run(given: argparse.Namespace, settings: object) -> int:
+    from importlib import import_module
+
+    # A module named list would hide the builtin in this package.
+    module = {"failover": "switchover", "list": "listing"}.get(given.command, given.command.replace("-", "_"))
+    code: int = import_module(f"pgha.ctl.{module}").run(settings, given)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    def options(parser: argparse.ArgumentParser, *, default: object) -> argparse.ArgumentParser:
+        parser.add_argument("-c", "--config-file", metavar="FILE", default=default, help="pgha.toml of a node, or a file with scope and [etcd3]")
+        parser.add_argument("--scope", metavar="NAME", default=default, help="which cluster (default: as configured)")
+        parser.add_argument("-d", "--dcs-url", metavar="URL", default=default, help="the store, as etcd3://HOST:PORT")
+        return parser
+
+    top = options(argparse.ArgumentParser(prog="pgha ctl", description="Look at a cluster and change it.", allow_abbrev=False), default=None)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, does: str, *, form: str | None = None) -> argparse.ArgumentParser:
+        # The common options may stand on either side of the command.
+        parser = options(commands.add_parser(name, help=does, description=does, allow_abbrev=False), default=argparse.SUPPRESS)
+        if form is not None:
+            parser.add_argument("-f", "--format", default=form, choices=("table", "pretty", "json", "toml", "tsv"), metavar="FORMAT",
+                                help="table (or pretty), json, toml, tsv")
+        return parser
+
+    listing = command("list", "who leads, who follows, how far behind (in MiB)", form="table")
+    listing.add_argument("-e", "--extended", action="store_true", help="all columns")
+    listing.add_argument("-t", "--timestamp", action="store_true", help="the time above the table")
+    listing.add_argument("-w", type=_seconds, metavar="SECONDS", help="again every SECONDS")
+    listing.add_argument("-W", action="store_true", help="again every 2 seconds")
+
+    switchover = command("switchover", "let another member lead, while the leader is well")
+    switchover.add_argument("--leader", "--primary", metavar="NAME", help="the leader to replace (default: the present one)")
+    failover = command("failover", "let this member lead, also without a leader")
+    for parser in (switchover, failover):
+        parser.add_argument("--candidate", metavar="NAME", help="who is to lead")
+        parser.add_argument("--force", action="store_true", help="do not ask")
+
+    restart = command("restart", "restart PostgreSQL on members, the leader last")
+    restart.add_argument("--any", action="store_true", help="only one of the members")
+    restart.add_argument("--pending", action="store_true", help="only members with a pending restart")
+    restart.add_argument("--timeout", metavar="SECONDS", help="how long the start may take")
+    for parser in (restart, command("reload", "let agents read their configuration again")):
+        parser.add_argument("members", nargs="*", metavar="MEMBER", help="default: all")
+        parser.add_argument("--role", "-r", choices=("leader", "primary", "replica", "any"), default="any")
+        parser.add_argument("--force", action="store_true", help="do not ask")
+
+    command("show-config", "the cluster's dynamic configuration", form="toml")
+    edit = command("edit-config", "change the cluster's dynamic configuration")
+    edit.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="a key, with dots; null takes it away")
+    edit.add_argument("-p", "--pg", action="append", default=[], metavar="PARAMETER=VALUE", help="a parameter of PostgreSQL")
+    edit.add_argument("--force", action="store_true", help="do not ask")
+
+    command("history", "each timeline that ended, and who led the next", form="table")
+    explain = command("explain", "what a node decided last, why, and on which facts", form="table")
+    explain.add_argument("node", nargs="?", metavar="NODE", help="default: the configured node, else the leader")
+    explain.add_argument("--json", action="store_true", help="the whole decision as JSON")
+    command("version", "of this program; with members, of theirs and PostgreSQL's").add_argument("members", nargs="*", metavar="MEMBER")
+    return top
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds <= 86400:
+        raise ValueError(text)
+    return seconds

@@ -90,6 +90,10 @@ async def open_sockets(listen: Listen) -> list[socket.socket]:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     if family == socket.AF_INET6:
                         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    # Clients speak first, so the kernel may wait for their first bytes before it troubles us (tcp(7)): most
+                    # requests are then complete when they are accepted, also while every place is taken. Whoever stays
+                    # silent for a second is accepted all the same.
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
                     sock.setblocking(False)
                     sock.bind(address)
                     sock.listen(listen.backlog)

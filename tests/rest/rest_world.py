@@ -18,6 +18,7 @@ from pgha.dcs.keys import Keys, parse
 from pgha.model.cluster import Tags
 from pgha.model.decision import Decision, Reason, Vote
 from pgha.model.lock import Identity, Licence, LicenceState
+from pgha.model.node import Answer as Answered
 from pgha.model.node import PostgresFacts, Row, WalReceiver
 from pgha.model.observation import DcsFacts, Observation, Settings
 from pgha.rest.published import Board, Published, publish_pass
@@ -103,7 +104,7 @@ def replica_row() -> Row:
                started_at="2026-11-23 00:45:40.945905+00:00", started_at_s=1795394740.945905, system_identifier="7711161683783831200")
 
 
-def published(*, primary: bool = True, etcd: Mapping[str, Any] | None = None, row: Row | None = None, answer: str = "sql", ttl_s: float = 30.0,
+def published(*, primary: bool = True, etcd: Mapping[str, Any] | None = None, row: Row | None = None, answer: Answered = "sql", ttl_s: float = 30.0,
               held: bool | None = None, tags: Mapping[str, Any] | None = None, pause: bool = False, state: str = "running",
               refusal: str = "", number: int = 1, vote: Vote | None = None, reasons: tuple[Reason, ...] = (), seen: bool = True, **changed: Any) -> Published:
     """A pass of n1 (primary, holding the lock) or n2 (replica) of the recorded cluster."""

@@ -344,6 +344,7 @@ def test_a_switchover_is_handed_in_and_its_outcome_awaited() -> None:
 
     def later(revision: int, **changed: Any) -> Any:
         snapshot = published(**changed)
+        assert snapshot.view is not None
         return replaced(snapshot, view=msgspec.structs.replace(snapshot.view, revision=revision))
 
     asked = {"leader": "n1", "candidate": "n2"}

@@ -1,0 +1,44 @@
+"""Talking to the agents' REST API."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+from pgha.ctl.ends import FAILED, UNREACHABLE, End
+from pgha.ctl.exchange import Answer, NoAnswer, request, tls_context
+from pgha.ctl.settings import Settings
+
+
+def ask(settings: Settings, base_url: str, method: str, path: str, *, body: Any = None, timeout_s: float = 5.0) -> Answer:
+    """One request to the agent at `base_url`. NoAnswer if it does not answer."""
+    if not base_url:
+        raise NoAnswer("the agent", "it publishes no API address", sent=False)
+    rest = settings.rest
+    headers = {}
+    if rest.username and method != "GET":
+        headers["Authorization"] = "Basic " + base64.b64encode(f"{rest.username}:{rest.password}".encode()).decode()
+    tls = None
+    if base_url.startswith("https"):
+        tls = tls_context(cacert=rest.cacert, cert=rest.certfile, key=rest.keyfile, key_password=rest.keyfile_password, insecure=rest.insecure)
+    data = None
+    if body is not None:
+        data = json.dumps(body).encode()
+        headers["Content-Type"] = "application/json"
+    return request(method, base_url + path, body=data, headers=headers, timeout_s=timeout_s, tls=tls)
+
+
+def get_json(settings: Settings, base_url: str, path: str) -> dict[str, Any]:
+    """A JSON object. End(UNREACHABLE) or End(FAILED)."""
+    try:
+        answer = ask(settings, base_url, "GET", path)
+    except NoAnswer as failure:
+        raise End(UNREACHABLE, str(failure)) from None
+    try:
+        value = json.loads(answer.body)
+    except ValueError:
+        value = None
+    if answer.status != 200 or not isinstance(value, dict):
+        raise End(FAILED, f"{base_url}{path}: status {answer.status}, {answer.body[:200].decode(errors='replace')}")
+    return value

@@ -1,0 +1,23 @@
+"""How a command can end: the exit codes on one page (design 4), and the one exception that carries them."""
+
+from __future__ import annotations
+
+DONE, FAILED, USAGE, REFUSED, UNKNOWN, UNREACHABLE = range(6)
+
+
+class End(Exception):  # noqa: N818  (an end, not always an error)
+    """The command is over. `text` goes to standard error; `code` is one of the above."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+        self.text = text
+
+
+def code_of(status: int, text: str) -> int:
+    """What an agent's HTTP answer means for the exit code."""
+    if 200 <= status < 300:
+        return DONE
+    if "status unknown" in text or status == 504:
+        return UNKNOWN
+    return FAILED if status >= 500 and status != 501 else REFUSED

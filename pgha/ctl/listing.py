@@ -1,0 +1,103 @@
+"""`ctl list`: who leads, who follows, how far behind? The reference's table. Lags in MiB, rounded, as it has them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from datetime import datetime
+from typing import Any
+
+from pgha.ctl import cluster as clusters
+from pgha.ctl.cluster import Cluster
+from pgha.ctl.ends import DONE
+from pgha.ctl.output import Column, records, table
+from pgha.ctl.settings import Settings
+
+COLUMNS = (
+    Column("Member"), Column("Host"), Column("Role"), Column("State"), Column("TL", right=True), Column("Receive LSN", right=True),
+    Column("Receive Lag", "Lag", right=True), Column("Replay LSN", right=True), Column("Replay Lag", "Lag", right=True),
+)
+#: shown if somebody has one, or with --extended
+EXTRA = (Column("Pending restart"), Column("Pending restart reason"), Column("Scheduled restart"), Column("Tags"))
+
+
+def run(settings: Settings, given: argparse.Namespace) -> int:
+    watch_s = given.w if given.w is not None else 2.0 if given.W else None
+    while True:
+        text = shown(clusters.read_or_ask(settings), given.format, extended=given.extended, timestamp=given.timestamp)
+        if watch_s is None:
+            print(text)
+            return DONE
+        if sys.stdout.isatty():
+            print("\033[H\033[2J", end="")
+        print(text, flush=True)
+        try:
+            time.sleep(watch_s)      # the interval that was asked for
+        except KeyboardInterrupt:
+            return DONE
+
+
+def shown(cluster: Cluster, form: str = "table", *, extended: bool = False, timestamp: bool = False) -> str:
+    """The whole output of `list`, without the last newline."""
+    rows = member_rows(cluster)
+    columns = (*COLUMNS, *(c for c in EXTRA if extended or any(row.get(c.name) for row in rows)))
+    if form not in ("table", "pretty"):
+        return records((Column("Cluster"), *columns), [{"Cluster": cluster.scope, **row} for row in rows], form)
+    title = f"Cluster: {cluster.scope} ({cluster.system_identifier or 'initializing'})"
+    parts = [datetime.now().strftime("%Y-%m-%d %H:%M:%S")] if timestamp else []
+    parts.append(table(columns, rows, title=title))
+    parts += _footer(cluster.body)
+    return "\n".join(parts)
+
+
+def member_rows(cluster: Cluster) -> list[dict[str, Any]]:
+    """One row a member, by column names."""
+    members: list[dict[str, Any]] = cluster.body["members"]
+    hosts = [m["host"] for m in members if m.get("host")]
+    with_port = len(set(hosts)) < len(hosts) or any(m.get("port", 5432) != 5432 for m in members)
+    rows = []
+    for member in members:
+        host = member.get("host", "")
+        row = {
+            "Member": member["name"],
+            "Host": f"{host}:{member.get('port', '')}" if host and with_port else host,
+            "Role": str(member.get("role", "")).replace("_", " ").title(),
+            "State": member.get("state"),
+            "TL": member.get("timeline"),
+            "Receive LSN": member.get("receive_lsn"), "Receive Lag": _mebibytes(member.get("receive_lag")),
+            "Replay LSN": member.get("replay_lsn"), "Replay Lag": _mebibytes(member.get("replay_lag")),
+            "Pending restart": "*" if member.get("pending_restart") else None,
+            "Pending restart reason": _reasons(member.get("pending_restart_reason")),
+            "Scheduled restart": _scheduled(member.get("scheduled_restart")),
+            "Tags": member.get("tags") or None,
+        }
+        rows.append(row)
+    return rows
+
+
+def _mebibytes(lag: Any) -> int | None:
+    return round(lag / (1 << 20)) if isinstance(lag, int) else None
+
+
+def _reasons(reasons: Any) -> str | None:
+    if not isinstance(reasons, dict):
+        return None
+    return "\n".join(f"{name}: {r.get('old_value')}->{r.get('new_value')}" for name, r in sorted(reasons.items()) if isinstance(r, dict)) or None
+
+
+def _scheduled(restart: Any) -> str | None:
+    if not isinstance(restart, dict):
+        return None
+    filters = [f"if {key}: {json.dumps(value)}" for key, value in restart.items() if key in ("role", "postgres_version", "restart_pending")]
+    return "\n".join([str(restart.get("schedule", "")), *filters])
+
+
+def _footer(body: dict[str, Any]) -> list[str]:
+    lines = [" Maintenance mode: on"] if body.get("pause") else []
+    scheduled = body.get("scheduled_switchover")
+    if scheduled:
+        lines.append(f" Switchover scheduled at: {scheduled['at']}")
+        lines += [f"{word:>24}: {scheduled[word]}" for word in ("from", "to") if word in scheduled]
+    return lines

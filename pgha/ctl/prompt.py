@@ -1,0 +1,27 @@
+"""May it be done? Asked on a terminal, answered by --force; never guessed."""
+
+from __future__ import annotations
+
+import sys
+
+from pgha.ctl.ends import REFUSED, USAGE, End
+
+
+def confirm(question: str, *, force: bool) -> None:
+    """Return if the operator says yes. End otherwise."""
+    if force:
+        return
+    _need_terminal()
+    if input(f"{question} [y/N]: ").strip().lower() not in ("y", "yes"):
+        raise End(REFUSED, "aborted: nothing was changed")
+
+
+def choose(question: str, default: str = "") -> str:
+    """A line of text from the operator."""
+    _need_terminal()
+    return input(f"{question} [{default}]: ").strip() or default
+
+
+def _need_terminal() -> None:
+    if not sys.stdin.isatty():
+        raise End(USAGE, "this asks before it does anything, and there is no terminal to ask on; allowed: --force")

@@ -1,0 +1,39 @@
+"""`ctl reload`: let agents read their configuration again."""
+
+from __future__ import annotations
+
+import argparse
+
+from pgha.ctl import agents
+from pgha.ctl import cluster as clusters
+from pgha.ctl.ends import DONE, REFUSED, UNKNOWN, UNREACHABLE, End, code_of
+from pgha.ctl.exchange import NoAnswer
+from pgha.ctl.listing import shown
+from pgha.ctl.prompt import confirm
+from pgha.ctl.restart import chosen
+from pgha.ctl.settings import Settings
+
+
+def run(settings: Settings, given: argparse.Namespace) -> int:
+    cluster = clusters.read(settings)
+    print(shown(cluster), flush=True)
+    names = chosen(cluster, given.members, role=given.role)
+    if not names:
+        raise End(REFUSED, "no member is left to reload")
+    confirm(f"Are you sure you want to reload members {', '.join(names)}?", force=given.force)
+    loop_wait = (cluster.config or {}).get("loop_wait", 10)
+    code = DONE
+    for name in names:
+        try:
+            answer = agents.ask(settings, cluster.api_url(name), "POST", "/reload")
+        except NoAnswer as failure:
+            clusters.warn(f"Failed: reload for member {name}: {failure}")
+            code = max(code, UNKNOWN if failure.sent else UNREACHABLE)
+            continue
+        text = answer.body.decode(errors="replace")
+        if answer.status in (200, 202):
+            print(f"Reload request received for member {name} and will be processed within {loop_wait} seconds", flush=True)
+        else:
+            clusters.warn(f"Failed: reload for member {name}, status code={answer.status}, ({text})")
+            code = max(code, code_of(answer.status, text))
+    return code

@@ -1,0 +1,234 @@
+"""What does ctl need to know, and where from? A few keys of the node's TOML, PGHA_… variables, the command line.
+
+Only these keys are read and only their types are checked here: `pgha config check` judges the whole file. Standard
+library only, like all of ctl that runs for every command (start-up time).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from pgha.ctl.ends import USAGE, End
+
+#: looked for in this order when neither -c nor PGHACTL_CONFIG_FILE says
+DEFAULT_FILES = ("~/.config/pgha/ctl.toml", "/etc/pgha/pgha.toml")
+DEFAULT_NAMESPACE = "service"
+
+#: variable → where its value goes; the last part may be "password_file"
+_VARIABLES = {
+    "PGHA_SCOPE": ("scope",), "PGHA_NAMESPACE": ("namespace",), "PGHA_NAME": ("name",),
+    **{f"PGHA_ETCD3_{key.upper()}": ("etcd3", key) for key in
+       ("host", "hosts", "url", "protocol", "username", "password", "password_file", "cacert", "cert", "key")},
+    **{f"PGHA_RESTAPI_{key.upper()}": ("restapi", key) for key in ("listen", "connect_address", "certfile", "cafile")},
+    **{f"PGHA_CTL_{key.upper()}": ("ctl", key) for key in ("insecure", "cacert", "certfile", "keyfile", "keyfile_password")},
+    **{f"PGHA_{section.upper()}_{key.upper()}": (section, "authentication", key) for section in ("restapi", "ctl")
+       for key in ("username", "password", "password_file")},
+}
+_EXCLUSIVE = {"host": ("hosts", "url"), "hosts": ("host", "url"), "url": ("host", "hosts"), "password": ("password_file",), "password_file": ("password",)}
+
+
+class Etcd(NamedTuple):
+    """How to reach the store. `endpoints`: URLs without a path."""
+
+    endpoints: tuple[str, ...] = ()
+    username: str = ""
+    password: str = ""
+    cacert: str = ""
+    cert: str = ""
+    key: str = ""
+
+    def __repr__(self) -> str:
+        return f"Etcd({self.endpoints}, username={self.username!r}, password=***)"
+
+
+class Rest(NamedTuple):
+    """How to talk to agents. `own_url`: the configured node's own API, "" if none is configured."""
+
+    own_url: str = ""
+    username: str = ""
+    password: str = ""
+    insecure: bool = False
+    cacert: str = ""
+    certfile: str = ""
+    keyfile: str = ""
+    keyfile_password: str = ""
+
+    def __repr__(self) -> str:
+        return f"Rest({self.own_url!r}, username={self.username!r}, password=***)"
+
+
+class Settings(NamedTuple):
+    scope: str
+    namespace: str
+    name: str
+    etcd: Etcd
+    rest: Rest
+
+    @property
+    def root(self) -> str:
+        """"/service/demo/": what all keys of the cluster begin with."""
+        parts = [part for part in (*self.namespace.split("/"), *self.scope.split("/")) if part]
+        return "/" + "/".join(parts) + "/"
+
+
+def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, environ: Mapping[str, str]) -> Settings:
+    """Read it all. End(USAGE) names file, key and what is wrong."""
+    raw = _Raw(*_read(config_file, environ))
+    for variable, path in _VARIABLES.items():
+        if environ.get(variable):
+            raw.put(path, environ[variable], variable)
+    etcd = _etcd(raw, dcs_url)
+    listen = raw.text("restapi", "connect_address") or raw.text("restapi", "listen").replace("*", "127.0.0.1")
+    own_url = ""
+    if listen:
+        own_url = f"{'https' if raw.text('restapi', 'certfile') else 'http'}://{listen if ':' in listen else listen + ':8008'}"
+    credentials = raw.credentials("ctl", "authentication")
+    if not credentials[0]:
+        credentials = raw.credentials("restapi", "authentication")
+    rest = Rest(own_url, *credentials, insecure=raw.flag("ctl", "insecure"), cacert=raw.text("ctl", "cacert") or raw.text("restapi", "cafile"),
+                certfile=raw.text("ctl", "certfile"), keyfile=raw.text("ctl", "keyfile"), keyfile_password=raw.text("ctl", "keyfile_password"))
+    found = scope or raw.text("scope")
+    if not found:
+        raise End(USAGE, f'{raw.source}: scope is not set (which cluster?); allowed: --scope NAME, scope = "NAME" or PGHA_SCOPE')
+    return Settings(found, raw.text("namespace") or DEFAULT_NAMESPACE, raw.text("name"), etcd, rest)
+
+
+def _etcd(raw: _Raw, dcs_url: str | None) -> Etcd:
+    username, password = raw.credentials("etcd3")
+    files = (raw.text("etcd3", "cacert"), raw.text("etcd3", "cert"), raw.text("etcd3", "key"))
+    if dcs_url:
+        parts = urlsplit(dcs_url if "://" in dcs_url else f"etcd3://{dcs_url}")
+        if parts.scheme not in ("etcd3", "http", "https"):
+            raise End(USAGE, f"-d {dcs_url}: the store {parts.scheme!r} is not supported by this version; allowed: etcd3://HOST:PORT")
+        scheme = "https" if parts.scheme == "https" or (parts.scheme == "etcd3" and files[0]) else "http"
+        hosts = parts.netloc.rpartition("@")[2].split(",")
+    elif raw.get("etcd3", "url"):
+        parts = urlsplit(raw.text("etcd3", "url"))
+        scheme, hosts = parts.scheme, [parts.netloc.rpartition("@")[2]]
+    else:
+        scheme, hosts = raw.text("etcd3", "protocol") or "http", raw.texts("etcd3", "hosts") or raw.texts("etcd3", "host")
+    endpoints = tuple(f"{scheme}://{host if ':' in host.rpartition(']')[2] else host + ':2379'}" for host in hosts if host)
+    if not endpoints:
+        other = next((name for name in ("etcd", "consul", "zookeeper") if raw.get(name) is not None), None)
+        why = f"the store [{other}] is not supported by this version" if other else "no store is configured"
+        raise End(USAGE, f"{raw.source}: {why}; allowed: etcd3.host, etcd3.hosts or etcd3.url, PGHA_ETCD3_…, or -d etcd3://HOST:PORT")
+    return Etcd(endpoints, username, password, *files)
+
+
+def _read(config_file: str | None, environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """The file's tables, and its name for messages."""
+    if environ.get("PGHA_CONFIGURATION"):
+        return _parse(environ["PGHA_CONFIGURATION"].encode(), "environment PGHA_CONFIGURATION"), "environment PGHA_CONFIGURATION"
+    named = config_file or environ.get("PGHACTL_CONFIG_FILE")
+    path = Path(named) if named else next((p for p in (Path(f).expanduser() for f in DEFAULT_FILES) if p.is_file()), None)
+    if path is None:
+        return {}, "no configuration file (-c)"
+    raw: dict[str, Any] = {}
+    try:
+        files = sorted(path.glob("*.toml")) if path.is_dir() else [path]
+        for file in files:
+            _merge(raw, _parse(file.read_bytes(), str(file)))
+    except OSError as error:
+        raise End(USAGE, f"{path}: cannot be read: {error.strerror or error}") from None
+    return raw, str(path)
+
+
+def _parse(content: bytes, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise End(USAGE, f"{source}: is not TOML: {error}") from None
+
+
+def _merge(into: dict[str, Any], table: dict[str, Any]) -> None:
+    for key, value in table.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+class _Raw:
+    """The tables, read by path with their types checked."""
+
+    def __init__(self, tables: dict[str, Any], source: str) -> None:
+        self.tables = tables
+        self.source = source
+        self._from: dict[tuple[str, ...], str] = {}
+
+    def put(self, path: tuple[str, ...], value: str, source: str) -> None:
+        table = self.tables
+        for part in path[:-1]:
+            inner = table.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise End(USAGE, f"{self.source}: {part}: is not a table")
+            table = inner
+        for rival in _EXCLUSIVE.get(path[-1], ()):
+            table.pop(rival, None)
+        table[path[-1]] = value
+        self._from[path] = source
+
+    def get(self, *path: str) -> Any:
+        value: Any = self.tables
+        for part in path:
+            if not isinstance(value, dict):
+                raise self._wrong(path[:1], "is not a table")
+            value = value.get(part)
+            if value is None:
+                return None
+        return value
+
+    def text(self, *path: str) -> str:
+        value = self.get(*path)
+        if value is None:
+            return ""
+        if not isinstance(value, (str, int)) or isinstance(value, bool):
+            raise self._wrong(path, "is not text")
+        return str(value)
+
+    def texts(self, *path: str) -> list[str]:
+        """A list, or text with commas, or a list in JSON (from a variable)."""
+        value = self.get(*path)
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise self._wrong(path, "is not a list") from None
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(path, "is not a list of HOST:PORT")
+        return value
+
+    def flag(self, *path: str) -> bool:
+        value = self.get(*path)
+        if value in (None, False, True):
+            return bool(value)
+        if isinstance(value, str) and value.lower() in ("true", "on", "yes", "1", "false", "off", "no", "0"):
+            return value.lower() in ("true", "on", "yes", "1")
+        raise self._wrong(path, "is not true or false")
+
+    def credentials(self, *path: str) -> tuple[str, str]:
+        password = self.text(*path, "password")
+        file = self.text(*path, "password_file")
+        if file and not password:
+            try:
+                password = Path(file).read_text(encoding="utf-8").rstrip("\r\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise self._wrong((*path, "password_file"), f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        return self.text(*path, "username"), password
+
+    def _wrong(self, path: tuple[str, ...], why: str) -> End:
+        return End(USAGE, f"{self._from.get(path, self.source)}: {'.'.join(path)}: {why}")
+
+
+def environment() -> Mapping[str, str]:
+    return os.environ

@@ -1,0 +1,105 @@
+"""`ctl switchover` and `ctl failover`: ask the leader's agent (without a leader: the candidate's), wait for the outcome.
+
+If the agent cannot be reached, the request is written to /failover directly, where the agents look for it anyway. If
+it was reached and its answer got lost, nothing is sent twice: the store shows the outcome.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from datetime import datetime
+from typing import Any
+
+from pgha.ctl import agents
+from pgha.ctl import cluster as clusters
+from pgha.ctl.cluster import Cluster
+from pgha.ctl.ends import DONE, FAILED, REFUSED, UNKNOWN, End, code_of
+from pgha.ctl.exchange import NoAnswer
+from pgha.ctl.listing import shown
+from pgha.ctl.prompt import choose, confirm
+from pgha.ctl.settings import Settings
+from pgha.ctl.store import Store
+
+
+def run(settings: Settings, given: argparse.Namespace) -> int:
+    kind: str = given.command
+    cluster = clusters.read(settings)
+    print("Current cluster topology")
+    print(shown(cluster), flush=True)
+    leader = (getattr(given, "leader", None) or cluster.leader) if kind == "switchover" else ""
+    candidate = given.candidate or ""
+    if kind == "switchover":
+        if not cluster.leader:
+            raise End(REFUSED, "this cluster has no leader; allowed: failover --candidate NAME")
+        if leader != cluster.leader:
+            raise End(REFUSED, f"member {leader} is not the leader of cluster {settings.scope}; {cluster.leader} is")
+    candidates = [name for name, raw in cluster.members.items() if name != cluster.leader and not _nofailover(raw)]
+    if not candidate and not given.force:
+        candidate = choose(f"Candidate {candidates}")
+    if kind == "failover" and not candidate:
+        raise End(REFUSED, "failover could be performed only to a specific candidate; allowed: --candidate NAME")
+    if candidate and candidate == cluster.leader:
+        raise End(REFUSED, f"member {candidate} is already the leader of cluster {settings.scope}")
+    if candidate and candidate not in candidates:
+        raise End(REFUSED, f"member {candidate} does not exist in cluster {settings.scope} or is tagged as nofailover")
+    if not candidates:
+        raise End(REFUSED, f"no candidates found to {kind} to")
+    demoting = f", demoting current leader {cluster.leader}" if cluster.leader else ""
+    confirm(f"Are you sure you want to {kind} cluster {settings.scope}{demoting}?", force=given.force)
+    body = {key: value for key, value in (("leader", leader), ("candidate", candidate)) if value}
+    status, text = _ask(settings, cluster, kind, body)
+    code = code_of(status, text)
+    if code != DONE:
+        raise End(code, f"{kind.capitalize()} failed, details: {status}, {text}" if code != UNKNOWN else text)
+    print(f"{datetime.now().strftime('%Y-%m-%d %H:%M:%S.%f')[:25]} {text}")
+    print(shown(clusters.read(settings)))
+    return DONE
+
+
+def _nofailover(raw: dict[str, Any]) -> bool:
+    tags = raw.get("tags")
+    return isinstance(tags, dict) and (tags.get("nofailover") is True or tags.get("failover_priority", 1) == 0)
+
+
+def _ask(settings: Settings, cluster: Cluster, kind: str, body: dict[str, Any]) -> tuple[int, str]:
+    """HTTP status and text, by whichever way it went."""
+    limit_s = 2 * max(10.0, _loop_wait_s(cluster)) + 5.0
+    url = cluster.api_url(cluster.leader) or cluster.api_url(body.get("candidate", ""))
+    if url:
+        try:
+            answer = agents.ask(settings, url, "POST", f"/{kind}", body=body, timeout_s=limit_s)
+            return answer.status, answer.body.decode(errors="replace")
+        except NoAnswer as failure:
+            clusters.warn(str(failure))
+            if failure.sent:
+                return _outcome(settings, cluster, kind, body.get("candidate", ""), limit_s)
+    clusters.warn("no agent can be asked; writing the request to the store")
+    value = {"leader": body.get("leader"), "member": body.get("candidate")}
+    key = cluster.keys.get("failover")
+    written = Store(settings.etcd).write(settings.root + "failover", json.dumps({k: v for k, v in value.items() if v}, separators=(",", ":")).encode(),
+                                         if_revision=key.revision if key else 0)
+    if not written:
+        raise End(FAILED, "another request was written at the same time; look and try again")
+    return _outcome(settings, cluster, kind, body.get("candidate", ""), limit_s)
+
+
+def _outcome(settings: Settings, before: Cluster, kind: str, candidate: str, limit_s: float) -> tuple[int, str]:
+    """What the store shows within the time: another leader, or the request gone without one."""
+    past = "switched" if kind == "switchover" else "failed"
+    give_up_at = time.monotonic() + limit_s
+    while time.monotonic() < give_up_at:
+        time.sleep(0.5)      # a poll of the store, twice a second
+        keys = Store(settings.etcd).read(settings.root)
+        now = clusters.understood(settings.scope, keys, quiet=True)
+        if now.leader and now.leader != before.leader:
+            return 200, f'Successfully {past} over to "{now.leader}"' if candidate in ("", now.leader) else f'{past.capitalize()} over to "{now.leader}" instead of "{candidate}"'
+        if now.leader and ("failover" not in keys or keys["failover"].value == b"{}"):
+            return 503, f"{kind.capitalize()} failed"
+    return 503, f"{kind.capitalize()} status unknown after {limit_s:g} seconds; operation may still be in progress"
+
+
+def _loop_wait_s(cluster: Cluster) -> float:
+    value = (cluster.config or {}).get("loop_wait", 10)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else 10.0

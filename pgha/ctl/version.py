@@ -1,0 +1,33 @@
+"""`ctl version`: of this program, and of agents and their PostgreSQL if members are named."""
+
+from __future__ import annotations
+
+import argparse
+
+from pgha import __version__
+from pgha.ctl import agents
+from pgha.ctl import cluster as clusters
+from pgha.ctl.cluster import members_named
+from pgha.ctl.ends import DONE, End
+from pgha.ctl.settings import Settings
+
+
+def run(settings: Settings | None, given: argparse.Namespace) -> int:
+    print(f"pgha ctl version {__version__}")
+    if settings is None:
+        return DONE
+    cluster = clusters.read(settings)
+    code = DONE
+    for name in members_named(cluster, given.members):
+        try:
+            body = agents.get_json(settings, cluster.api_url(name), "/patroni")
+        except End as end:
+            clusters.warn(f"{name}: {end.text}")
+            code = max(code, end.code)
+            continue
+        number = body.get("server_version")
+        postgres = f" PostgreSQL {number // 10000}.{number % 10000}" if isinstance(number, int) and number >= 100000 else ""
+        own = body.get("pgha")
+        product = f"pgha {own.get('version')}" if isinstance(own, dict) else f"Patroni {(body.get('patroni') or {}).get('version')}"
+        print(f"{name}: {product}{postgres}")
+    return code

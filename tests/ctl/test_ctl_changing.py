@@ -1,0 +1,278 @@
+"""Commands that change something: refused before it begins, done and reported, or honestly unknown."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from ctl_world import World
+from rest_world import Inbox, app_for, published
+
+from pgha.clock import SystemClock
+from pgha.rest.access import Access
+from pgha.rest.published import Board
+from pgha.rest.requests import Answer
+from pgha.rest.routes import App
+
+
+class Loop(Inbox):
+    """The agents' loops, as far as ctl sees them: a request for a switchover is carried out in the store."""
+
+    def __init__(self, world: World, *, refusal: str = "") -> None:
+        super().__init__()
+        self.world = world
+        self.board = Board(published())
+        self.refusal = refusal
+
+    async def submit(self, kind: str, payload: Mapping[str, Any], *, deadline_s: float) -> Answer:
+        self.asked.append((kind, dict(payload)))
+        if kind not in ("switchover", "failover"):
+            return self.answers[kind]
+        if self.refusal:
+            self.board.publish(published(number=2, refusal=self.refusal))
+        else:
+            leader = payload.get("member", "n2")
+            self.world.put("leader", leader.encode(), leased=True)
+            self.board.publish(published(number=2, held=False, leader=leader.encode()))
+        return Answer(status=200, text="", revision=9)
+
+
+def app_of(loop: Loop, *, access: Access | None = None) -> App:
+    return App(loop.board, loop, clock=SystemClock(), access=access)
+
+
+# --- switchover ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("arguments", "asked", "text"), [
+    (("switchover", "--force", "--candidate", "n3"), ("switchover", {"leader": "n1", "member": "n3"}), 'Successfully switched over to "n3"'),
+    (("switchover", "--force", "--leader", "n1"), ("switchover", {"leader": "n1"}), 'Successfully switched over to "n2"'),
+    (("failover", "--force", "--candidate", "n3"), ("failover", {"member": "n3"}), 'Successfully failed over to "n3"'),
+])
+def test_a_switchover_is_asked_of_the_leader_and_its_outcome_shown(world: World, start_agent: Any, arguments: tuple[str, ...], asked: Any, text: str) -> None:
+    world.load("steady")
+    loop = Loop(world)
+    world.agent_at("n1", start_agent(app_of(loop)))
+    code, out, err = world.ctl(*arguments)
+    assert (code, err) == (0, "")
+    assert loop.asked == [asked]
+    assert out.startswith("Current cluster topology\n+ Cluster: bench (7711161683783831200) ")
+    assert text in out
+    assert out.count("+ Cluster:") == 2
+
+
+@pytest.mark.etcd
+def test_a_failed_switchover_says_why(world: World, start_agent: Any) -> None:
+    world.load("steady")
+    world.agent_at("n1", start_agent(app_of(Loop(world, refusal="n2: lag 2 MiB, limit 1 MiB"))))
+    code, _, err = world.ctl("switchover", "--force")
+    assert code == 1
+    assert "Switchover failed, details: 503, Switchover failed: n2: lag 2 MiB, limit 1 MiB" in err
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("prepare", "arguments", "code", "text"), [
+    ({}, ("switchover", "--force", "--candidate", "nobody"), 3, "member nobody does not exist in cluster bench or is tagged as nofailover"),
+    ({}, ("switchover", "--force", "--candidate", "n1"), 3, "member n1 is already the leader"),
+    ({}, ("switchover", "--force", "--leader", "n2"), 3, "member n2 is not the leader of cluster bench; n1 is"),
+    ({}, ("failover", "--force"), 3, "failover could be performed only to a specific candidate"),
+    ({}, ("switchover", "--candidate", "n2"), 2, "there is no terminal to ask on; allowed: --force"),
+    ({}, ("switchover",), 2, "there is no terminal to ask on"),
+    ({"leader": None}, ("switchover", "--force"), 3, "this cluster has no leader; allowed: failover --candidate NAME"),
+    ({"members/n2": {"tags": {"nofailover": True}}}, ("switchover", "--force", "--candidate", "n2"), 3, "is tagged as nofailover"),
+    ({"members/n2": None, "members/n3": None}, ("switchover", "--force"), 3, "no candidates found to switchover to"),
+])
+def test_what_cannot_be_is_refused_before_anybody_is_asked(world: World, prepare: dict[str, Any], arguments: tuple[str, ...], code: int, text: str) -> None:
+    world.load("steady")
+    for name, value in prepare.items():
+        world.delete(name)
+        if value is not None:
+            world.put(name, value, leased=True)
+    got, _, err = world.ctl(*arguments)
+    assert got == code
+    assert text in err
+    assert json.loads(world.get("failover")) == {}
+
+
+@pytest.mark.etcd
+def test_a_refusal_of_the_agent_exits_with_3(world: World, start_agent: Any) -> None:
+    world.load("steady")
+    loop = Loop(world)
+    loop.board.publish(published(etcd=None, leader=b"n3", held=False))      # the agent knows better who leads
+    world.agent_at("n1", start_agent(app_of(loop)))
+    code, _, err = world.ctl("switchover", "--force")
+    assert code == 3
+    assert "Switchover failed, details: 412, leader name does not match" in err
+
+
+@pytest.mark.etcd
+def test_credentials_are_sent_and_their_absence_reported(world: World, start_agent: Any) -> None:
+    world.load("steady")
+    world.agent_at("n1", start_agent(app_of(Loop(world), access=Access(username="u", password="p"))))
+    assert world.ctl("switchover", "--force")[0] == 3
+    world.extra = '[restapi.authentication]\nusername = "u"\npassword = "x"\n'
+    code, _, err = world.ctl("switchover", "--force")
+    assert code == 3
+    assert "401, not authenticated" in err
+    world.extra += '[ctl.authentication]\nusername = "u"\npassword = "p"\n'
+    assert world.ctl("switchover", "--force")[0] == 0
+
+
+@pytest.mark.etcd
+def test_without_an_agent_the_request_is_written_to_the_store(world: World) -> None:
+    world.load("steady")
+    for name in ("n1", "n2", "n3"):
+        world.agent_at(name, ("127.0.0.1", 1))
+
+    def carry_out() -> None:
+        while json.loads(world.get("failover")) != {"leader": "n1", "member": "n2"}:
+            pass
+        world.put("leader", b"n2", leased=True)
+
+    agents = threading.Thread(target=carry_out, daemon=True)
+    agents.start()
+    code, out, err = world.ctl("switchover", "--force", "--candidate", "n2")
+    agents.join(10)
+    assert code == 0
+    assert 'Successfully switched over to "n2"' in out
+    assert "no agent can be asked; writing the request to the store" in err
+
+
+@pytest.mark.etcd
+def test_a_lost_answer_is_looked_up_in_the_store_and_nothing_sent_twice(world: World) -> None:
+    world.load("steady")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        world.agent_at("n1", server.getsockname())
+
+        def take_and_hang_up() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                world.put("leader", b"n3", leased=True)
+
+        thread = threading.Thread(target=take_and_hang_up, daemon=True)
+        thread.start()
+        code, out, _ = world.ctl("switchover", "--force", "--candidate", "n2")
+        thread.join(10)
+    assert code == 0
+    assert 'Switched over to "n3" instead of "n2"' in out
+    assert json.loads(world.get("failover")) == {}          # ctl wrote nothing itself
+
+
+# --- restart, reload -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.etcd
+def test_members_are_restarted_one_after_the_other_the_leader_last(world: World, start_agent: Any) -> None:
+    world.load("pending-restart")
+    order: list[str] = []
+
+    class Noting(Inbox):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        async def submit(self, kind: str, payload: Mapping[str, Any], *, deadline_s: float) -> Answer:
+            order.append(f"{kind} {self.name} {dict(payload)}")
+            if self.name == "n3" and kind == "restart":
+                return Answer(status=503, text="restart failed")
+            return Answer(status=200, text="restarted successfully") if kind == "restart" else Answer(status=202, text="reload scheduled")
+
+    for name in ("n1", "n2", "n3"):
+        app, *_ = app_for(published())
+        noting = Noting(name)
+        app.requests, app.changes._requests = noting, noting
+        world.agent_at(name, start_agent(app))
+    code, out, err = world.ctl("restart", "bench", "--force", "--timeout", "30")
+    assert code == 1
+    assert out.endswith("Success: restart on member n2\nSuccess: restart on member n1\n")
+    assert "Failed: restart for member n3, status code=503, (restart failed)" in err
+    assert order == [f"restart {name} {{'timeout_s': 30.0}}" for name in ("n2", "n3", "n1")]
+    order.clear()
+    assert world.ctl("restart", "n2", "--force")[0] == 0
+    assert world.ctl("restart", "--role", "leader", "--force")[0] == 0
+    assert world.ctl("restart", "--role", "replica", "--any", "--pending", "--force")[0] == 0
+    assert order == ["restart n2 {}", "restart n1 {}", "restart n2 {}"]
+    order.clear()
+    code, out, _ = world.ctl("reload", "--force")
+    assert code == 0
+    assert "Reload request received for member n1 and will be processed within 1 seconds\n" in out
+    assert len(order) == 3
+    assert world.ctl("restart", "nobody", "--force")[:1] == (2,)
+    assert world.ctl("restart", "n2")[0] == 2
+    assert world.ctl("restart", "n2", "--force", "--timeout", "soon")[0] == 3
+    world.agent_at("n2", ("127.0.0.1", 1))
+    assert world.ctl("restart", "n2", "--force")[0] == 5
+    assert world.ctl("reload", "n2", "--force")[0] == 5
+
+
+# --- edit-config ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.etcd
+def test_configuration_is_changed_and_the_difference_shown(world: World) -> None:
+    world.load("steady")
+    code, out, err = world.ctl("edit-config", "--force", "-s", "ttl=21", "-p", "work_mem=8MB", "-p", "pg_stat_statements.max=500", "-s", "failsafe_mode=null")
+    assert (code, err) == (0, "")
+    assert "-ttl = 20\n+ttl = 21\n" in out
+    assert '+work_mem = "8MB"' in out
+    assert out.endswith("Configuration changed\n")
+    config = json.loads(world.get("config"))
+    assert config["ttl"] == 21
+    assert config["postgresql"]["parameters"]["pg_stat_statements.max"] == 500
+    assert config["postgresql"]["parameters"]["max_connections"] == 60
+    assert "failsafe_mode" not in config
+    assert world.ctl("edit-config", "--force", "-s", "ttl=21") == (0, "Not changed\n", "")
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("arguments", "code", "text"), [
+    (("-s", "ttl=0"), 2, "ttl"),
+    (("-s", "ttl=x"), 2, "ttl"),
+    (("-s", "tttl=20"), 2, "tttl"),
+    (("-s", "ttl"), 2, "'ttl' is not KEY=VALUE"),
+    (("-s", ".a=1"), 2, "is not KEY=VALUE"),
+    ((), 2, "nothing to change"),
+])
+def test_a_wrong_change_changes_nothing(world: World, arguments: tuple[str, ...], code: int, text: str) -> None:
+    world.load("steady")
+    before = world.get("config")
+    got, _, err = world.ctl("edit-config", "--force", *arguments)
+    assert got == code
+    assert text in err
+    assert world.get("config") == before
+
+
+@pytest.mark.etcd
+def test_without_force_and_terminal_nothing_is_changed(world: World) -> None:
+    world.load("steady")
+    before = world.get("config")
+    code, out, err = world.ctl("edit-config", "-s", "ttl=21")
+    assert code == 2
+    assert "+ttl = 21" in out
+    assert "allowed: --force" in err
+    assert world.get("config") == before
+
+
+@pytest.mark.etcd
+def test_an_unreadable_configuration_is_not_overwritten(world: World) -> None:
+    world.load("steady")
+    world.put("config", b"{broken")
+    assert world.ctl("edit-config", "--force", "-s", "ttl=21")[0] == 1
+    assert world.get("config") == b"{broken"
+
+
+@pytest.mark.etcd
+def test_a_compare_that_fails_is_reported(world: World) -> None:
+    from pgha.ctl.settings import Etcd
+    from pgha.ctl.store import Store
+
+    world.load("steady")
+    store = Store(Etcd(tuple(world.etcd.urls)))
+    revision = store.read(world.root)["config"].revision
+    assert store.write(world.root + "config", b"{}", if_revision=revision) is True
+    assert store.write(world.root + "config", b'{"a":1}', if_revision=revision) is False
+    assert store.write(world.root + "new", b"x", if_revision=0) is True
+    assert world.get("config") == b"{}"
