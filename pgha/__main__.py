@@ -83,28 +83,38 @@ def _parser(command: str, does: str) -> argparse.ArgumentParser:
 def _run(arguments: list[str]) -> int:
     parser = _parser("run", "The agent of one node.")
     parser.add_argument("config", metavar="CONFIG", help="pgha.toml of this node")
+    given = parser.parse_args(arguments)
     from pgha import agent
 
-    return agent.main(parser.parse_args(arguments).config)
+    return agent.main(given.config)
+
+
+_GUARD_USAGE = """\
+usage: pgha guard CONFIG --data-dir DIR [--runtime-dir DIR] [--agent-lock FILE] [--cgroup DIR]
+
+Fences one data directory when its agent cannot. The agent starts it. It ends when the agent says so, or when for 60 s
+no agent has been there and no server. --runtime-dir and --agent-lock: as CONFIG says, if they are not given.
+"""
 
 
 def _guard(arguments: list[str]) -> int:
-    parser = _parser("guard", "Fences one data directory when its agent cannot. Ends when the agent says so, or when no agent has been there for 60 s.")
-    parser.add_argument("config", metavar="CONFIG", help="pgha.toml of this node")
-    parser.add_argument("--data-dir", metavar="DIR", required=True, help="the data directory to fence")
-    parser.add_argument("--runtime-dir", metavar="DIR", help="where socket and file of the guard are (default: as CONFIG says)")
-    parser.add_argument("--agent-lock", metavar="FILE", help="the file that a living agent holds locked (default: as CONFIG says)")
-    given = parser.parse_args(arguments)
+    """By hand: argparse alone would take a tenth of the guard's memory, and the configuration much more."""
+    if "--help" in arguments or "-h" in arguments:
+        print(_GUARD_USAGE, end="")
+        return DONE
+    if not arguments or arguments[0].startswith("-"):
+        print(_GUARD_USAGE, end="", file=sys.stderr)
+        return USAGE
     from pgha.lock import guard
 
-    if given.runtime_dir is None or given.agent_lock is None:
-        # Only somebody who starts a guard by hand comes here; it costs the memory of reading a configuration.
+    config, options = arguments[0], arguments[1:]
+    given = {option.partition("=")[0] for option in options}
+    if "--data-dir" in given and not {"--runtime-dir", "--agent-lock"} <= given:
         from pgha.config.directories import guard_places
 
-        runtime_dir, agent_lock = guard_places(given.config, os.environ)
-        given.runtime_dir = given.runtime_dir or runtime_dir
-        given.agent_lock = given.agent_lock or agent_lock
-    return guard.run(data_dir=given.data_dir, runtime_dir=given.runtime_dir, agent_lock=given.agent_lock)
+        runtime_dir, agent_lock = guard_places(config, os.environ)
+        options = [f"--runtime-dir={runtime_dir}", f"--agent-lock={agent_lock}", *options]  # what is given comes later, and wins
+    return guard.main(options)
 
 
 def _config(arguments: list[str]) -> int:
@@ -141,9 +151,10 @@ def _demo(arguments: list[str]) -> int:
 def _replay(arguments: list[str]) -> int:
     parser = _parser("replay", "Decide again on a recorded pass (an observation and the memory before it), and print the decision.")
     parser.add_argument("file", metavar="FILE", help='JSON: {"observation": …, "memory": …}')
+    given = parser.parse_args(arguments)
     from pgha.replay import replay
 
-    print(replay(parser.parse_args(arguments).file))
+    print(replay(given.file))
     return DONE
 
 
