@@ -44,8 +44,10 @@ def _while_licensed(o: Observation, memory: Memory) -> Decision | None:
 
 
 def _readopt(o: Observation, memory: Memory, reasons: tuple[Reason, ...]) -> Decision:
-    view = o.dcs.view
-    assert view is not None
+    if o.postgres.row is None:
+        # The guard still counts down what the former incarnation was licensed for; until then the server may answer.
+        return Decision(situation="lease", summary="a primary runs under this node's former record: waiting for its position", reasons=reasons, memory=memory,
+                        wake_in_s=0.05)
     conditions = restart.readoption_conditions(o)
     if not all(c.holds for c in conditions):
         demote = Demote(mode="fast", release=False, checkpoint=False, why="this node's former record cannot be adopted", timeout_s=2.0)
