@@ -107,7 +107,7 @@ class Connection:
         PostgresUnreachable (with the server's sqlstate if it said one), PostgresTimeout.
         """
         wanted = _complete(conninfo)
-        with trio.move_on_after(deadline_s) as scope:
+        with trio.move_on_after(max(0.0, deadline_s)) as scope:
             try:
                 pgconn = pq.PGconn.connect_start(make_conninfo("", **wanted).encode())
             except psycopg.Error as e:  # a word that libpq does not know
@@ -147,7 +147,7 @@ class Connection:
         self._busy = True
         whole = False
         try:
-            with trio.move_on_after(deadline_s) as scope:
+            with trio.move_on_after(max(0.0, deadline_s)) as scope:
                 results = await self._execute(sql, params)
                 whole = True
         except psycopg.Error as e:
@@ -261,7 +261,7 @@ async def resolve(host: str, *, deadline_s: float) -> list[str]:
         return [str(ipaddress.ip_address(host))]
     except ValueError:
         pass  # a name
-    with trio.move_on_after(deadline_s):
+    with trio.move_on_after(max(0.0, deadline_s)):
         try:
             found = await trio.to_thread.run_sync(
                 partial(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM), abandon_on_cancel=True,

@@ -54,6 +54,11 @@ class ControlData(Struct, frozen=True, kw_only=True):
         """Was it in recovery when it last wrote pg_control?"""
         return self.state in ("shut down in recovery", "in archive recovery")
 
+    @property
+    def latest_timeline(self) -> int:
+        """The newest timeline that pg_control knows of: soon after a promotion the last checkpoint's is the old one."""
+        return max(self.timeline, self.min_recovery_timeline)
+
 
 #: field → label. Both spellings where versions differ.
 _LABELS: dict[str, tuple[str, ...]] = {

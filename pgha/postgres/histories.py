@@ -3,6 +3,9 @@
 A promotion takes the next number for which no history file exists. A file with a comment and no row therefore *blocks*
 its number, while a standby that sees it does not follow it: the timeline it names descends from nothing (both measured,
 safety model 7). Blocks must be contiguous from the own timeline on, or the number before the gap is taken.
+
+Whoever follows somebody else must have removed his blocks: a walreceiver does not fetch a history whose file is there,
+so a standby with a block stays for ever behind the primary that really took the number (measured).
 """
 
 from __future__ import annotations
@@ -98,6 +101,11 @@ def blocked_timelines(data_dir: Path) -> dict[int, str]:
         if _is_block(text):
             blocks[timeline] = text[len(_BLOCK):].strip()
     return blocks
+
+
+def unblock_all(data_dir: Path) -> list[int]:
+    """Remove all our blocks; their numbers."""
+    return [timeline for timeline in blocked_timelines(data_dir) if unblock_timeline(data_dir, timeline)]
 
 
 def _is_block(text: str) -> bool:

@@ -229,7 +229,7 @@ def remove_dead_pid_file(data_dir: Path, *, socket_dirs: Iterable[Path] = ()) ->
 
 async def wait_no_process(data_dir: Path, *, deadline_s: float, poll_s: float = 0.01) -> None:
     """Return when no PostgreSQL process of `data_dir` lives. PostgresTimeout names those that are left."""
-    with trio.move_on_after(deadline_s):
+    with trio.move_on_after(max(0.0, deadline_s)):
         while living_processes(data_dir):  # noqa: ASYNC110  (other people's processes: nothing to be told by)
             await trio.sleep(poll_s)
         return

@@ -116,7 +116,7 @@ async def run(
     """
     name = Path(argv[0]).name
     out, err = _Tail(on_output), _Tail(on_error_output)
-    with trio.move_on_after(deadline_s):
+    with trio.move_on_after(max(0.0, deadline_s)):
         try:
             process = await trio.lowlevel.open_process(
                 [str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -151,3 +151,12 @@ async def run_checked(
 def binary(bin_dir: Path | str, name: str) -> str:
     """Path of one of PostgreSQL's programs; an empty `bin_dir` means the search path."""
     return str(Path(bin_dir) / name) if str(bin_dir) not in ("", ".") else name
+
+
+async def major_version(bin_dir: Path | str, *, deadline_s: float) -> int:
+    """Which PostgreSQL the programs are of: 15. CommandFailed, PostgresUnreachable, PostgresTimeout."""
+    done = await run_checked([binary(bin_dir, "postgres"), "--version"], deadline_s=deadline_s)
+    match = re.search(r"\) (\d+)", done.stdout)  # "postgres (PostgreSQL) 15.20 (Debian …)", "… 19devel"
+    if match is None:
+        raise CommandFailed("postgres", 0, f"not a version: {done.stdout}")
+    return int(match[1])

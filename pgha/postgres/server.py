@@ -93,7 +93,7 @@ class Server:
         CommandFailed with the last log lines if it ends, PostgresTimeout if it is still on its way at the deadline.
         """
         wanted = ("ready",) if hot else ("ready", "standby")
-        with trio.move_on_after(deadline_s):
+        with trio.move_on_after(max(0.0, deadline_s)):
             while postmaster.status() not in wanted:
                 with trio.move_on_after(POLL_S):
                     await postmaster.wait_exit()

@@ -30,7 +30,7 @@ async def answers_startup(host: str, port: int, *, deadline_s: float) -> bool:
 
     A server that is starting, recovering, shutting down or full answers, too.
     """
-    with trio.move_on_after(deadline_s):
+    with trio.move_on_after(max(0.0, deadline_s)):
         try:
             stream = await _open(host, port)
             async with stream:
@@ -51,7 +51,7 @@ async def startup_sqlstate(conninfo: Mapping[str, str | int], *, deadline_s: flo
         words["replication"] = conninfo["replication"]
     body = b"".join(f"{k}\0{v}\0".encode() for k, v in words.items()) + b"\0"
     packet = struct.pack("!ii", 8 + len(body), _PROTOCOL_3_0) + body
-    with trio.move_on_after(deadline_s):
+    with trio.move_on_after(max(0.0, deadline_s)):
         try:
             stream = await _open(str(conninfo.get("hostaddr") or conninfo["host"]), int(conninfo.get("port", 5432)))
             async with stream:

@@ -72,7 +72,7 @@ def test_users_have_their_rights_and_the_log_has_no_password(make_node):
     trio.run(main)
 
 
-def test_a_program_is_ended_with_everything_that_it_started(base):
+def test_a_program_is_ended_with_everything_that_it_started(base, bin_dir):
     async def main():
         script = base / "stubborn"
         script.write_text("#!/bin/sh\ntrap '' TERM\nsleep 60 &\necho $! > child\nwait\nwait\n")
@@ -85,6 +85,7 @@ def test_a_program_is_ended_with_everything_that_it_started(base):
         with trio.fail_after(5):
             while (stat := read_stat(int((base / "child").read_text()))) is not None and stat.state != "Z":  # noqa: ASYNC110
                 await trio.sleep(0.01)
+        assert await programs.major_version(bin_dir, deadline_s=5) >= 13
         done = await programs.run(["sh", "-c", "yes | head -c 1000000; echo end >&2; exit 3"], deadline_s=10)
         assert done.exit_code == 3
         assert len(done.stdout) == programs.TAIL_BYTES

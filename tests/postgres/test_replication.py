@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from pgha.errors import CommandFailed, ConfigError, PostgresError, PostgresTimeout, QueryFailed
-from pgha.postgres import files, pg_rewind, probe, slots
+from pgha.postgres import files, histories, pg_rewind, probe, slots
 from pgha.postgres.basebackup import backup_arguments, base_backup
 from pgha.postgres.controldata import read_control
 from pgha.postgres.directories import clone_directory, content, swap_in_clone
@@ -111,6 +111,34 @@ def test_probe_across_a_promotion_tells_the_new_timeline(make_node):
                 rows.append(await probe.read_row(conn, deadline_s=5))
         assert {r.timeline for r in rows if r.in_recovery} <= {1, 2}
         assert rows[-1].timeline == 2
+        conn.close()
+    trio.run(main)
+
+
+def test_a_block_keeps_a_standby_from_following_the_one_who_took_the_number(make_node):
+    """Both ways: stuck with the block, streaming once it is removed."""
+    async def main():
+        a, postmaster, b = await pair(make_node)
+        c = make_node("c", copy=False)
+        await base_backup(c.data_dir, c.server.bin_dir, source_of(a), [{"checkpoint": "fast"}], deadline_s=30)
+        await follow(c, a)
+        (await caught_up(c, a)).close()
+        conn = await caught_up(b, a)
+        postmaster.signal(signal.SIGKILL)
+        await b.server.promote(adopt(b.data_dir), conn, deadline_s=10)
+        await conn.query("create table t ()", deadline_s=5)
+        conn.close()
+        histories.block_timeline(c.data_dir, 2, "claimed by b")
+        c_postmaster = adopt(c.data_dir)
+        files.write_postgresql_conf(c.data_dir, {}, {
+            "primary_conninfo": files.conninfo_text(source_of(b)), "wal_retrieve_retry_interval": "100ms"})
+        c.server.reload(c_postmaster)
+        with trio.fail_after(10):
+            while "not a child" not in c.server.log_path.read_text():  # noqa: ASYNC110
+                await trio.sleep(0.02)
+        assert histories.unblock_all(c.data_dir) == [2]
+        conn = await caught_up(c, b)
+        assert (await probe.read_row(conn, deadline_s=5)).timeline == 2
         conn.close()
     trio.run(main)
 
