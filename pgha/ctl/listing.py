@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-from datetime import datetime
 from typing import Any
 
 from pgha.ctl import cluster as clusters
@@ -46,7 +45,7 @@ def shown(cluster: Cluster, form: str = "table", *, extended: bool = False, time
     if form not in ("table", "pretty"):
         return records((Column("Cluster"), *columns), [{"Cluster": cluster.scope, **row} for row in rows], form)
     title = f"Cluster: {cluster.scope} ({cluster.system_identifier or 'initializing'})"
-    parts = [datetime.now().strftime("%Y-%m-%d %H:%M:%S")] if timestamp else []
+    parts = [time.strftime("%Y-%m-%d %H:%M:%S")] if timestamp else []
     parts.append(table(columns, rows, title=title))
     parts += _footer(cluster.body)
     return "\n".join(parts)

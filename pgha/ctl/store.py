@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 import json
-import ssl
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pgha.ctl.ends import FAILED, UNKNOWN, UNREACHABLE, USAGE, End
 from pgha.ctl.exchange import NoAnswer, request, tls_context
 from pgha.ctl.settings import Etcd
+
+if TYPE_CHECKING:
+    import ssl
 
 #: how long one endpoint may take
 ENDPOINT_S = 3.0

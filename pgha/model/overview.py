@@ -6,11 +6,13 @@ no time to load anything. Shape and words are the reference's (compatibility spe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 UNKNOWN = "unknown"
+#: scheme, perhaps credentials, host (IPv6 in brackets), perhaps a port
+_CONN_URL = re.compile(r"\w+://(?:[^@/?#]*@)?(\[[^\]/]+\]|[^:/?#]+)(?::(\d{1,5}))?(?:[/?#].*)?", re.ASCII)
 
 
 def overview(*, scope: str, leader: str, members: Mapping[str, Mapping[str, Any]], optime: int,
@@ -63,13 +65,8 @@ def _member(name: str, raw: Mapping[str, Any], *, role: str, optime: int) -> dic
 
 def host_port(conn_url: Any) -> tuple[str, int]:
     """('10.0.0.1', 5432) from a member's conn_url; ('', 0) if there is none to read."""
-    if not isinstance(conn_url, str):
-        return "", 0
-    try:
-        parts = urlsplit(conn_url)
-        return parts.hostname or "", parts.port or 5432
-    except ValueError:
-        return "", 0
+    match = _CONN_URL.fullmatch(conn_url) if isinstance(conn_url, str) else None
+    return (match[1].strip("[]"), int(match[2] or 5432)) if match else ("", 0)
 
 
 def is_standby_cluster(config: Mapping[str, Any]) -> bool:
