@@ -1,0 +1,150 @@
+"""Making and copying data directories: what is left behind when it works, fails, or is cancelled."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import trio
+from act_bed import as_source
+
+from pgha.dcs import Put
+from pgha.errors import CommandFailed, OperationFailed, Refused
+from pgha.model import action as a
+from pgha.postgres import directories
+
+
+async def cancelled_at(node, action, word):
+    """Run the operation and cancel it when its progress says `word`."""
+    seen = []
+    with trio.CancelScope() as scope:
+        def progress(text):
+            seen.append(text)
+            if word in text:
+                scope.cancel()
+        await node.actor.operate(action, progress)
+    assert scope.cancelled_caught, seen
+
+
+def test_bootstrap_leaves_a_stopped_standby_and_the_users(bed):
+    script = "/bin/sh -c 'psql -qXAt -c \"CREATE TABLE made_by_script (u text); INSERT INTO made_by_script SELECT current_user\" \"$0\"'"
+
+    async def main():
+        async with bed.node("a", bootstrap={"post_bootstrap": script}) as node:
+            identifier = await node.primary()
+            assert (await node.control()).system_identifier == identifier
+            assert await node.sql("SELECT u FROM made_by_script") == [("postgres",)]
+            rows = await node.sql("SELECT rolname, rolsuper, rolreplication, rolcanlogin FROM pg_roles WHERE rolname IN ('postgres', 'rep', 'rew') ORDER BY 1")
+            assert rows == [("postgres", "t", "t", "t"), ("rep", "f", "t", "t"), ("rew", "f", "f", "t")]
+            # passwords work over TCP, where pg_hba.conf asks for them
+            assert await node.sql("SELECT current_user", host="127.0.0.1", user="rew", password="re\\w") == [("rew",)]
+            assert await node.sql("SELECT 1", host="127.0.0.1", password="sup's er") == [("1",)]
+    trio.run(main)
+
+
+def test_bootstrap_is_refused_while_initialize_is_anothers(bed):
+    async def main():
+        async with bed.node("a") as node:
+            bed.world.transact([], [Put(key=node.keys.path("initialize"), value=b"")])
+            with pytest.raises(Refused):
+                await node.operate(a.Bootstrap())
+            assert not node.data_dir.exists()
+    trio.run(main)
+
+
+@pytest.mark.parametrize("how", ["script fails", "cancelled in initdb", "cancelled while it runs"])
+def test_failed_bootstrap_frees_initialize_and_sets_the_directory_aside(bed, how):
+    async def main():
+        async with bed.node("a", bootstrap={"post_bootstrap": "/bin/false"} if how == "script fails" else {}) as node:
+            if how == "script fails":
+                with pytest.raises(CommandFailed):
+                    await node.operate(a.Bootstrap())
+            else:
+                await cancelled_at(node, a.Bootstrap(), "initdb" if "initdb" in how else "creating users")
+            assert not node.living()
+            assert (await node.view()).initialize is None
+            assert not node.data_dir.exists()
+            assert (node.directory / "data.failed").exists() == ("initdb" not in how)
+            # and the next try works
+            if how != "script fails":
+                await node.operate(a.Bootstrap())
+                assert node.standby_signal and (await node.view()).initialize == ""
+    trio.run(main)
+
+
+def test_bootstrap_does_not_touch_a_directory_with_something_in_it(bed):
+    async def main():
+        async with bed.node("a") as node:
+            node.data_dir.mkdir()
+            (node.data_dir / "precious").write_text("x")
+            with pytest.raises(OperationFailed, match="not empty"):
+                await node.operate(a.Bootstrap())
+            assert (node.data_dir / "precious").read_text() == "x"
+            assert (await node.view()).initialize is None
+    trio.run(main)
+
+
+def test_clone_replaces_only_when_asked_and_keeps_the_old_one(bed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            with pytest.raises(OperationFailed, match="expected 123"):
+                await two.operate(a.Clone(source=as_source(one), system_identifier="1234567890"))
+            assert not two.data_dir.exists() and not directories.clone_directory(two.data_dir).exists()
+            (two.data_dir.with_name("data.clone")).mkdir()
+            (two.data_dir.with_name("data.clone") / "leftover").write_text("of an earlier try")
+            (two.data_dir.with_name("data.failed")).mkdir()
+            await two.standby_of(one)
+            assert not (two.data_dir / "leftover").exists()
+            await two.operate(a.Stop(why="test", timeout_s=10))
+            with pytest.raises(OperationFailed, match="only if"):
+                await two.clone_of(one)
+            (two.data_dir / "old_marker").write_text("")
+            facts = await two.clone_of(one, replace="keep_old_until_streaming")
+            assert facts["old"] == str(two.data_dir) + ".old" and os.path.exists(facts["old"] + "/old_marker")
+            assert two.standby_signal and await two.guard_state() == "standby"
+            await two.operate(a.StartStandby(upstream=as_source(one)))
+            await two.until(two.streaming)
+            assert await two.actor.discard_old() == [facts["old"]]
+            assert not os.path.exists(facts["old"]) and two.data_dir.with_name("data.failed").exists()
+    trio.run(main)
+
+
+def test_clone_without_room_is_refused_with_both_numbers(bed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            (database,) = (await one.sql("SELECT oid FROM pg_database WHERE datname = 'postgres'"))[0]
+            # PostgreSQL counts what a file pretends to have
+            sparse = one.data_dir / "base" / database / "999999"
+            with sparse.open("wb") as f:
+                f.truncate(1 << 44)
+            with pytest.raises(OperationFailed, match=r"not enough space: the clone needs 16\.8 TiB, [0-9.]+ .iB are free"):
+                await two.clone_of(one)
+            assert not two.data_dir.exists()
+            sparse.unlink()
+    trio.run(main)
+
+
+def test_cancelled_clone_leaves_nothing_and_the_old_directory_as_it_was(bed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.clone_of(one)
+            before = sorted(os.listdir(two.data_dir))
+            clone = a.Clone(source=as_source(one), system_identifier=(await one.control()).system_identifier, replace="keep_old_until_streaming")
+            for word in ("iB of", "verifying"):
+                await cancelled_at(two, clone, word)
+                assert not directories.clone_directory(two.data_dir).exists()
+                assert sorted(os.listdir(two.data_dir)) == before
+    trio.run(main)
+
+
+def test_abandoned_directory_is_kept_under_a_numbered_name(bed):
+    async def main():
+        async with bed.node("a") as node:
+            await node.operate(a.Bootstrap())
+            node.data_dir.with_name("data.failed").mkdir()
+            facts = await node.operate(a.AbandonDirectory(why="test"))
+            assert facts["kept_as"] == str(node.data_dir) + ".failed.1" and not node.data_dir.exists()
+    trio.run(main)
