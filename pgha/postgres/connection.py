@@ -22,14 +22,14 @@ import psycopg
 import trio
 from msgspec import Struct
 from psycopg import generators, pq
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.waiting import Ready, Wait
 
 from pgha.errors import PostgresTimeout, PostgresUnreachable, QueryFailed
 from pgha.model.wal import HistoryRow, parse_history_file, parse_lsn
 from pgha.postgres.startup import answers_startup, startup_sqlstate
 
-__all__ = ["Connection", "System", "answers_startup", "identify_system", "resolve", "timeline_history"]
+__all__ = ["Connection", "System", "answers_startup", "identify_system", "resolve", "same_conninfo", "timeline_history"]
 
 T = TypeVar("T")
 Row = tuple[str | None, ...]
@@ -224,6 +224,14 @@ def _place(conninfo: Mapping[str, str | int]) -> str:
 
 def _first_line(text: str) -> str:
     return text.strip().split("\n", 1)[0]
+
+
+def same_conninfo(a: str, b: str) -> bool:
+    """Do two connection strings say the same, in whatever order and quoting? One that cannot be read equals nothing."""
+    try:
+        return conninfo_to_dict(a) == conninfo_to_dict(b)
+    except psycopg.Error:
+        return False
 
 
 class System(Struct, frozen=True, kw_only=True):

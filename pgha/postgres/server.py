@@ -151,6 +151,15 @@ class Server:
         if done.exit_code != 0:
             raise CommandFailed("postgres --single", done.exit_code, done.stderr)
 
+    async def configuration_errors(self, parameters: Mapping[str, str], *, deadline_s: float) -> str:
+        """What PostgreSQL would say against starting (or reloading) with the files as they are; "" if nothing.
+
+        Reads the files as the server would, without starting it, whether or not it runs.
+        """
+        argv = [*self.command_line(parameters), "-C", "data_directory"]
+        done = await run(argv, deadline_s=deadline_s, cwd=self.data_dir, env=clean_environment(messages_in_english=True))
+        return "" if done.exit_code == 0 else done.stderr.strip() or f"exit code {done.exit_code}"
+
     def log_tail(self) -> str:
         """The last lines that the server wrote before (or instead of) its own logging. "" if unreadable."""
         try:

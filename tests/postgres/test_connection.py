@@ -9,7 +9,14 @@ import pytest
 import trio
 
 from pgha.errors import PostgresTimeout, PostgresUnreachable, QueryFailed
-from pgha.postgres.connection import Connection, answers_startup, identify_system, resolve, timeline_history
+from pgha.postgres.connection import (
+    Connection,
+    answers_startup,
+    identify_system,
+    resolve,
+    same_conninfo,
+    timeline_history,
+)
 
 pytestmark = pytest.mark.postgres
 
@@ -149,3 +156,10 @@ def test_a_port_that_accepts_and_says_nothing_does_not_answer():
             with pytest.raises(PostgresTimeout):
                 await Connection.connect({"host": "127.0.0.1", "port": s.getsockname()[1]}, deadline_s=0.1)
     trio.run(main)
+
+
+def test_same_conninfo():
+    assert same_conninfo("host=a port=1 user='x y'", "user='x y'   port=1 host='a'")
+    assert not same_conninfo("host=a", "host=b")
+    assert not same_conninfo("host=a", "nonsense")
+    assert not same_conninfo("nonsense", "nonsense")

@@ -145,3 +145,19 @@ def test_single_user_recovery_ends_cleanly_and_refuses_a_standby(make_node):
         await a.start()
         assert await a.sql("select count(*) from t") == [("1000",)]
     trio.run(main)
+
+
+def test_configuration_errors_are_found_without_a_start(make_node):
+    async def main():
+        a = make_node()
+        assert await a.server.configuration_errors(a.parameters, deadline_s=10) == ""
+        postmaster = await a.start()
+        assert await a.server.configuration_errors(a.parameters, deadline_s=10) == ""
+        files.write_postgresql_conf(a.data_dir, {"work_men": "1MB", "my_extension.x": "1"}, {})
+        said = await a.server.configuration_errors(a.parameters, deadline_s=10)
+        assert 'unrecognized configuration parameter "work_men"' in said
+        assert "my_extension" not in said
+        files.write_postgresql_conf(a.data_dir, {"work_mem": "1XB"}, {})
+        assert "work_mem" in await a.server.configuration_errors(a.parameters, deadline_s=10)
+        assert postmaster.alive()
+    trio.run(main)
