@@ -352,7 +352,7 @@ class Agent:
             self._refusal = decision.summary.partition(": ")[2]
         self.board.publish(publish_pass(seen, decision, scope=self.local.scope, failover_refusal=self._refusal))
         said = _what_is_said(decision)
-        if said != self._said:
+        if said != self._said and (decision.situation != "busy" or decision.actions):
             self._said = said
             log.info(decision.summary, situation=decision.situation, **({"pass": self.number}))
             notify(f"STATUS={decision.summary}")

@@ -121,7 +121,7 @@ def _rejoin(o: Observation, memory: Memory, now: Standing) -> Decision:
     leader = leader_member(o, now.holder)
     upstream = o.upstream
     if leader is None or not leader.host:
-        return _wait_for_upstream(o, memory, (because(now), reason("broken.leader_is_known", False, f"{now.holder} has no member key yet")))
+        return _wait_for_upstream(memory, (because(now), reason("broken.leader_is_known", False, f"{now.holder} has no member key yet")))
     asked = memory.upstream_asked_at
     fresh = upstream is not None and upstream.name == leader.name and asked is not None and candidate_age_s(upstream.asked_at, o.now) < 10.0
     if not fresh or upstream is None or not upstream.ok or upstream.in_recovery:
@@ -179,10 +179,10 @@ def _ask_upstream(o: Observation, memory: Memory, leader: Member, why: Reason) -
         ask = InspectUpstream(source=source_of(leader))
         return Decision(situation="broken", summary=f"asking {leader.name} for its timeline", reasons=(why,), actions=(ask,),
                         memory=replace(memory, upstream_asked_at=o.now), wake_in_s=0.3)
-    return _wait_for_upstream(o, memory, (why,))
+    return _wait_for_upstream(memory, (why,))
 
 
-def _wait_for_upstream(o: Observation, memory: Memory, reasons: tuple[Reason, ...]) -> Decision:
+def _wait_for_upstream(memory: Memory, reasons: tuple[Reason, ...]) -> Decision:
     return Decision(situation="broken", summary="waiting for the leader to be a primary before joining it", reasons=reasons, memory=memory, wake_in_s=0.3,
                     state="stopped")
 

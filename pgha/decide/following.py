@@ -9,7 +9,7 @@ from pgha.decide import rejoin, slots
 from pgha.decide.common import ask_others, leader_member, reason, source_of, view_of
 from pgha.decide.leading import operator_requests
 from pgha.decide.slots import own_slot_name
-from pgha.decide.standing import Standing, because, standing
+from pgha.decide.standing import because, standing
 from pgha.model.action import Action, Follow, InspectUpstream, Restart, Source, Stop, WriteInitialize
 from pgha.model.cluster import Member, is_system_identifier
 from pgha.model.decision import Decision, Memory, PeerQuestion, Reason, Vote
@@ -42,7 +42,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     wanted = follows_wanted(o, upstream)
     if not wanted.holds:
         actions.append(Follow(upstream=upstream, slot_name=own_slot_name(o) if upstream else ""))
-    looked = _look(o, memory, now, leader)
+    looked = _look(o, memory, leader)
     if looked is not None:
         more, memory, reasons, summary = looked
         if more:
@@ -96,7 +96,7 @@ def _conninfo_target(conninfo: str) -> tuple[str, int]:
     return host, port
 
 
-def _look(o: Observation, memory: Memory, now: Standing, leader: Member | None) -> tuple[list[Action], Memory, tuple[Reason, ...], str] | None:
+def _look(o: Observation, memory: Memory, leader: Member | None) -> tuple[list[Action], Memory, tuple[Reason, ...], str] | None:
     """A standby that does not stream: has it diverged from the leader?"""
     since, row = memory.not_streaming_since, o.postgres.row
     assert row is not None

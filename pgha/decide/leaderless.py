@@ -12,7 +12,6 @@ from pgha.model.action import AcquireLock, Action, Freeze, ReadCluster
 from pgha.model.decision import Decision, Election, Memory, Reason, Vote
 from pgha.model.observation import Observation
 
-
 READ_ABSENCE_EVERY_S = 1.0
 
 
@@ -28,16 +27,22 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if now.whose is Whose.NEVER and view_of(o).initialize == "":
         return Decision(situation="leaderless", summary="waiting for leader to bootstrap", reasons=(because(now),), memory=memory, wake_in_s=0.5)
     read = restart.read_in_this_pass(o)
-    if not read.holds:
+    if not read.holds and not _is_in_election(o, memory):
         return Decision(situation="leaderless", summary=f"the lock is free: {now.because}; reading the cluster", reasons=(because(now), read),
                         actions=(ReadCluster(),), memory=memory, ask_peers=ask_others(o, epoch=view_of(o).epoch.number), wake_in_s=0.2)
     return _elect(o, _with_election(o, memory), now, read)
 
 
+def _is_in_election(o: Observation, memory: Memory) -> bool:
+    """Is this node in the election for just this record already?"""
+    view, election = view_of(o), memory.election
+    return election is not None and election.epoch == view.epoch.number and election.lock_revision == view.lock_revision
+
+
 def _with_election(o: Observation, memory: Memory) -> Memory:
     """The memory with this election in it: begun anew when another epoch or record is at stake."""
     view, election = view_of(o), memory.election
-    if election is None or election.epoch != view.epoch.number or election.lock_revision != view.lock_revision:
+    if election is None or not _is_in_election(o, memory):
         frozen_at = election.frozen_at if election is not None and election.epoch == view.epoch.number else None
         election = Election(epoch=view.epoch.number, lock_revision=view.lock_revision, began_at=o.now, frozen_at=frozen_at)
     return replace(memory, election=election)
@@ -46,13 +51,13 @@ def _with_election(o: Observation, memory: Memory) -> Memory:
 def _elect(o: Observation, memory: Memory, now: Standing, read: Reason) -> Decision:
     election = memory.election
     assert election is not None
-    view = view_of(o)
     own = promotion.conditions(o, memory)
     receiver_gone = position_is_final(o)
     if receiver_gone.holds and election.frozen_at and election.voted_at is None:
         election = replace(election, voted_at=o.now)
         memory = replace(memory, election=election)
-    vote = Vote(epoch=election.epoch, timeline=promotion.own_position(o).timeline, lsn=promotion.own_position(o).lsn) if election.voted_at else _moving(o)
+    at = promotion.own_position(o)
+    vote = Vote(epoch=election.epoch if election.voted_at else -1, timeline=at.timeline, lsn=at.lsn, candidate=all(r.holds for r in own))
     ask = ask_others(o, epoch=election.epoch, every_s=0.05)
     decision = Decision(situation="leaderless", summary="", reasons=(because(now), read, *own, receiver_gone), memory=memory, ask_peers=ask, vote=vote,
                         wake_in_s=0.05)
@@ -64,6 +69,9 @@ def _elect(o: Observation, memory: Memory, now: Standing, read: Reason) -> Decis
     peers = promotion.peer_conditions(o, election)
     reasons = (*decision.reasons, *peers)
     obstacles = [r for r in (*own, receiver_gone, *peers) if not r.holds]
+    if not read.holds:
+        summary = "not taking the lock: " + "; ".join(r.because for r in obstacles) if obstacles else "taking the lock as soon as it is read to be free"
+        return replace(decision, summary=summary, reasons=reasons, actions=(ReadCluster(),), wake_in_s=0.1)
     if not obstacles:
         action = _acquire(o)
         return replace(decision, summary=f"taking the lock: {now.because}", reasons=reasons, actions=(action,), wake_in_s=0.0)
@@ -80,11 +88,6 @@ def position_is_final(o: Observation) -> Reason:
     frozen = row is not None and row.primary_conninfo == "" and not stale
     return reason("leaderless.position_is_final", receiver is None and frozen,
                   "no walreceiver" if receiver is None and frozen else f"walreceiver is {receiver.status}" if receiver else "primary_conninfo is still set")
-
-
-def _moving(o: Observation) -> Vote:
-    own = promotion.own_position(o)
-    return Vote(epoch=-1, timeline=own.timeline, lsn=own.lsn)
 
 
 def _acquire(o: Observation) -> AcquireLock:

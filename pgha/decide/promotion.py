@@ -91,7 +91,7 @@ def has_not_just_failed(o: Observation, memory: Memory) -> Reason:
     left = remaining_s(until, o.now) if until else 0.0
     if left <= 0:
         return reason(rule, True, "nothing to stand back for")
-    able = sorted(p.name for p in fresh_peers(o).values() if p.in_recovery and p.running and not p.tags.nofailover)
+    able = sorted(p.name for p in fresh_peers(o).values() if p.in_recovery and p.running and p.candidate and not p.tags.nofailover)
     asked = all(n in o.peers for n in others(o))
     if not able and asked:
         return reason(rule, True, f"{memory.stand_back_why}, but no other member could take over")
@@ -107,7 +107,7 @@ def is_not_asked_to_leave(o: Observation, memory: Memory) -> Reason:
     election = memory.election
     waited_s = candidate_age_s(election.began_at, o.now) if election else 0.0
     peer = fresh_peers(o).get(key.candidate)
-    able = peer is not None and peer.in_recovery is True and not peer.tags.nofailover
+    able = peer is not None and peer.in_recovery is True and peer.candidate and not peer.tags.nofailover
     if waited_s < CANDIDATE_S and (able or waited_s < ANSWERS_S):
         return reason(rule, False, f"an operator asked for {key.candidate}, which has had {waited_s:.1f} s of {CANDIDATE_S:g} s")
     return reason(rule, True, f"an operator asked for {key.candidate}, which " + ("has not taken the lock in time" if able else "does not answer as a standby"))
@@ -127,11 +127,12 @@ def no_primary_is_alive(o: Observation) -> Reason:
 
 
 def no_peer_is_ahead(o: Observation, election: Election) -> Reason:
-    """Order: timeline ancestry, then LSN, then failover_priority, then name. Peers that may not lead do not count."""
+    """Order: timeline ancestry, then LSN, then failover_priority, then name. Peers that may not lead, or say that they
+    would not now, do not count: waiting for them would only be an outage (their surplus is within the async bound)."""
     own, rule = own_position(o), "promotion.no_peer_is_ahead"
     ahead = []
     for peer in sorted(fresh_peers(o).values(), key=lambda p: p.name):
-        if peer.tags.nofailover or peer.watchdog_failed or not peer.in_recovery:
+        if peer.tags.nofailover or peer.watchdog_failed or not peer.in_recovery or not peer.candidate:
             continue
         if manually_chosen(o):
             continue

@@ -77,11 +77,15 @@ class PeerQuestion(Struct, frozen=True, kw_only=True):
 
 
 class Vote(Struct, frozen=True, kw_only=True):
-    """What this node answers to peers: its position, and for which epoch it is final (-1: still moving)."""
+    """What this node answers to peers: its position, and for which epoch it is final (-1: still moving).
+
+    `candidate` false: it would not take the lock now (a tag, lag, a failed promotion, it has just handed over).
+    """
 
     epoch: int = -1
     timeline: int = 0
     lsn: int = 0
+    candidate: bool = True
 
 
 class Decision(Struct, frozen=True, kw_only=True):

@@ -78,6 +78,7 @@ class Peer(Struct, frozen=True, kw_only=True):
     lsn: int = 0
     frozen_epoch: int = -1               # the epoch for which it stopped streaming and gives this as its vote
     running: bool = False
+    candidate: bool = True               # false: it says that it would not take the lock now
     tags: Tags = Tags()
     watchdog_failed: bool = False
     system_identifier: str = ""

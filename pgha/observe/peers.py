@@ -127,6 +127,7 @@ def _from_vote(name: str, body: dict[str, Any], asked_at: Any) -> Peer:
     return Peer(
         name=name, asked_at=asked_at, answered=True, is_pgha=True, in_recovery=None if state not in ("running", "unknown") or role not in ("primary", "replica") else role == "replica",
         timeline=int(body.get("timeline", 0)), lsn=int(body.get("lsn", 0)), frozen_epoch=int(body.get("epoch", -1)), running=state == "running",
+        candidate=body.get("candidate") is not False,
         tags=Tags.of(tags if isinstance(tags, dict) else {}), watchdog_failed=body.get("watchdog_failed") is True,
         system_identifier=str(body.get("system_identifier", "")),
     )
@@ -146,4 +147,4 @@ def _from_patroni(name: str, body: dict[str, Any], asked_at: Any) -> Peer:
 
 
 def _shape(peer: Peer) -> tuple[object, ...]:
-    return (peer.answered, peer.in_recovery, peer.timeline, peer.lsn, peer.frozen_epoch, peer.running, peer.watchdog_failed)
+    return (peer.answered, peer.in_recovery, peer.timeline, peer.lsn, peer.frozen_epoch, peer.running, peer.candidate, peer.watchdog_failed)
