@@ -424,6 +424,7 @@ class Guard:
         if len(client.received) >= MAX_BYTES and not client.closing:
             client.unsent += self._reply(f"a line may have {MAX_BYTES} bytes")
             client.closing = True
+        if client.closing:
             client.received = b""
         self._send(client)
 
@@ -436,9 +437,16 @@ class Guard:
         except OSError:
             self._close(client)
             return
-        if (client.closing and not client.unsent) or len(client.unsent) > MAX_UNSENT_BYTES:
+        if len(client.unsent) > MAX_UNSENT_BYTES:
             self._close(client)
             return
+        if client.closing and not client.unsent:
+            # Read on until the other side closes: closing with something unread would take the answer back.
+            try:
+                client.sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                self._close(client)
+                return
         events = select.POLLIN | (select.POLLOUT if client.unsent else 0)
         self._poll.modify(client.sock.fileno(), events)
 
@@ -520,7 +528,7 @@ def _listen(path: str) -> socket.socket:
         listener.bind(path)
     finally:
         os.umask(former)
-    listener.listen(MAX_CLIENTS)
+    listener.listen(128)
     return listener
 
 

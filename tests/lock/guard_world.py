@@ -142,14 +142,23 @@ class GuardProcess:
         try:
             return self.ask(op="status")["pid"] == self.process.pid
         except (OSError, ValueError):
-            self._sock = None
+            self.hang_up()
             return False
 
     def connect(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(2)
-        sock.connect(str(self.runtime / "guard.sock"))
+        try:
+            sock.connect(str(self.runtime / "guard.sock"))
+        except OSError:
+            sock.close()
+            raise
         return sock
+
+    def hang_up(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
 
     def send(self, line: bytes) -> dict:
         if self._sock is None:
@@ -163,8 +172,7 @@ class GuardProcess:
                     raise ConnectionResetError("closed")
                 received += chunk
         except OSError:
-            self._sock.close()
-            self._sock = None
+            self.hang_up()
             raise
         return json.loads(received)
 
@@ -190,7 +198,7 @@ class GuardProcess:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait(5)
-        self._sock = None
+        self.hang_up()
 
 
 class Writer:
