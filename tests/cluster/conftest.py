@@ -23,7 +23,7 @@ from pgha.demo.programs import Program, find_etcd, find_postgres
 
 ROOT = Path(__file__).parents[2]
 USER = "postgres"
-_LOG_LINES = 40  # of each agent, that a failure prints
+_LOG_LINES = 30  # of each agent, that a failure prints
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,10 @@ class Psql:
         answer = run([str(self.bed.settings.bin_dir / "psql"), "-XAtq", "-h", self.address, "-p", str(port), "-U", "postgres", "-d", "postgres",
                       "-v", "ON_ERROR_STOP=1", "-c", query],
                      timeout_s=timeout_s, environment={"PGPASSWORD": self.bed.settings.password, "PGCONNECT_TIMEOUT": "3"})
-        return answer.stdout.strip() if answer.returncode == 0 else None
+        if answer.returncode != 0:
+            print(f"psql -p {port}: {answer.stderr.strip()}")
+            return None
+        return answer.stdout.strip()
 
 
 @pytest.mark.skipif(HAPROXY is None, reason="haproxy is not installed")

@@ -43,7 +43,7 @@ def test_an_old_primary_with_wal_of_its_own_is_rewound(cluster):
         verdict = traffic.finish(lost_since_s=at_s - 1)
         assert len(verdict.lost) >= 50, "the scenario needs rows that only the old primary had"
         assert old.data_dir.stat().st_ino == inode and not clones(old), "it was cloned"
-        assert "pg_rewind" in old.log_tail(400)
+        assert "outcome=rewound" in old.log_tail(400)
 
 
 def test_two_promotions_unknown_to_each_other_have_different_timelines(cluster):

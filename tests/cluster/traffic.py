@@ -20,6 +20,8 @@ from pgha.demo.processes import spawn
 
 #: More than the hundred a second that the scenarios are to have, so that a busy machine still reaches them.
 RATE = 150
+#: Shorter gaps in writing are what a busy machine makes by itself.
+INTERRUPTION_S = 0.3
 TABLE = "CREATE TABLE IF NOT EXISTS traffic (id bigint PRIMARY KEY, stamp timestamptz NOT NULL)"
 _numbers = itertools.count(1)
 _WRITER = Path(__file__).with_name("writer.py")
@@ -118,10 +120,10 @@ class Traffic:
         return [why for _, out in self._children if out.name.endswith(f"-plain-{node.name}") for _, why in history.failures(out)]
 
     def resumed_after_s(self, at_s: float) -> float:
-        """From that moment (monotonic) to the end of the longest gap in writing that ended after it."""
-        after = [ack.ack_us for ack in self.acks() if ack.ack_us > (at_s - 1) * 1e6]
-        gap = history.longest_gap(after)
-        return max(0.0, gap.began_us / 1e6 + gap.length_s - at_s)
+        """From that moment (monotonic) to the end of the first interruption that ended after it; 0 if there was none."""
+        moments = sorted(ack.ack_us / 1e6 for ack in self.acks())
+        ends = (b for a, b in itertools.pairwise(moments) if b > at_s and b - a > INTERRUPTION_S)
+        return next(ends, at_s) - at_s
 
 
 def ids(node: Node) -> set[int]:
