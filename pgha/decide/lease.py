@@ -38,8 +38,8 @@ def _while_licensed(o: Observation, memory: Memory) -> Decision | None:
     if not reasons[1].holds:
         demote = Demote(mode="kill", release=True, checkpoint=False, why=reasons[1].because, timeout_s=0.0)
         return Decision(situation="lease", summary=f"PostgreSQL hangs, handing over: {reasons[1].because}", reasons=reasons, actions=(demote,), memory=memory)
-    # The lock is not released: renewals fail. Whoever can reach the store takes it over when it expires.
-    demote = Demote(mode="fast", release=True, checkpoint=False, why=reasons[0].because, timeout_s=max(0.1, fence_in_s(o) - 0.2))
+    # The lock is not released, since the store does not answer: whoever reaches it takes the lock over when it expires.
+    demote = Demote(mode="fast", release=False, checkpoint=False, why=reasons[0].because, timeout_s=max(0.1, fence_in_s(o) - 0.2))
     return Decision(situation="lease", summary=f"demoting: {reasons[0].because}", reasons=reasons, actions=(demote,), memory=memory)
 
 
