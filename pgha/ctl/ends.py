@@ -5,7 +5,7 @@ from __future__ import annotations
 DONE, FAILED, USAGE, REFUSED, UNKNOWN, UNREACHABLE = range(6)
 
 
-class End(Exception):  # noqa: N818  (an end, not always an error)
+class End(Exception):
     """The command is over. `text` goes to standard error; `code` is one of the above."""
 
     def __init__(self, code: int, text: str) -> None:

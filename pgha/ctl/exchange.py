@@ -28,7 +28,7 @@ class Answer(NamedTuple):
     body: bytes
 
 
-class NoAnswer(Exception):  # noqa: N818  (a fact about the other side)
+class NoAnswer(Exception):
     """`sent` False: the request certainly did not arrive."""
 
     def __init__(self, url: str, why: str, *, sent: bool) -> None:

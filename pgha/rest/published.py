@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from pgha.clock import Deadline, Instant, candidate_age_s, holder_age_s, remaining_s
 from pgha.model.cluster import ClusterView
-from pgha.model.decision import Decision, Vote
+from pgha.model.decision import Decision, Memory, Vote
 from pgha.model.lock import LicenceState, wait_s
 from pgha.model.observation import Observation
 from pgha.model.overview import is_standby_cluster, synchronous, synchronous_names
@@ -64,6 +64,7 @@ class Published(Struct, frozen=True, kw_only=True):
     decision: dict[str, Any] = {}
     vote: Vote = Vote()
     observation: Observation | None = None
+    memory: Memory | None = None             # that the pass began with: with the observation, all that `replay` needs
     failover_refusal: str = ""
     gauges: dict[str, float] = {}            # own metrics, by name without the prefix "pgha_"
 
@@ -77,8 +78,11 @@ class Published(Struct, frozen=True, kw_only=True):
 
     @property
     def leader(self) -> str:
-        """Who leads by this view of the store; "" = nobody."""
-        return self.view.leader if self.view is not None and not self.node.cluster_unlocked else ""
+        """Who leads by this view of the store; "" = nobody. The lock record decides, if there is one that says."""
+        view = self.view
+        if view is None or self.node.cluster_unlocked:
+            return ""
+        return (view.lock.holder if view.lock is not None else "") or view.leader
 
 
 class Board:
@@ -110,9 +114,9 @@ def nothing_yet(*, name: str, scope: str, at: Instant, wall_s: float) -> Publish
                      decision={"situation": "starting", "summary": "no pass yet"})
 
 
-def publish_pass(seen: Observation, decision: Decision, *, scope: str, gauges: dict[str, float] | None = None,
+def publish_pass(seen: Observation, decision: Decision, *, scope: str, memory: Memory | None = None, gauges: dict[str, float] | None = None,
                  failover_refusal: str = "") -> Published:
-    """What one pass shows to the outside."""
+    """What one pass shows to the outside. `memory`: that the pass began with."""
     view, row = seen.dcs.view, seen.postgres.row
     answered = row is not None and seen.postgres.answer == "sql"
     config = (view.config if view else None) or {}
@@ -123,7 +127,7 @@ def publish_pass(seen: Observation, decision: Decision, *, scope: str, gauges: d
     held = seen.licence.state is LicenceState.HELD
     if standby_cluster and held and role == "replica":
         role = "standby_leader"
-    state = decision.state or "unknown"
+    state = decision.state or ("running" if answered else "unknown")
     if state == "running" and not answered:
         state = "unknown"       # the reference's word for a server that should run and does not answer
     in_sync = view is not None and synchronous(config) and role == "replica" and seen.me.name.lower() in synchronous_names(view.sync.raw)
@@ -146,7 +150,7 @@ def publish_pass(seen: Observation, decision: Decision, *, scope: str, gauges: d
         licence_until=seen.licence.valid_until if held else None,
         alive_until=seen.now.plus_s(seen.settings.ttl_s * (1 if running_primary else 2)),
         loop_wait_s=seen.settings.loop_wait_s, primary_start_timeout_s=seen.settings.primary_start_timeout_s,
-        view=view, decision=_decision(seen, decision), vote=decision.vote, observation=seen,
+        view=view, decision=_decision(seen, decision), vote=decision.vote, observation=seen, memory=memory,
         failover_refusal=failover_refusal, gauges=gauges or {},
     )
 
@@ -183,10 +187,10 @@ def is_unlocked(seen: Observation) -> bool:
     view = seen.dcs.view
     if seen.licence.state is LicenceState.HELD:
         return False
-    if view is None or not view.leader:
+    if view is None:
         return True
     if view.lock is None:
-        return not view.leader_lease      # a mixed or foreign cluster has a leased leader key
+        return not (view.leader and view.leader_lease)      # a cluster without pgha's lock has a leased leader key
     if view.lock.mode == "released":
         return True
     since = seen.dcs.lock_seen.since

@@ -51,7 +51,7 @@ class Requests(Protocol):
         ...
 
 
-class _Wrong(Exception):  # noqa: N818  (it is an answer)
+class _Wrong(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status

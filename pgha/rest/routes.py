@@ -172,7 +172,8 @@ class App:
             case ["observation"]:
                 if published.observation is None:
                     return text_response(503, "no pass yet")
-                return json_response(redact(msgspec.to_builtins(published.observation, enc_hook=str)))
+                recorded = {"observation": published.observation, **({"memory": published.memory} if published.memory is not None else {})}
+                return json_response(redact(msgspec.to_builtins(recorded)))
             case _:
                 return text_response(404, "not known: " + request.path)
 
@@ -184,7 +185,8 @@ class App:
             wait_s = min(float(request.query.get("wait", "0")), VOTE_WAIT_S)
         except ValueError:
             return text_response(400, "epoch and wait are numbers")
-        self.requests.wake("vote asked", epoch)
+        if published.vote.epoch < epoch:
+            self.requests.wake("vote asked", epoch)
         if wait_s > 0:
             with trio.move_on_after(wait_s):
                 while published.vote.epoch < epoch:

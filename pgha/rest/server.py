@@ -67,7 +67,7 @@ class Application(Protocol):
         ...
 
 
-class _Refused(Exception):  # noqa: N818  (it is an answer)
+class _Refused(Exception):
     """This request gets `status` and the connection ends."""
 
     def __init__(self, status: int, text: str) -> None:

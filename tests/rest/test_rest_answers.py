@@ -26,8 +26,9 @@ from rest_world import (
 )
 
 from pgha.clock import Instant
-from pgha.model.decision import Reason, Vote
+from pgha.model.decision import Memory, Reason, Vote
 from pgha.model.lock import LockRecord
+from pgha.replay import Pass
 from pgha.rest.access import Access, resolve_allowlist
 from pgha.rest.published import Board, nothing_yet
 from pgha.rest.requests import Answer
@@ -227,7 +228,8 @@ def test_a_vote_is_awaited_up_to_the_wait_and_wakes_the_loop() -> None:
         assert inbox.woken == [("vote asked", 7)]
         assert (got[0]["epoch"], got[0]["timeline"], got[0]["lsn"], got[0]["name"]) == (7, 2, 5, "n2")
         assert (await get(app, "/pgha/vote", epoch="x")).status == 400
-        assert json.loads((await get(app, "/pgha/vote")).body)["epoch"] == 7
+        assert json.loads((await get(app, "/pgha/vote", epoch="7", wait="2")).body)["epoch"] == 7
+        assert len(inbox.woken) == 1          # a final vote needs no pass
 
     run(main)
 
@@ -240,20 +242,41 @@ def test_an_observation_serialises_without_secrets() -> None:
         response = await get(app, "/pgha/observation")
         assert response.status == 200
         assert b"geheim" not in response.body
-        assert json.loads(response.body)["dcs"]["view"]["config"]["ttl"] == 30
+        assert json.loads(response.body)["observation"]["dcs"]["view"]["config"]["ttl"] == 30
         assert redact({"api_token": "x", "a": ["postgres://u:pw@h/db"]}) == {"api_token": "***", "a": ["postgres://u:***@h/db"]}
 
     run(main)
 
 
-def test_a_released_or_expired_lock_has_no_leader() -> None:
-    record = LockRecord(holder="n1", node_id="a", incarnation="b", sequence=4, ttl_s=5.0)
-
+@pytest.mark.parametrize(("lock", "seen_s_ago", "leader", "wanted"), [
+    ({}, 0.0, b"n1", "n1"),
+    ({}, 5.0, b"n1", "n1"),                 # a candidate waits a little longer than the ttl
+    ({}, 5.1, b"n1", ""),
+    ({"mode": "released"}, 0.0, b"n1", ""),
+    ({"mode": "paused"}, 60.0, b"n1", "n1"),
+    ({}, 0.0, b"n3", "n1"),                 # the record decides, not the plain key
+    ({}, 0.0, None, "n1"),
+    (None, 0.0, b"n3", "n3"),               # no record, but a leased key: a cluster of another make
+])
+def test_a_released_or_expired_lock_has_no_leader(lock: dict[str, Any] | None, seen_s_ago: float, leader: bytes | None, wanted: str) -> None:
     async def main() -> None:
-        for changed, wanted in ((record, "leader"), (msgspec.structs.replace(record, mode="released"), "replica")):
-            app, *_ = app_for(published(primary=False, pgha__lock=msgspec.to_builtins(changed)))
-            members = json.loads((await get(app, "/cluster")).body)["members"]
-            assert members[0]["role"] == wanted
+        record = LockRecord(**{"holder": "n1", "node_id": "a", "incarnation": "b", "sequence": 4, "ttl_s": 5.0, **(lock or {})})
+        changed = {} if lock is None else {"pgha__lock": msgspec.to_builtins(record)}
+        value = published(primary=False, seen_lock_s_ago=seen_s_ago, leader=leader, **changed)
+        app, *_ = app_for(value)
+        members = json.loads((await get(app, "/cluster")).body)["members"]
+        assert [m["name"] for m in members if m["role"] == "leader"] == ([wanted] if wanted else [])
+        assert json.loads((await get(app, "/patroni")).body).get("cluster_unlocked", False) is (not wanted)
+
+    run(main)
+
+
+def test_what_is_published_of_a_pass_can_be_replayed() -> None:
+    async def main() -> None:
+        app, *_ = app_for(replaced(published(primary=False), memory=Memory(start_failures=2)))
+        recorded = msgspec.json.decode((await get(app, "/pgha/observation")).body, type=Pass)
+        assert recorded.memory.start_failures == 2
+        assert recorded.observation == published(primary=False).observation
 
     run(main)
 
