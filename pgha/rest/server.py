@@ -12,6 +12,7 @@ Rules of this file:
 from __future__ import annotations
 
 import errno
+import resource
 import socket
 import ssl
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     handshake_s: float = 5.0
     write_s: float = 10.0
     handler_s: float = 900.0     # the outermost bound; each route has its own, shorter one
-    connections: int = 512
+    connections: int = 512       # and never more than half of the files that the process may open
 
 
 class Listen(Struct, frozen=True, kw_only=True):
@@ -137,6 +138,9 @@ class _Server:
     def __init__(self, listen: Listen, app: Application, nursery: trio.Nursery) -> None:
         self.listen = listen
         self.limits = listen.limits
+        # The renewer's connections and PostgreSQL's files come from the same allowance: clients must not use it up.
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.at_most = min(listen.limits.connections, max(8, files // 2)) if files != resource.RLIM_INFINITY else listen.limits.connections
         self.app = app
         self.nursery = nursery
         self.count = 0
@@ -159,7 +163,8 @@ class _Server:
                     if error.errno not in _OUT_OF_RESOURCES:
                         raise
                     log.warning("cannot accept REST connections", why=error.strerror)
-                    self._evict_one()
+                    for _ in range(_BATCH):
+                        self._evict_one()
                     # The pending connection keeps the listener readable: without a pause this would spin.
                     await trio.sleep(0.1)
                     break
@@ -182,7 +187,7 @@ class _Server:
             except OSError:
                 sock.close()
                 return
-        if self.count >= self.limits.connections and not self._evict_one():
+        if self.count >= self.at_most and not self._evict_one():
             try:
                 sock.send(self._bytes(text_response(503, "too many connections"), keep_alive=False))
             except OSError:

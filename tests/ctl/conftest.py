@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -34,17 +35,17 @@ def world(etcd: EtcdCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 
 
 @pytest.fixture
-def start_agent() -> Iterator[Callable[[Any], tuple[str, int]]]:
+def start_agent() -> Iterator[Callable[..., tuple[str, int]]]:
     """Start a real REST server for an application, in a thread of its own; its address."""
     ends: list[Callable[[], None]] = []
 
-    def start(app: Any) -> tuple[str, int]:
+    def start(app: Any, *, ssl_context: ssl.SSLContext | None = None) -> tuple[str, int]:
         ready = threading.Event()
         found: dict[str, Any] = {}
 
         async def main() -> None:
             async with trio.open_nursery() as nursery:
-                found["address"] = (await nursery.start(serve, Listen(addresses=[("127.0.0.1", 0)]), app))[0]
+                found["address"] = (await nursery.start(serve, Listen(addresses=[("127.0.0.1", 0)], ssl_context=ssl_context), app))[0]
                 found["token"], found["scope"] = trio.lowlevel.current_trio_token(), nursery.cancel_scope
                 ready.set()
                 await trio.sleep_forever()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
+import subprocess
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +16,12 @@ from ctl_world import World
 from rest_world import Inbox, app_for, published
 
 from pgha.clock import SystemClock
+from pgha.ctl import main
 from pgha.rest.access import Access
 from pgha.rest.published import Board
 from pgha.rest.requests import Answer
 from pgha.rest.routes import App
+from pgha.rest.tls import make_context
 
 
 class Loop(Inbox):
@@ -276,3 +281,60 @@ def test_a_compare_that_fails_is_reported(world: World) -> None:
     assert store.write(world.root + "config", b'{"a":1}', if_revision=revision) is False
     assert store.write(world.root + "new", b"x", if_revision=0) is True
     assert world.get("config") == b"{}"
+
+
+# --- TLS -----------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CA, and a certificate for 127.0.0.1 that serves both sides."""
+    path = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*args: str) -> None:
+        subprocess.run(["openssl", *args], cwd=path, check=True, capture_output=True, timeout=30)
+
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.crt", "-days", "2", "-subj", "/CN=test-ca")
+    (path / "node.ext").write_text("subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n")
+    openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", "node.key", "-out", "node.csr", "-subj", "/CN=node")
+    openssl("x509", "-req", "-in", "node.csr", "-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "node.ext", "-out", "node.crt")
+    return path
+
+
+@pytest.mark.etcd
+def test_agents_are_asked_over_tls_with_a_client_certificate(world: World, start_agent: Any, certificates: Path) -> None:
+    world.load("steady")
+    context = make_context(certfile=f"{certificates}/node.crt", keyfile=f"{certificates}/node.key", cafile=f"{certificates}/ca.crt", verify_client="optional")
+    host, port = start_agent(app_of(Loop(world), access=Access(require_cert=True)), ssl_context=context)
+    raw = json.loads(world.get("members/n1"))
+    world.put("members/n1", {**raw, "api_url": f"https://{host}:{port}/patroni"}, leased=True)
+    code, _, err = world.ctl("explain", "n1")
+    assert code == 5
+    assert "certificate verify failed" in err.lower() or "self-signed" in err.lower() or "certificate_verify_failed" in err.lower()
+    world.extra = "[ctl]\ninsecure = true\n"
+    assert world.ctl("explain", "n1")[0] == 0
+    world.extra = f'[ctl]\ncacert = "{certificates}/ca.crt"\n'
+    assert world.ctl("explain", "n1")[0] == 0
+    code, _, err = world.ctl("switchover", "--force")
+    assert code == 3
+    assert "403, client certificate required" in err
+    world.extra += f'certfile = "{certificates}/node.crt"\nkeyfile = "{certificates}/node.key"\n'
+    assert world.ctl("switchover", "--force")[0] == 0
+
+
+@pytest.mark.etcd
+def test_the_store_is_read_over_tls(certificates: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from etcd_server import EtcdCluster
+
+    trust = ssl.create_default_context(cafile=f"{certificates}/ca.crt")
+    trust.load_cert_chain(certificates / "node.crt", certificates / "node.key")
+    arguments = ("--cert-file", f"{certificates}/node.crt", "--key-file", f"{certificates}/node.key", "--client-cert-auth",
+                 "--trusted-ca-file", f"{certificates}/ca.crt")
+    with EtcdCluster(1, *arguments, scheme="https", ssl_context=trust) as cluster:
+        file = tmp_path / "pgha.toml"
+        head = f'scope = "bench"\n[etcd3]\nprotocol = "https"\nhosts = ["127.0.0.1:1", "{cluster.urls[0].removeprefix("https://")}"]\ncacert = "{certificates}/ca.crt"\n'
+        file.write_text(f'{head}cert = "{certificates}/node.crt"\nkey = "{certificates}/node.key"\n')
+        assert main(["-c", str(file), "list"]) == 1
+        assert "there is no cluster 'bench'" in capsys.readouterr().err
+        file.write_text(head)
+        assert main(["-c", str(file), "list"]) == 5
+        assert "no etcd endpoint answers" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import ssl
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -455,3 +456,52 @@ def test_tls_mistakes_are_named(certificates: Path, options: dict[str, str], pro
         given["cafile"] = str(certificates / "ca.crt")
     with pytest.raises(ConfigError, match=problem.replace(".", r"\.")):
         make_context(**given)
+
+
+_FEW_FILES = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+sys.path[:0] = sys.argv[1:3]
+import trio
+from rest_world import app_for, published
+from pgha.rest.server import Listen, serve
+async def main():
+    app, *_ = app_for(published())
+    async with trio.open_nursery() as nursery:
+        bound = await nursery.start(serve, Listen(addresses=[("127.0.0.1", 0)]), app)
+        kept = [open("/dev/null") for _ in range(int(sys.argv[3]))]
+        print(bound[0][1], flush=True)
+        await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
+        nursery.cancel_scope.cancel()
+trio.run(main)
+"""
+
+
+@pytest.mark.parametrize("kept", [0, 40])
+def test_many_silent_clients_use_up_neither_places_nor_files(kept: int) -> None:
+    """With 64 files at most 32 clients have a place; with 40 of them used otherwise, accepting fails and recovers."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", _FEW_FILES, str(root), str(root / "tests/rest"), str(kept)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        address = ("127.0.0.1", int(server.stdout.readline()))
+
+        async def main() -> None:
+            clients = []
+            for _ in range(150):
+                stream = await trio.open_tcp_stream(*address)
+                await stream.send_all(b"GET /primary HT")
+                clients.append(stream)
+            began = trio.current_time()
+            assert status_of(await talk(address, HEALTHY)) == 200
+            assert trio.current_time() - began < 4.0
+            assert status_of(await talk(address, b"GET /cluster HTTP/1.0\r\n\r\n")) == 200
+            for stream in clients:
+                await stream.aclose()
+
+        try:
+            run(main)
+            assert server.poll() is None
+        finally:
+            server.communicate("")
+    assert server.returncode == 0
