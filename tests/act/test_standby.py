@@ -1,0 +1,236 @@
+"""Following: frozen, re-pointed, rewound, reconfigured; and what is seen of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import trio
+from act_bed import as_source
+from test_bootstrap_clone import cancelled_at
+
+from pgha.errors import OperationFailed, PostgresUnreachable
+from pgha.lock import recipe
+from pgha.model import action as a
+from pgha.postgres.processes import read_postmaster_pid
+
+
+async def switch(one, two, *, claim, block=()):
+    """Hand over from `one` to `two`."""
+    await one.operate(a.Demote(mode="fast", release=True, checkpoint=True, why="switchover", timeout_s=20))
+    await two.quick(a.Freeze(epoch=claim))
+    await two.until(lambda: two.observer.facts.row.receiver is None)
+    await two.take_lock(claim=claim)
+    await two.operate(a.Promote(timeline=claim, block=block, epoch=claim))
+
+
+def test_frozen_standby_stays_frozen_until_it_is_told_to_follow(bed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.standby_of(one)
+            began_s = trio.current_time()
+            await two.quick(a.Freeze(epoch=1))
+            await two.until(lambda: two.observer.facts.row.receiver is None)
+            frozen_s = trio.current_time() - began_s
+            await two.until(lambda: two.observer.facts.row.primary_conninfo == "")     # backends reload a moment later
+            row = two.observer.facts.row
+            assert row.restore_command == ""
+            await two.quick(a.ApplyConfiguration(force=True))
+            await one.sql("CREATE TABLE t (n int)")
+            await trio.sleep(0.7)     # longer than wal_retrieve_retry_interval: it must not come back by itself
+            await two.until(lambda: two.observer.facts.row.receiver is None)
+            assert two.observer.facts.row.position == row.position
+            began_s = trio.current_time()
+            await two.quick(a.Follow(upstream=as_source(one)))
+            await two.until(two.streaming)
+            print("frozen after", frozen_s, "streaming again after", trio.current_time() - began_s)
+            assert trio.current_time() - began_s < 1.0
+    trio.run(main)
+
+
+def test_third_node_is_pointed_to_the_new_primary_within_a_moment(bed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two, bed.node("c") as three:
+            await one.primary()
+            await two.standby_of(one)
+            await three.standby_of(one)
+            await one.quick(a.MaintainSlots(create=("c", "b")))
+            await three.quick(a.Follow(upstream=as_source(one), slot_name="c"))
+            await three.until(lambda: three.streaming() and three.observer.facts.row.receiver.slot_name == "c")
+            await switch(one, two, claim=3, block=(2,))
+            began_s = trio.current_time()
+            await three.quick(a.Follow(upstream=as_source(two)))
+            await three.until(lambda: three.streaming() and three.observer.facts.row.receiver.sender_port == two.port)
+            took_s = trio.current_time() - began_s
+            await three.until(lambda: three.observer.facts.row.timeline == 3)
+            print("re-pointed in", took_s)
+            assert took_s < 1.5
+    trio.run(main)
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+def test_diverged_primary_comes_back_by_rewind(bed, crashed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await one.sql("CREATE TABLE t (who text)")
+            await two.standby_of(one)
+            await two.quick(a.Freeze(epoch=1))
+            await two.until(lambda: two.observer.facts.row.receiver is None)
+            await one.sql("INSERT INTO t SELECT 'lost' FROM generate_series(1, 1000)")
+            await one.operate(a.Demote(mode="kill" if crashed else "fast", release=True, checkpoint=False, why="test", timeout_s=20))
+            await two.take_lock(claim=2)
+            await two.operate(a.Promote(timeline=2, block=(), epoch=2))
+            await two.sql("INSERT INTO t VALUES ('kept')")
+
+            upstream = await one.operate(a.InspectUpstream(source=as_source(two)))
+            assert upstream["timeline"] == 2 and not upstream["in_recovery"] and upstream["history"][0]["timeline"] == 1
+            assert upstream["checkpoint_timeline"] in (1, 2)
+            end = await one.operate(a.InspectEndOfWal())
+            assert end["end_of_wal"] > upstream["history"][0]["switch_lsn"]
+            async with trio.open_nursery() as nursery:     # as the agent of b does after its promotion
+                nursery.start_soon(two.actor.checkpoint)
+                facts = await one.operate(a.Rewind(source=as_source(two), why="diverged"))
+            print(facts)
+            assert facts["outcome"] == "rewound" and one.standby_signal and await one.guard_state() == "standby"
+            await one.operate(a.StartStandby(upstream=as_source(two)))
+            await one.until(one.streaming)
+            with trio.fail_after(5):
+                while await one.sql("SELECT who FROM t") != [("kept",)]:
+                    await trio.sleep(0.02)
+            # the role is the node's own again, not its source's
+            assert one.observer.facts.row.in_recovery and (await one.sql("SHOW port")) == [(str(one.port),)]
+    trio.run(main)
+
+
+def test_cancelled_rewind_leaves_a_standby_at_rest(bed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.standby_of(one)
+            await two.quick(a.Freeze(epoch=1))
+            await two.until(lambda: two.observer.facts.row.receiver is None)
+            await one.sql("CREATE TABLE lost (n int)")
+            await one.operate(a.Demote(mode="kill", release=True, checkpoint=False, why="test", timeout_s=20))
+            await two.take_lock(claim=2)
+            await two.operate(a.Promote(timeline=2, block=(), epoch=2))
+            await two.actor.checkpoint()
+            for word in ("crash recovery", "rewinding"):
+                await cancelled_at(one, a.Rewind(source=as_source(two), why="test"), word)
+                assert one.standby_signal and not one.living() and await one.guard_state() == "standby"
+            assert (await one.operate(a.Rewind(source=as_source(two), why="test")))["outcome"] == "rewound"
+    trio.run(main)
+
+
+def test_rewind_from_a_standby_is_refused_before_anything_is_touched(bed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.standby_of(one)
+            await one.operate(a.Demote(mode="fast", release=True, checkpoint=False, why="test", timeout_s=20))
+            with pytest.raises(OperationFailed, match="is in recovery"):
+                await one.operate(a.Rewind(source=as_source(two), why="test"))
+            assert one.standby_signal
+    trio.run(main)
+
+
+def test_slots_are_made_moved_and_dropped_and_repetition_is_no_error(bed):
+    async def main():
+        async with bed.node("a") as node:
+            await node.primary()
+            await node.quick(a.MaintainSlots(create=("x", "y")))
+            await node.quick(a.MaintainSlots(create=("x",), drop=("y", "never_was")))
+            (lsn,) = (await node.sql("SELECT pg_switch_wal(); SELECT pg_current_wal_flush_lsn() - '0/0'"))[0]
+            await node.quick(a.MaintainSlots(advance=(("x", int(lsn)), ("never_was", 1))))
+            await node.until(lambda: node.observer.facts.row is not None and [(s.name, s.restart_lsn) for s in node.observer.facts.row.slots] == [("x", int(lsn))])
+    trio.run(main)
+
+
+def test_changed_configuration_is_applied_and_what_waits_for_a_restart_is_told(bed):
+    async def main():
+        async with bed.node("a") as node:
+            await node.primary()
+            await node.until(lambda: node.observer.facts.is_primary)
+            assert node.observer.facts.row.pending_restart == {}
+            node.dynamic["postgresql"]["parameters"] = {"max_connections": 77, "work_mem": "7MB"}
+            await node.quick(a.ApplyConfiguration())
+            await node.until(lambda: node.observer.facts.row.pending_restart == {"max_connections": ("100", "77")})
+            with trio.fail_after(5):
+                while (await node.sql("SHOW work_mem")) != [("7MB",)]:
+                    await trio.sleep(0.02)
+            assert (await node.sql("SHOW wal_retrieve_retry_interval")) == [("500ms",)]
+            await node.operate(a.Restart(as_primary=True, timeout_s=20))
+            await node.until(lambda: node.observer.facts.row is not None and node.observer.facts.row.pending_restart == {})
+            assert (await node.sql("SHOW max_connections")) == [("77",)]
+    trio.run(main)
+
+
+def test_restarted_agent_keeps_following_until_it_is_told_otherwise(bed):
+    from pgha.act.wanted import Wanted
+
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.standby_of(one)
+            again = Wanted(effective=two.wanted.effective, passfile=two.directory / "pgpass")
+            assert again.recovery()["primary_conninfo"] == two.wanted.recovery()["primary_conninfo"] != ""
+            assert not again.write_running()
+    trio.run(main)
+
+
+def test_hung_server_is_silent_and_the_observer_goes_on(bed):
+    async def main():
+        async with bed.node("a") as node:
+            await node.primary()
+            await node.until(lambda: node.observer.facts.is_primary)
+            backends = [p.pid for p in node.living()]
+            for pid in backends:
+                os.kill(pid, signal.SIGSTOP)
+            before = node.observer.facts.answered_at
+            await node.until(lambda: node.observer.facts.answer == "silent", within_s=5)
+            assert node.observer.facts.process == "running" and node.observer.facts.row is not None
+            assert node.observer.facts.answered_at.boot_ns - before.boot_ns < 1e9
+            for pid in backends:
+                os.kill(pid, signal.SIGCONT)
+            await node.until(lambda: node.observer.facts.answer == "sql", within_s=5)
+            # only the session hangs: the postmaster still answers, which is a sign of life
+            node.observer.hurry(5)
+            for pid in [p.pid for p in node.living() if p.pid != read_postmaster_pid(node.data_dir).pid]:
+                os.kill(pid, signal.SIGSTOP)
+            await node.until(lambda: node.observer.facts.answer == "silent", within_s=5)
+            first = node.observer.facts.answered_at
+            await node.until(lambda: node.observer.facts.answered_at.boot_ns > first.boot_ns, within_s=5)
+    trio.run(main)
+
+
+def test_children_that_outlive_their_postmaster_are_killed(bed):
+    async def main():
+        async with bed.node("b") as node:
+            await node.primary()
+            pid = read_postmaster_pid(node.data_dir).pid
+            await node.until(lambda: node.observer.facts.is_primary)
+            for proc in (p for p in node.living() if p.pid != pid):     # stopped, they do not notice their postmaster's death
+                os.kill(proc.pid, signal.SIGSTOP)
+            os.kill(pid, signal.SIGKILL)
+            await node.until(lambda: node.observer.facts.process == "absent")
+            with trio.fail_after(3):
+                while recipe.processes_of(node.procs):
+                    await trio.sleep(0.01)
+    trio.run(main)
+
+
+def test_start_of_a_standby_whose_upstream_is_away_succeeds(bed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.clone_of(one)
+            await one.operate(a.Demote(mode="fast", release=True, checkpoint=False, why="test", timeout_s=20))
+            await two.operate(a.StartStandby(upstream=as_source(one)))
+            await two.until(lambda: two.observer.facts.answer in ("sql", "starting"))
+            with pytest.raises(PostgresUnreachable):
+                await two.operate(a.InspectUpstream(source=as_source(one)))
+            await two.operate(a.Stop(why="test", timeout_s=10))
+            assert not two.living() and (await two.reader.read_facts(running=False)).standby_signal
+    trio.run(main)
