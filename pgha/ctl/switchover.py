@@ -15,7 +15,7 @@ from typing import Any
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster
-from pgha.ctl.ends import DONE, FAILED, REFUSED, UNKNOWN, End, code_of
+from pgha.ctl.ends import DONE, FAILED, REFUSED, UNKNOWN, UNREACHABLE, End, code_of
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
 from pgha.ctl.prompt import choose, confirm
@@ -54,7 +54,10 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     if code != DONE:
         raise End(code, f"{kind.capitalize()} failed, details: {status}, {text}" if code != UNKNOWN else text)
     print(f"{datetime.now().strftime('%Y-%m-%d %H:%M:%S.%f')[:25]} {text}")
-    print(shown(clusters.read(settings)))
+    try:
+        print(shown(clusters.read(settings)))
+    except End as end:
+        clusters.warn(end.text)      # it is done all the same
     return DONE
 
 
@@ -91,7 +94,12 @@ def _outcome(settings: Settings, before: Cluster, kind: str, candidate: str, lim
     give_up_at = time.monotonic() + limit_s
     while time.monotonic() < give_up_at:
         time.sleep(0.5)      # a poll of the store, twice a second
-        keys = Store(settings.etcd).read(settings.root)
+        try:
+            keys = Store(settings.etcd).read(settings.root)
+        except End as end:
+            if end.code != UNREACHABLE:
+                raise
+            continue             # no word is no outcome
         now = clusters.understood(settings.scope, keys, quiet=True)
         if now.leader and now.leader != before.leader:
             return 200, f'Successfully {past} over to "{now.leader}"' if candidate in ("", now.leader) else f'{past.capitalize()} over to "{now.leader}" instead of "{candidate}"'

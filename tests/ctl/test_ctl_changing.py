@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -338,3 +341,26 @@ def test_the_store_is_read_over_tls(certificates: Path, tmp_path: Path, capsys: 
         file.write_text(head)
         assert main(["-c", str(file), "list"]) == 5
         assert "no etcd endpoint answers" in capsys.readouterr().err
+
+
+# --- a terminal ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("typed", "code", "ttl"), [(b"y\n", 0, 21), (b"n\n", 3, 20), (b"\n", 3, 20), (b"\x04", 2, 20)])
+def test_on_a_terminal_it_asks_and_does_what_is_answered(world: World, typed: bytes, code: int, ttl: int) -> None:
+    world.load("steady")
+    world.write_config()
+    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from pgha.ctl import main; sys.exit(main(sys.argv[1:]))"
+    ours, theirs = pty.openpty()
+    try:
+        with subprocess.Popen([sys.executable, "-c", program, "-c", str(world.config), "edit-config", "-s", "ttl=21"],
+                              stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            os.write(ours, typed)
+            out, err = process.communicate(timeout=30)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert process.returncode == code, (out, err)
+    assert b"Apply these changes? [y/N]: " in out
+    assert json.loads(world.get("config"))["ttl"] == ttl
+    assert (b"aborted: nothing was changed" in err) is (code != 0)
