@@ -18,7 +18,7 @@ import trio
 from pgha.act import bootstrap, clone, demote, follow, inspect, keys, promote, rewind, start, steps, stop
 from pgha.act.context import Context, Fence, Progress, Renewer, log
 from pgha.act.wanted import Wanted
-from pgha.errors import OperationFailed
+from pgha.errors import OperationFailed, PghaError
 from pgha.model import action as a
 
 __all__ = ["Actor", "Context", "Fence", "Progress", "Renewer", "Wanted"]
@@ -73,15 +73,21 @@ class Actor:
         name = type(action).__name__
         began_s = trio.current_time()
         log.info("operation begins", operation=name)
+        ended = "cancelled"
         try:
             facts = await self._operate(action, progress)
+            ended = "done"
+        except PghaError:
+            ended = "failed"
+            raise
         except trio.TooSlowError as error:
+            ended = "failed"
             raise OperationFailed(f"{name}: a step took too long") from error
         except OSError as error:
+            ended = "failed"
             raise OperationFailed(f"{name}: {error}") from error
         finally:
-            took_s = trio.current_time() - began_s
-            log.info("operation has ended", operation=name, took_s=took_s)
+            log.info("operation has ended", operation=name, ended=ended, took_s=trio.current_time() - began_s)
         return facts
 
     async def _operate(self, action: a.LongAction, progress: Progress) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from pgha.act.steps import (
 )
 from pgha.act.wanted import Conninfo, options_of
 from pgha.dcs import ABSENT, Compare, Delete, Put
-from pgha.errors import DcsError, OperationFailed, PghaError, Refused
+from pgha.errors import DcsError, DcsUnreachable, OperationFailed, PghaError, Refused
 from pgha.model.action import Bootstrap
 from pgha.postgres import directories, files, roles
 from pgha.postgres.connection import Connection
@@ -67,7 +67,10 @@ async def bootstrap(ctx: Context, action: Bootstrap, progress: Progress) -> dict
     async def keep_lease() -> None:
         while True:
             await trio.sleep(LEASE_S / 4)
-            await ctx.store.renew(lease, deadline_s=LEASE_S / 4)
+            try:
+                await ctx.store.renew(lease, deadline_s=LEASE_S / 4)
+            except DcsUnreachable as error:     # unknown is not lost: the next renewal, or LeaseLost, will tell
+                log.warning("the lease of initialize was not renewed", why=str(error))
 
     try:
         identifier = await while_keeping(keep_lease, lambda: while_offline(ctx, lambda: _make(ctx, progress, times)))

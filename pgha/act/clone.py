@@ -23,7 +23,7 @@ from pgha.act.steps import (
 from pgha.act.wanted import options_of
 from pgha.errors import OperationFailed, PostgresError
 from pgha.model.action import AbandonDirectory, Clone
-from pgha.postgres import basebackup, directories, files
+from pgha.postgres import basebackup, directories, files, pg_rewind
 from pgha.postgres.connection import Connection, identify_system
 from pgha.postgres.controldata import read_control
 
@@ -53,15 +53,28 @@ async def clone(ctx: Context, action: Clone, progress: Progress) -> dict[str, An
     present = await on_disk(directories.content, ctx.data_dir)
     if action.replace == "nothing_there" and present not in ("missing", "empty"):
         raise OperationFailed(f"{ctx.data_dir} is {present}: it is replaced only if that was asked for")
-    await _remove_leftover(target)
     await on_disk(ctx.wanted.write_passfile)
     size_bytes = await _source(ctx, action)
-    await _make_room(ctx, action, present, size_bytes)
-    times.mark("preparation")
-    log.info("cloning", source=action.source.name, size_bytes=size_bytes, why=action.why)
+    if not await _left_between_renames(ctx, action, target):
+        await _remove_leftover(target)
+        await _make_room(ctx, action, present, size_bytes)
+        log.info("cloning", source=action.source.name, size_bytes=size_bytes, why=action.why)
+        await _copy_whole(ctx, action, target, progress)
+        times.mark("copy")
+    progress("syncing and swapping in")
+    nothing_lives(ctx)
+    old = await while_offline(ctx, lambda: _swap_in(ctx))
+    ctx.directory.refresh()
+    await ctx.fence.standby()
+    times.mark("swap")
+    log.info("cloned", source=action.source.name, old_kept_as=old or "", took_s=times.total_s, **times.took)
+    return {"old": str(old) if old else "", "size_bytes": size_bytes, **times.took}
+
+
+async def _copy_whole(ctx: Context, action: Clone, target: Path, progress: Progress) -> None:
+    """Fill `target`, verified and a standby; on any failure, or a cancel, there is no `target`."""
     try:
         await _copy(ctx, action, target, progress)
-        times.mark("copy")
         progress("verifying the copy")
         said = await read_control(target, ctx.server.bin_dir, deadline_s=CONTROL_DEADLINE_S)
         if said.system_identifier != action.system_identifier:
@@ -71,14 +84,26 @@ async def clone(ctx: Context, action: Clone, progress: Progress) -> dict[str, An
         with trio.move_on_after(60.0, shield=True):
             await directories.delete_tree(target)
         raise
-    progress("syncing and swapping in")
-    nothing_lives(ctx)
-    old = await while_offline(ctx, lambda: directories.swap_in_clone(ctx.data_dir))
-    ctx.directory.refresh()
-    await ctx.fence.standby()
-    times.mark("swap")
-    log.info("cloned", source=action.source.name, old_kept_as=old or "", took_s=times.total_s, **times.took)
-    return {"old": str(old) if old else "", "size_bytes": size_bytes, **times.took}
+
+
+async def _left_between_renames(ctx: Context, action: Clone, target: Path) -> bool:
+    """Did an earlier clone end between the two renames of its swap? Then it is whole, and only has to be put in place."""
+    if not await on_disk(directories.unfinished_swap, ctx.data_dir):
+        return False
+    try:
+        said = await read_control(target, ctx.server.bin_dir, deadline_s=CONTROL_DEADLINE_S)
+    except PostgresError:
+        return False
+    whole = said.system_identifier == action.system_identifier and (target / files.STANDBY_SIGNAL).exists()
+    if whole:
+        log.info("finishing the swap of an earlier clone", path=target)
+    return whole
+
+
+async def _swap_in(ctx: Context) -> Path | None:
+    old = await directories.swap_in_clone(ctx.data_dir)
+    await on_disk(files.remove_file, pg_rewind.marker(ctx.data_dir))    # it spoke of the directory that was replaced
+    return old
 
 
 async def discard_old(ctx: Context) -> list[str]:
@@ -101,7 +126,9 @@ async def abandon(ctx: Context, action: AbandonDirectory, progress: Progress) ->
     progress("setting the data directory aside")
 
     async def move() -> Path:
-        return await on_disk(directories.move_to_failed, ctx.data_dir)
+        aside = await on_disk(directories.move_to_failed, ctx.data_dir)
+        await on_disk(files.remove_file, pg_rewind.marker(ctx.data_dir))
+        return aside
 
     kept_as = await while_offline(ctx, move)
     log.warning("the data directory was set aside", why=action.why, kept_as=kept_as)

@@ -17,7 +17,6 @@ from pgha.act.steps import (
     nothing_lives,
     on_disk,
     reachable,
-    ready_to_start,
     while_offline,
 )
 from pgha.errors import OperationFailed, PghaError, QueryFailed
@@ -28,6 +27,7 @@ from pgha.postgres.connection import Connection
 from pgha.postgres.controldata import ControlData
 from pgha.postgres.pg_rewind import Rewound
 from pgha.postgres.pg_rewind import rewind as run_rewind
+from pgha.postgres.processes import remove_dead_pid_file
 
 ASK_DEADLINE_S = 5.0
 #: The source's checkpoint after its promotion: pg_rewind reads the timeline from its pg_control.
@@ -44,7 +44,7 @@ async def rewind(ctx: Context, action: Rewind, progress: Progress) -> dict[str, 
     """
     times = Timeline()
     nothing_lives(ctx)
-    await ready_to_start(ctx)
+    await on_disk(remove_dead_pid_file, ctx.data_dir)
     await on_disk(ctx.wanted.write_passfile)
     progress(f"asking {action.source.name}")
     await _source_is_ready(ctx, action, progress)

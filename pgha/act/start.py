@@ -8,6 +8,7 @@ import trio
 
 from pgha.act.context import Context, Progress, log
 from pgha.act.steps import (
+    HURRY_S,
     Timeline,
     be_standby_at_rest,
     control,
@@ -46,7 +47,7 @@ async def start_prepared_standby(ctx: Context, upstream: Source | None, slot_nam
     times.mark("guard")
     progress(f"starting as a standby of {upstream.name if upstream else 'nobody'}")
     server = await ctx.server.start(ctx.wanted.command_line(said))
-    ctx.hurry(STANDBY_ANSWER_S)
+    ctx.hurry(HURRY_S)
     try:
         try:
             await ctx.server.wait_ready(server, deadline_s=STANDBY_READY_S)
@@ -90,7 +91,7 @@ async def start_prepared_primary(ctx: Context, progress: Progress, times: Timeli
         times.mark("armed")
         progress("starting as primary")
         server = await ctx.server.start(ctx.wanted.command_line(said, standby=False))
-        ctx.hurry(timeout_s)
+        ctx.hurry(HURRY_S)
         try:
             with trio.fail_after(timeout_s + 1.0):
                 await wait_primary(ctx, server, deadline_s=timeout_s)

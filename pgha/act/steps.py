@@ -21,7 +21,7 @@ from pgha.act.context import Context, log
 from pgha.errors import OperationFailed, PghaError, PostgresError, PostgresTimeout
 from pgha.lock import recipe
 from pgha.model.wal import Position
-from pgha.postgres import files
+from pgha.postgres import files, pg_rewind
 from pgha.postgres.connection import Connection, resolve
 from pgha.postgres.controldata import ControlData, read_control
 from pgha.postgres.processes import Postmaster, adopt, remove_dead_pid_file
@@ -37,6 +37,11 @@ CONTROL_DEADLINE_S = 2.0
 #: Reading the last WAL records of a stopped server.
 END_OF_WAL_DEADLINE_S = 2.0
 SQL_DEADLINE_S = 2.0
+#: How long the observer looks closely after something was begun; a death it sees at once in any case.
+HURRY_S = 5.0
+#: What walsenders and the archiver get when all else of a shutdown is done, and how often that is looked for.
+DRAIN_S = 2.0
+LOOK_S = 0.5
 #: The guard is told again after a third of this that our programs still work on the directory.
 OFFLINE_FOR_S = 30.0
 
@@ -127,19 +132,47 @@ async def make_safe(ctx: Context, why: str) -> None:
 
 
 async def stop_fast(ctx: Context, server: Postmaster, *, timeout_s: float) -> bool:
-    """Fast shutdown: clients ended, walsenders drained, checkpoint. True if it exited in time."""
+    """Fast shutdown: clients ended, checkpoint, walsenders drained. True if it exited in time.
+
+    Once pg_control says "shut down" nothing is written any more, and what is left to do is the standbys' and the
+    archiver's: a standby that does not answer holds it up for wal_sender_timeout, an archive for ever. They get
+    DRAIN_S; what was not archived is archived after the next start.
+    """
     ctx.server.stop(server, "fast")
-    ctx.hurry(timeout_s)
+    ctx.hurry(HURRY_S)
     with trio.move_on_after(timeout_s):
-        await server.wait_exit()
-        return True
+        if await _exits_within(server, DRAIN_S):
+            return True
+        while not await _shut_down(ctx):
+            if await _exits_within(server, LOOK_S):
+                return True
+        if await _exits_within(server, DRAIN_S):
+            return True
+        log.warning("PostgreSQL is shut down, but does not exit: its standbys or its archive do not answer", waited_s=DRAIN_S)
+        return False
     log.warning("PostgreSQL did not stop in time", timeout_s=timeout_s)
     return False
 
 
+async def _exits_within(server: Postmaster, seconds: float) -> bool:
+    with trio.move_on_after(seconds):
+        await server.wait_exit()
+        return True
+    return False
+
+
+async def _shut_down(ctx: Context) -> bool:
+    try:
+        return (await control(ctx)).clean
+    except PostgresError:   # it is being written, or the disk is slow: the caller asks again
+        return False
+
+
 async def ready_to_start(ctx: Context) -> None:
-    """Nothing lives, and no pid file of a dead postmaster is in the way."""
+    """Nothing lives, no pid file of a dead postmaster is in the way, and the directory is whole."""
     nothing_lives(ctx)
+    if await on_disk(pg_rewind.interrupted, ctx.data_dir):
+        raise OperationFailed(f"a rewind of {ctx.data_dir} was interrupted: it is not started before it was rewound again, or cloned")
     if await on_disk(remove_dead_pid_file, ctx.data_dir):
         log.info("removed the pid file of a dead postmaster")
 
@@ -229,7 +262,7 @@ async def checkpoint(ctx: Context, *, deadline_s: float) -> bool:
 
 async def while_keeping(keep: Callable[[], Awaitable[None]], work: Callable[[], Awaitable[T]]) -> T:
     """Run `work` beside `keep`, which never returns; a failure of `keep` cancels `work` and is raised."""
-    failure: PghaError | OSError | None = None
+    failure: PghaError | OSError | trio.TooSlowError | None = None
     result: list[T] = []
 
     async def keeping() -> None:
@@ -244,7 +277,7 @@ async def while_keeping(keep: Callable[[], Awaitable[None]], work: Callable[[], 
         nursery.start_soon(keeping)
         try:
             result.append(await work())
-        except (PghaError, OSError) as error:
+        except (PghaError, OSError, trio.TooSlowError) as error:
             failure = error
         nursery.cancel_scope.cancel()
     if failure is not None:

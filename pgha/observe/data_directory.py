@@ -22,6 +22,7 @@ from pgha.errors import PostgresError
 from pgha.model.node import Control, DataDirectoryFacts
 from pgha.model.wal import HistoryRow, parse_history_file
 from pgha.postgres.controldata import ControlData, read_control
+from pgha.postgres.pg_rewind import interrupted
 
 #: (inode, mtime, size) of a file that is rewritten in place.
 Stamp = tuple[int, int, int]
@@ -45,6 +46,7 @@ class _Looked(Struct, frozen=True, kw_only=True):
     names: frozenset[str] = frozenset()
     control_stamp: Stamp | None = None
     major_version: int = 0
+    rewind_interrupted: bool = False
 
 
 def _stamp_of(path: Path) -> Stamp | None:
@@ -63,7 +65,7 @@ def _look(data_dir: Path) -> _Looked:
         return _Looked(exists=False)
     version = (data_dir / "PG_VERSION").read_text(errors="replace").strip() if "PG_VERSION" in names else ""
     return _Looked(exists=True, names=names, control_stamp=_stamp_of(data_dir / "global" / "pg_control") if names else None,
-                   major_version=int(version) if version.isdigit() else 0)
+                   major_version=int(version) if version.isdigit() else 0, rewind_interrupted=interrupted(data_dir))
 
 
 def _read_history(path: Path) -> tuple[HistoryRow, ...]:
@@ -129,8 +131,9 @@ class DataDirectoryReader:
                 return replace(facts, state="unreadable", why=str(error))
         end = self._end_of_wal if self._end_of_wal is not None and self._end_of_wal[0] == stamp and not running else None
         control = control_of(self._control)
+        why = "a rewind of it was interrupted: it must be rewound again, or cloned" if looked.rewind_interrupted else ""
         return replace(
-            facts, state="valid", control=control, end_of_wal=end[1] if end else 0, end_of_wal_timeline=end[2] if end else 0,
+            facts, state="valid", why=why, control=control, end_of_wal=end[1] if end else 0, end_of_wal_timeline=end[2] if end else 0,
             history=await self._history_of(timeline or max(control.timeline, control.min_recovery_timeline)))
 
     async def _in_thread(self) -> _Looked:

@@ -38,6 +38,8 @@ PROBE_DEADLINE_S = 1.0
 HURRY_S = 0.03
 CALM_HURRY_S = 0.2
 SOON_S = 5.0
+#: A hurry that nobody ends must not cost the CPU for long.
+MAX_HURRY_S = 10.0
 #: A reload reaches the backends within this time.
 RELOAD_S = 0.3
 #: A server that starts or stops is asked for a sign of life this often; its pid file tells the rest.
@@ -88,7 +90,7 @@ class PostgresObserver:
 
     def hurry(self, for_s: float) -> None:
         """Something is about to change: look every few milliseconds for the next `for_s` seconds."""
-        until = self._clock.now().plus_s(for_s)
+        until = self._clock.now().plus_s(min(for_s, MAX_HURRY_S))
         if self._hurry_until is None or remaining_s(until, self._hurry_until) > 0:
             self._hurry_until = until
         self._kick.set()
@@ -107,19 +109,25 @@ class PostgresObserver:
                 task_status.started()
                 while True:
                     self._kick = trio.Event()
-                    if self._postmaster is None and (found := adopt(self._data_dir)) is not None:
-                        self._appeared(found)
-                        nursery.start_soon(self._watch, found)
-                    if self._postmaster is not None:
-                        with trio.CancelScope() as self._probing:
-                            await self._look(self._postmaster)
-                        self._probing = None
-                    else:
-                        self._look_for_orphans()
+                    try:
+                        await self._once(nursery)
+                    except OSError as error:     # the directory cannot be looked into; what was seen last grows old
+                        self._set(replace(self.facts, why=f"{error.filename}: {error.strerror}"))
                     with trio.move_on_after(self._next_in_s()):
                         await self._kick.wait()
         finally:
             self._disconnect()
+
+    async def _once(self, nursery: trio.Nursery) -> None:
+        if self._postmaster is None and (found := adopt(self._data_dir)) is not None:
+            self._appeared(found)
+            nursery.start_soon(self._watch, found)
+        if self._postmaster is None:
+            self._look_for_orphans()
+            return
+        with trio.CancelScope() as self._probing:
+            await self._look(self._postmaster)
+        self._probing = None
 
     def _next_in_s(self) -> float:
         now, facts = self._clock.now(), self.facts
@@ -207,7 +215,7 @@ class PostgresObserver:
             self._disconnect()
             starting = error.sqlstate == _CANNOT_CONNECT_NOW
             self._answer("starting" if starting else "refused", alive=error.sqlstate is not None, why=str(error))
-        except PostgresError as error:   # it answered, but not what was asked: alive, and said so
+        except (PostgresError, ValueError) as error:   # it answered, but not what was asked: alive, and said so
             self._disconnect()
             self._answer("refused", alive=True, why=str(error))
         else:
@@ -286,7 +294,7 @@ def _role_and_streams(row: Row | None) -> tuple[object, ...]:
         return ()
     receiver = row.receiver
     streams = frozenset((str(r.get("application_name")), str(r.get("state"))) for r in row.replication)
-    return (row.in_recovery, row.timeline, row.replay_paused, frozenset(row.pending_restart),
+    return (row.in_recovery, row.timeline, row.replay_paused, row.primary_conninfo, row.restore_command, frozenset(row.pending_restart),
             (receiver.status, receiver.sender_host, receiver.sender_port, receiver.timeline) if receiver is not None else None, streams)
 
 

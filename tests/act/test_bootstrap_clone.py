@@ -148,3 +148,18 @@ def test_abandoned_directory_is_kept_under_a_numbered_name(bed):
             facts = await node.operate(a.AbandonDirectory(why="test"))
             assert facts["kept_as"] == str(node.data_dir) + ".failed.1" and not node.data_dir.exists()
     trio.run(main)
+
+
+def test_swap_that_ended_between_its_renames_is_finished_without_a_copy(bed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.clone_of(one)
+            (two.data_dir / "marker").write_text("")
+            two.data_dir.rename(two.data_dir.with_name("data.clone"))
+            two.data_dir.with_name("data.old").mkdir()
+            await two.clone_of(one)
+            assert (two.data_dir / "marker").exists() and two.standby_signal
+            await two.operate(a.StartStandby(upstream=as_source(one)))
+            await two.until(two.streaming)
+    trio.run(main)

@@ -234,3 +234,34 @@ def test_start_of_a_standby_whose_upstream_is_away_succeeds(bed):
             await two.operate(a.Stop(why="test", timeout_s=10))
             assert not two.living() and (await two.reader.read_facts(running=False)).standby_signal
     trio.run(main)
+
+
+def test_half_rewound_directory_is_not_started(bed):
+    from pgha.postgres import pg_rewind
+
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.clone_of(one)
+            pg_rewind.marker(two.data_dir).write_text("")
+            with pytest.raises(OperationFailed, match="rewind .* was interrupted"):
+                await two.operate(a.StartStandby(upstream=as_source(one)))
+            assert "interrupted" in (await two.reader.read_facts(running=False)).why
+            await two.clone_of(one, replace="keep_old_until_streaming")
+            await two.operate(a.StartStandby(upstream=as_source(one)))
+            await two.until(two.streaming)
+    trio.run(main)
+
+
+def test_shutdown_does_not_wait_for_a_standby_that_hangs(bed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.standby_of(one)
+            for proc in two.living():
+                os.kill(proc.pid, signal.SIGSTOP)
+            await one.sql("CREATE TABLE t AS SELECT generate_series(1, 100000) n")
+            began_s = trio.current_time()
+            facts = await one.operate(a.Demote(mode="fast", release=True, checkpoint=True, why="test", timeout_s=60))
+            assert facts["clean"] and facts["killed"] and trio.current_time() - began_s < 8
+    trio.run(main)
