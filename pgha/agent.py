@@ -43,7 +43,7 @@ from pgha.errors import ConfigError, DcsError, GuardError, OperationFailed, Pgha
 from pgha.inbox import Inbox
 from pgha.lock import recipe, watchdog
 from pgha.lock.fence import Fence
-from pgha.lock.guard_client import GuardClient, agent_flock, ensure_running
+from pgha.lock.guard_client import GuardClient, GuardStatus, agent_flock, ensure_running
 from pgha.lock.renewer import Renewer, Timing
 from pgha.lock.watchdog import LinuxDevice, Watchdog
 from pgha.model.action import (
@@ -90,6 +90,8 @@ log = logging.Log("pgha")
 QUICK_S = 3.0
 #: After a quick action failed, the next pass comes this much later at least: a store that refuses is not hammered.
 PAUSE_AFTER_FAILURE_S = 0.1
+#: A guard that is a service of its own is waited for so long at the start.
+GUARD_SERVICE_S = 30.0
 #: What operations and quick actions may end with; anything else is our own mistake, and ends the agent loudly.
 OPERATING_ERRORS = (OperationFailed, PostgresError, DcsError, GuardError, Refused, ConfigError, OSError, trio.TooSlowError)
 
@@ -207,10 +209,22 @@ class Agent:
 
     async def _meet_guard(self) -> None:
         """Before anything else: no primary runs without a guard, and a restarted agent asks it how long it may."""
-        status = await ensure_running(self.guard, self._guard_command(), log=str(self.runtime_dir / "guard.log"))
+        status = await self._guard_there()
         primary = status.state in ("armed", "latched") and bool(recipe.processes_of(self.directory))
         self.fence.adopt(status, primary=primary)
         log.info("guard", state=status.state, pid=status.pid, why=status.why)
+
+    async def _guard_there(self) -> GuardStatus:
+        """The guard's status; one that systemd starts is waited for, any other is started. GuardError if there is none."""
+        if self.local.pgha.guard == "agent":
+            return await ensure_running(self.guard, self._guard_command(), log=str(self.runtime_dir / "guard.log"))
+        with trio.move_on_after(GUARD_SERVICE_S):
+            while True:
+                try:
+                    return await self.guard.status()
+                except GuardError:
+                    await trio.sleep(0.1)
+        raise GuardError(f"no guard answers in {self.runtime_dir} within {GUARD_SERVICE_S:g} s: is its service running? (pgha.guard is \"service\")")
 
     def _guard_command(self) -> list[str]:
         return [sys.executable, *_own_program(), "guard", str(Path(self.path).absolute()), "--data-dir", self.local.postgresql.data_dir,
@@ -226,13 +240,12 @@ class Agent:
                 if self.finished:
                     return
                 self.fence.unanswered(str(error))
-                log.warning("guard does not answer, starting one", why=str(error))
-                if self.local.pgha.guard == "agent":
-                    try:
-                        self.fence.note(await ensure_running(self.guard, self._guard_command(), log=str(self.runtime_dir / "guard.log")))
-                        self.fence.changed()
-                    except GuardError as again:
-                        log.error("guard could not be started", why=str(again))
+                log.warning("guard does not answer", why=str(error))
+                try:
+                    self.fence.note(await self._guard_there())
+                    self.fence.changed()
+                except GuardError as again:
+                    log.warning("there is no guard", why=str(again))
 
     async def _take_signals(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:

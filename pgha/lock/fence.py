@@ -46,6 +46,7 @@ class Fence:
         self._clock = clock
         self._wake_loop = wake
         self._news = trio.Event()
+        self._speaking = trio.Lock()               # what the guard is told and what `mode` says change together
         self._told: Deadline | None = None         # the fence_at that the guard acknowledged last
         self._adopted: Deadline | None = None      # a former agent's, of a primary that was found running
         self._signalled: set[int] = set()
@@ -62,29 +63,33 @@ class Fence:
         left_s = remaining_s(deadline, self._clock.now())
         if left_s < MINIMUM_TO_ARM_S:
             raise GuardError(f"the licence ends too soon: {left_s:.2f} s to the fence, {MINIMUM_TO_ARM_S} s wanted")
-        await self._tell(deadline)
-        self.mode = "armed"
-        self._adopted = None
-        self._signalled.clear()
+        async with self._speaking:
+            await self._tell(deadline)
+            self.mode = "armed"
+            self._adopted = None
+            self._signalled.clear()
         self._news.set()
 
     async def narrow(self, valid_until: Deadline, ttl_s: float, *, sequence: int) -> None:
         """A write that shortens the licence is about to be sent (renewer.Narrower)."""
         if self.mode == "armed":
             until = fence_at(valid_until, ttl_s)
-            status = await self._guard.narrow(until, sequence=sequence, deadline_s=GUARD_DEADLINE_S)
-            self._told = until
+            async with self._speaking:
+                status = await self._guard.narrow(until, sequence=sequence, deadline_s=GUARD_DEADLINE_S)
+                self._told = until
             self.note(status)
 
     async def standby(self) -> None:
         """Every process of the directory has exited; from here on only a server in recovery may run."""
-        self.note(await self._guard.standby(deadline_s=GUARD_DEADLINE_S))
-        self._settle("standby")
+        async with self._speaking:
+            self.note(await self._guard.standby(deadline_s=GUARD_DEADLINE_S))
+            self._settle("standby")
 
     async def offline(self, for_s: float) -> None:
         """Our own programs will work on the directory for at most `for_s` from now; ask again to go on."""
-        self.note(await self._guard.offline(self._clock.now().plus_s(for_s), deadline_s=GUARD_DEADLINE_S))
-        self._settle("offline")
+        async with self._speaking:
+            self.note(await self._guard.offline(self._clock.now().plus_s(for_s), deadline_s=GUARD_DEADLINE_S))
+            self._settle("offline")
 
     def adopt(self, status: GuardStatus, *, primary: bool) -> None:
         """At the agent's start: go on where the former agent and the guard stand. Grants nothing."""
@@ -111,6 +116,7 @@ class Fence:
             self._news = trio.Event()
             if self.mode == "armed":
                 await self._pass_on()
+            if self.mode == "armed":      # an operation may have made it a standby meanwhile
                 await self._act()
             with trio.move_on_after(self._next_in_s()):
                 await self._news.wait()
@@ -150,7 +156,10 @@ class Fence:
         if deadline is None or deadline == self._told or remaining_s(deadline, self._clock.now()) <= 0:
             return
         try:
-            await self._tell(deadline)
+            async with self._speaking:
+                # An `arm` that came after `standby` would have the guard fence a healthy standby at that moment.
+                if self.mode == "armed":
+                    await self._tell(deadline)
         except GuardError as error:
             self.unanswered(str(error))
 
@@ -190,6 +199,8 @@ class Fence:
             limit = earlier(limit, deadline)
         while recipe.processes_of(self._directory) and remaining_s(limit, self._clock.now()) > 0:
             await trio.sleep(0.02)
+        if self.mode != "armed":
+            return
         self._kill("the mandate has lapsed")
         while recipe.processes_of(self._directory):
             await trio.sleep(0.02)
