@@ -37,7 +37,7 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (private directories are made b
 _STATE = "bed.json"
 
 
-class BedTimeout(PghaError):  # noqa: N818  (says what it is)
+class BedTimeout(PghaError):
     """Something did not come true in time; the text holds the state of all nodes."""
 
 
@@ -175,8 +175,11 @@ class Bed:
         return f"/service/{self.settings.scope}/{name}"
 
     def leader(self) -> Node | None:
-        """The only node whose agent says that it is the primary with the lock; None if there are none or two."""
-        found = [n for n in self.nodes if (a := n.get("/primary")) is not None and a.status == 200]
+        """The only node whose agent says that it has the lock and its PostgreSQL is a primary; None if there are none or two.
+
+        (`/primary` alone answers 200 from when the lock is held, which is before PostgreSQL is promoted.)
+        """
+        found = [n for n in self.nodes if n.says_primary()]
         return found[0] if len(found) == 1 else None
 
     def healthy(self) -> Node | None:

@@ -238,6 +238,13 @@ class Node:
         answer = self.get("/patroni")
         return answer.body if answer is not None and isinstance(answer.body, dict) else {}
 
+    def says_primary(self) -> bool:
+        """Its agent holds the lock, and its PostgreSQL runs as a primary."""
+        answer = self.get("/primary")
+        if answer is None or answer.status != 200 or not isinstance(answer.body, dict):
+            return False
+        return bool(answer.body.get("role") == "primary" and answer.body.get("state") == "running")
+
     def dsn(self) -> str:
         """Without the password, which is in the bed's pgpass file."""
         return f"host={self.address} port={self.port} user=postgres dbname=postgres"

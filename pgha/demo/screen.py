@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Self
 
 from pgha.demo.watchers import MembersWatcher, Writer
 
 _REDRAW_S = 0.25
+_PRINT_S = 1.5  # between two tables as plain lines
 _HEAD = ("Member", "Address", "Role", "State", "TL", "Lag", "Rows written")
 _RIGHT = {"TL", "Lag", "Rows written"}
 
@@ -23,6 +25,7 @@ class Screen:
         self._writer: Writer | None = None
         self._drawn = 0
         self._last: Sequence[object] = ()
+        self._printed_s = time.monotonic()
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._work, name="screen", daemon=True)
@@ -63,8 +66,9 @@ class Screen:
                     self._draw()
                 elif self._members is not None:
                     now = [(m.name, m.role, m.state, m.timeline) for m in self._members.members]
-                    if now != self._last:
+                    if now != self._last and time.monotonic() - self._printed_s > _PRINT_S:
                         self._last = now
+                        self._printed_s = time.monotonic()
                         print("\n".join(self._table()), flush=True)
 
     def _erase(self) -> None:

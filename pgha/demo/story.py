@@ -33,7 +33,8 @@ def tell(bed: Bed, screen: Screen) -> None:
     began_s = time.monotonic()
     phases: list[Phase] = []
     screen.say(f"Starting etcd and {len(bed.nodes)} nodes on {bed.network}.*, files in {bed.directory}")
-    with MembersWatcher(bed) as members, LockWatcher(bed) as lock, Writer(bed) as writer:
+    writer = Writer(bed)
+    with MembersWatcher(bed) as members, LockWatcher(bed) as lock:
         screen.show(members, writer)
         bed.start()
         old = bed.wait_healthy(_BOOTSTRAP_S)
@@ -41,23 +42,29 @@ def tell(bed: Bed, screen: Screen) -> None:
         screen.say(f"  {phases[-1].seconds:6.2f} s  one primary, {old.name}; the others stream from it")
         with old.connect() as connection:
             connection.execute(TABLE)
-        bed.wait(lambda: len(writer.written) >= _ROWS, _ROWS_S, f"{_ROWS} rows written")
-
-        screen.say(f"\nkill -9 for the agent of {old.name} and for its PostgreSQL, while rows are written:")
-        killed_s = time.monotonic()
-        old.signal_agent(signal.SIGKILL)
-        old.signal_postgres(signal.SIGKILL)
-        old.kill_agent()
-        new = _fail_over(bed, screen, phases, old=old, killed_s=killed_s, lock=lock, writer=writer)
-
-        screen.say(f"\nThe agent of {old.name} is started again; it has to find its place as a standby of {new.name}:")
-        returned_s = time.monotonic()
-        old.start_agent()
-        final = bed.wait_healthy(_REJOIN_S)
-        phases.append(Phase("all standbys streaming again", time.monotonic() - returned_s, "its agent's start"))
-        screen.say(f"  {phases[-1].seconds:6.2f} s  {final.name} is the primary, all others stream from it")
-        writer.ended.set()
+        with writer:
+            final = _through_the_failover(bed, screen, phases, old=old, lock=lock, writer=writer)
         _conclude(bed, screen, phases, final, writer)
+
+
+def _through_the_failover(bed: Bed, screen: Screen, phases: list[Phase], *, old: Node, lock: LockWatcher, writer: Writer) -> Node:
+    """Kill the primary under the writer, and bring its node back. The primary at the end."""
+    bed.wait(lambda: len(writer.written) >= _ROWS, _ROWS_S, f"{_ROWS} rows written")
+
+    screen.say(f"\nkill -9 for the agent of {old.name} and for its PostgreSQL, while rows are written:")
+    killed_s = time.monotonic()
+    old.signal_agent(signal.SIGKILL)
+    old.signal_postgres(signal.SIGKILL)
+    old.kill_agent()
+    new = _fail_over(bed, screen, phases, old=old, killed_s=killed_s, lock=lock, writer=writer)
+
+    screen.say(f"\nThe agent of {old.name} is started again; it has to find its place as a standby of {new.name}:")
+    returned_s = time.monotonic()
+    old.start_agent()
+    final = bed.wait_healthy(_REJOIN_S)
+    phases.append(Phase("all standbys streaming again", time.monotonic() - returned_s, "its agent's start"))
+    screen.say(f"  {phases[-1].seconds:6.2f} s  {final.name} is the primary, all others stream from it")
+    return final
 
 
 def _fail_over(bed: Bed, screen: Screen, phases: list[Phase], *, old: Node, killed_s: float, lock: LockWatcher, writer: Writer) -> Node:

@@ -17,7 +17,7 @@ def demo(program, all_beds, bench):
     place = bench / "demo"
 
     def start(*words):
-        return run([*program.argv, "demo", *words], timeout_s=240)
+        return run([*program.argv, "demo", *words], timeout_s=240, environment={k: v for k, v in program.environment.items() if k != "PGHA_CACHE"})
 
     yield start, place
     left = belonging_to(place)

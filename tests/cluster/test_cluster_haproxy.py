@@ -54,7 +54,8 @@ def test_clients_of_haproxy_find_the_primary_before_and_after_a_failover(cluster
     where = "SELECT pg_is_in_recovery(), inet_server_addr()"
     try:
         old = cluster.leader()
-        cluster.wait(lambda: psql(5000, where) == f"f|{old.address}", 15, "the write port leads to the primary")
+        # HAProxy takes every server for good until its first checks have failed; after that it knows
+        cluster.wait(lambda: all(psql(5000, where) == f"f|{old.address}" for _ in range(6)), 30, "the write port leads to the primary, each time")
         assert psql(5000, "CREATE TABLE IF NOT EXISTS through_haproxy (n int); INSERT INTO through_haproxy VALUES (1)") is not None
         cluster.wait(lambda: (psql(5001, where) or "").startswith("t|"), 15, "the read port leads to a replica")
 
