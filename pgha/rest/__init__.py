@@ -3,7 +3,7 @@
     loop ── publish_pass(…) ──► Board ──► App ──► server        (reading: always from the last pass, never waits for it)
     loop ◄── facts ── Requests ◄── requests.py ◄── App          (changing: REST never acts, it asks and waits for the outcome)
 
-server.py     sockets, limits, TLS; exact health requests from prebuilt bytes, the rest by h11
+server.py     exact health requests from prebuilt bytes, the rest by h11; listen.py: its sockets and limits
 wire.py       requests and responses as values and bytes
 routes.py     which answer for which path (reading); requests.py: for what changes something
 health.py     which status and why (pure); bodies.py, metrics.py: what is in the answers

@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,9 @@ def test_without_an_agent_the_request_is_written_to_the_store(world: World) -> N
         world.agent_at(name, ("127.0.0.1", 1))
 
     def carry_out() -> None:
-        while json.loads(world.get("failover")) != {"leader": "n1", "member": "n2"}:
-            pass
+        give_up_at = time.monotonic() + 20
+        while json.loads(world.get("failover")) != {"leader": "n1", "member": "n2"} and time.monotonic() < give_up_at:
+            pass      # each round is a question to etcd
         world.put("leader", b"n2", leased=True)
 
     agents = threading.Thread(target=carry_out, daemon=True)
