@@ -69,20 +69,19 @@ def _through_the_failover(bed: Bed, screen: Screen, phases: list[Phase], *, old:
 
 def _fail_over(bed: Bed, screen: Screen, phases: list[Phase], *, old: Node, killed_s: float, lock: LockWatcher, writer: Writer) -> Node:
     limit_s = bed.profile.ttl + _FAILOVER_S
-
-    def record(name: str, at_s: float) -> None:
-        phases.append(Phase(name, at_s - killed_s, "the kill"))
-        screen.say(f"  {phases[-1].seconds:6.2f} s  {name}")
-
+    moments: list[tuple[float, str]] = []
     taken = bed.wait(lambda: lock.taken_after(killed_s, other_than=old.name), limit_s, "another node takes the lock")
+    screen.say(f"  {taken.at_s - killed_s:6.2f} s  {taken.holder} has taken the lock")
     renewed = lock.last_renewal_of(old.name)
     if renewed is not None:
-        record(f"the lock of {old.name} has run out, {renewed.ttl_s:g} s after its last renewal", renewed.at_s + renewed.ttl_s)
-    record(f"{taken.holder} has taken it", taken.at_s)
+        moments.append((renewed.at_s + renewed.ttl_s, f"the lock of {old.name} has run out, {renewed.ttl_s:g} s after its last renewal"))
+    moments.append((taken.at_s, f"{taken.holder} has taken the lock"))
     new = bed.wait_leader(other_than=old, timeout_s=limit_s)
-    record(f"{new.name} is promoted", time.monotonic())
+    moments.append((time.monotonic(), f"{new.name} says that it is the primary"))
     first = bed.wait(lambda: writer.first_on_another(old.name, killed_s), limit_s, "a row written to the new primary")
-    record(f"first row acknowledged by {first.node}", first.at_s)
+    moments.append((first.at_s, f"first row acknowledged by {first.node}"))
+    screen.say(f"  {first.at_s - killed_s:6.2f} s  first row acknowledged by {first.node}")
+    phases.extend(Phase(name, at_s - killed_s, "the kill") for at_s, name in sorted(moments))
     return new
 
 
@@ -97,7 +96,8 @@ def _conclude(bed: Bed, screen: Screen, phases: list[Phase], final: Node, writer
     for line in table(("Phase", "Seconds", "counted from"), [(p.name, f"{p.seconds:.2f}", p.since) for p in phases]):
         screen.say(line)
     screen.say(f"\n{len(acknowledged)} rows acknowledged, {lost} of them lost. Replication is asynchronous here: what the primary acknowledged "
-               f"in its\nlast moment and no standby had received is lost with it, never more than maximum_lag_on_failover (1 MiB).")
+               f"in its\nlast moment and no standby had received is lost with it: at most maximum_lag_on_failover (1 MiB) and what was "
+               f"written since\nits position was last published.")
     assert bed.healthy() is not None, "all streamed a moment ago"
 
 
