@@ -203,6 +203,7 @@ class Agent:
             nursery.start_soon(self._pet_watchdog)
             nursery.start_soon(self._keep_directory_facts)
             nursery.start_soon(self._keep_guard)
+            nursery.start_soon(self.cluster.keep_capacity, lambda: self.renewer.licence.state is LicenceState.HELD)
             await self._loop()
             nursery.cancel_scope.cancel()
         await self._part()
@@ -363,7 +364,9 @@ class Agent:
     def _publish(self, seen: Observation, decision: Decision) -> None:
         if decision.summary.startswith("refused to hand over"):
             self._refusal = decision.summary.partition(": ")[2]
-        self.board.publish(publish_pass(seen, decision, scope=self.local.scope, failover_refusal=self._refusal))
+        capacity = seen.dcs.capacity
+        gauges = {"store_used_bytes": float(capacity.used_bytes), "store_quota_bytes": float(capacity.quota_bytes)} if capacity is not None else {}
+        self.board.publish(publish_pass(seen, decision, scope=self.local.scope, failover_refusal=self._refusal, gauges=gauges))
         said = _what_is_said(decision)
         if said != self._said and (decision.situation != "busy" or decision.actions):
             self._said = said

@@ -7,7 +7,7 @@ import json
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
-from pgha.decide import slots, switchover
+from pgha.decide import capacity, slots, switchover
 from pgha.decide.common import ask_others, fence_in_s, others, reason, stop_timeout_s, view_of
 from pgha.decide.standing import left_s, licensed
 from pgha.model.action import (
@@ -143,8 +143,11 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
     maintenance = slots.maintenance(o)
     if maintenance is not None:
         actions.append(maintenance)
+    compact = capacity.compaction(o)
+    if compact is not None:
+        actions.append(compact)
     actions += operator_requests(o, as_primary=True)
-    reasons: tuple[Reason, ...] = (reason("leading.licence", True, f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"),)
+    reasons = (reason("leading.licence", True, f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"), capacity.store_has_room(o))
     return Decision(situation="leading", summary=f"no action. I am ({o.me.name}), the leader with the lock", reasons=reasons, actions=tuple(actions), memory=memory,
                     wake_in_s=o.settings.loop_wait_s)
 

@@ -37,10 +37,28 @@ class Settings(Struct, frozen=True, kw_only=True):
     has_bootstrap_section: bool = True
     tags: Tags = Tags()
     watchdog_required: bool = False
+    may_compact_store: bool = True
     configuration_changed: bool = False  # PostgreSQL's files do not hold the effective configuration yet
     dynamic_config: bytes = b""          # the shared configuration as last known, to restore a missing key
     postgres_host: str = ""              # how peers reach this PostgreSQL: connect_address
     postgres_port: int = 5432
+
+
+class StoreCapacity(Struct, frozen=True, kw_only=True):
+    """How full the store is, as last asked (safety model 16). 0 = unknown.
+
+    `day_old_revision`: a revision that is at least a day old, as far as this process has been watching.
+    `compacted_at`: when somebody last compacted, as seen here; None: not since this process watches.
+    """
+
+    asked_at: Instant
+    watched_since: Instant
+    used_bytes: int = 0
+    quota_bytes: int = 0
+    alarms: tuple[str, ...] = ()
+    compact_revision: int = 0
+    compacted_at: Instant | None = None
+    day_old_revision: int = 0
 
 
 class DcsFacts(Struct, frozen=True, kw_only=True):
@@ -58,6 +76,7 @@ class DcsFacts(Struct, frozen=True, kw_only=True):
     why: str = ""
     trusted_from: Instant | None = None
     generation_changed: str = ""
+    capacity: StoreCapacity | None = None
     remembered_ttl_s: float = 0.0         # largest ttl seen in a record, persisted
     remembered_members: dict[str, str] = {}   # name → api_url of members seen within member_slots_ttl
     last_positions: dict[str, Position] = {}  # last position that each member published, also if its key is gone

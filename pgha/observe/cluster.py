@@ -18,13 +18,13 @@ from msgspec.structs import replace
 
 from pgha.clock import Clock, Instant, candidate_age_s, remaining_s
 from pgha.config.state import RememberedMember, StoreGeneration, load_remembered, save_remembered
-from pgha.dcs import Change, Entry, Generation, Snapshot, Store
+from pgha.dcs import Capacity, Change, Entry, Generation, Snapshot, Store
 from pgha.dcs.keys import UNREADABLE_LOCK, Keys, parse
 from pgha.errors import Compacted, DcsError
 from pgha.log import Log
 from pgha.model.cluster import ClusterView, LockSeen, Member
 from pgha.model.lock import wait_s
-from pgha.model.observation import DcsFacts
+from pgha.model.observation import DcsFacts, StoreCapacity
 from pgha.model.wal import Position
 
 log = Log("pgha.dcs")
@@ -33,6 +33,12 @@ SAVE_EVERY_S = 10.0
 #: An absent or changed store is untrusted for at least so long (safety model 4).
 UNTRUSTED_S = 30.0
 READ_S = 1.5
+#: How often a leader asks how full the store is, and which steps are worth a line in the log.
+CAPACITY_EVERY_S = 300.0
+CAPACITY_STEPS = (0.95, 0.9, 0.75, 0.5)
+#: etcd's own default quota (--quota-backend-bytes), where it does not tell.
+DEFAULT_QUOTA_BYTES = 2 << 30
+DAY_S = 86400.0
 
 
 class ClusterObserver:
@@ -55,6 +61,8 @@ class ClusterObserver:
         self._saved = self._remembered
         self._saved_at: Instant | None = None
         self._saving = False
+        self._revisions: list[tuple[Instant, int]] = []      # hourly, for what is a day old
+        self._warned = 0.0
         if problem:
             log.warning("remembered facts could not be read", why=problem)
         self.facts = DcsFacts(
@@ -192,6 +200,37 @@ class ClusterObserver:
         while True:
             await trio.sleep(2.0)
             await self._save()
+
+    async def keep_capacity(self, leads: Callable[[], bool]) -> None:
+        """The leader asks how full the store is, long before it hurts (safety model 16). Never returns."""
+        watched_since = self._clock.now()
+        while True:
+            if leads():
+                try:
+                    self._note_capacity(await self._store.capacity(deadline_s=2.0), watched_since)
+                except DcsError as error:
+                    log.info("the store does not say how full it is", why=str(error))
+            await trio.sleep(CAPACITY_EVERY_S if self.facts.capacity is not None else 5.0)
+
+    def _note_capacity(self, said: Capacity, watched_since: Instant) -> None:
+        now, before = self._clock.now(), self.facts.capacity
+        if not self._revisions or candidate_age_s(self._revisions[-1][0], now) >= 3600:
+            self._revisions = [*self._revisions[-48:], (now, self._generation.revision or self._revision)]
+        old = [revision for at, revision in self._revisions if candidate_age_s(at, now) >= DAY_S]
+        compacted_at = before.compacted_at if before else None
+        if before is not None and said.compact_revision > before.compact_revision:
+            compacted_at = now
+        quota = said.quota_bytes or DEFAULT_QUOTA_BYTES
+        self.facts = replace(self.facts, capacity=StoreCapacity(
+            asked_at=now, watched_since=watched_since, used_bytes=said.used_bytes, quota_bytes=quota, alarms=said.alarms,
+            compact_revision=said.compact_revision, compacted_at=compacted_at, day_old_revision=old[-1] if old else 0))
+        step = next((s for s in CAPACITY_STEPS if said.used_bytes >= s * quota), 0.0)
+        if step > self._warned:
+            log.warning("the store fills up: let it compact itself (etcd: --auto-compaction-retention=1h) and defragment it",
+                        used_bytes=said.used_bytes, quota_bytes=quota, percent=round(100 * said.used_bytes / quota))
+        self._warned = step
+        if said.alarms and (before is None or before.alarms != said.alarms):
+            log.error("the store has raised an alarm", alarms=", ".join(said.alarms))
 
     async def _follow(self) -> None:
         """Apply the watch's changes until it ends, or is silent for too long while the store has moved on."""
