@@ -15,7 +15,7 @@ from typing import Any
 
 import trio
 
-from pgha.act import bootstrap, clone, demote, follow, inspect, keys, promote, rewind, start, steps, stop
+from pgha.act import abandon, bootstrap, clone, demote, follow, inspect, keys, promote, rewind, start, steps, stop
 from pgha.act.context import Context, Fence, Progress, Renewer, log
 from pgha.act.wanted import Wanted
 from pgha.errors import OperationFailed, PghaError
@@ -117,6 +117,8 @@ class Actor:
                 return await inspect.inspect_end_of_wal(ctx, action, progress)
             case a.Sweep():
                 return await stop.sweep(ctx, action, progress)
+            case a.AbandonDirectory():
+                return await abandon.abandon(ctx, action, progress)
             case a.AbandonDirectory():
                 return await clone.abandon(ctx, action, progress)
 
