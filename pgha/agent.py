@@ -47,6 +47,7 @@ from pgha.lock.guard_client import GuardClient, GuardStatus, agent_flock, ensure
 from pgha.lock.renewer import Renewer, Timing
 from pgha.lock.watchdog import LinuxDevice, Watchdog
 from pgha.model.action import (
+    AbandonDirectory,
     AcquireLock,
     Action,
     AnswerRequest,
@@ -631,7 +632,7 @@ def _effect_is_seen(action: LongAction, facts: PostgresFacts) -> bool:
         return facts.row is not None and not facts.row.in_recovery
     if isinstance(action, StartStandby | Restart):
         return facts.alive
-    if isinstance(action, Demote | Stop | Rewind | Clone | Bootstrap):
+    if isinstance(action, Demote | Stop | Rewind | Clone | Bootstrap | AbandonDirectory):
         return not facts.alive
     return True
 
