@@ -78,6 +78,7 @@ class _Connection:
         self.peer = peer
         self.scope = trio.CancelScope()
         self.buffer = b""
+        self.unsent = b""      # of an answer that the accept loop began: all that is left to do
         self.client_cert = False
 
 
@@ -122,11 +123,13 @@ class _Server:
     def _accepted(self, sock: socket.socket, peer: str) -> None:
         """Answer at once if all is there already, else start a task. Never blocks."""
         sock.setblocking(False)
-        data = b""
+        data = unsent = b""
         if self.listen.ssl_context is None:
             try:
                 data = sock.recv(self.limits.head_bytes)
-                if not data or self._answered_at_once(sock, data):
+                answer = self._answer_at_once(data) if data else b""
+                unsent = b"" if answer is None else answer[sock.send(answer):] if answer else b""
+                if answer is not None and not unsent:
                     sock.close()
                     return
             except BlockingIOError:
@@ -136,7 +139,8 @@ class _Server:
                 return
         if self.count >= self.at_most and not self._evict_one():
             try:
-                sock.send(self._bytes(text_response(503, "too many connections"), keep_alive=False))
+                if not unsent:
+                    sock.send(self._bytes(text_response(503, "too many connections"), keep_alive=False))
             except OSError:
                 pass   # it is refused either way
             sock.close()
@@ -147,19 +151,17 @@ class _Server:
             sock.close()   # the client reset it in the meantime
             return
         connection = _Connection(stream, peer)
-        connection.buffer = data
+        connection.buffer, connection.unsent = data, unsent
         self.count += 1
         self.waiting[connection] = None
         self.nursery.start_soon(self._serve_connection, connection)
 
-    def _answered_at_once(self, sock: socket.socket, data: bytes) -> bool:
-        """True if the answer is out and the connection is done with."""
+    def _answer_at_once(self, data: bytes) -> bytes | None:
+        """The answer, if `data` is one exact request after which the connection ends."""
         exact = exact_request(data)
         if exact is None or exact.keep_alive or exact.length != len(data):
-            return False
-        answer = self.app.quick(exact.key, keep_alive=False)
-        # A fresh socket's buffer takes a whole answer; should it ever not, the connection is broken for its client.
-        return answer is not None and sock.send(answer) >= 0
+            return None
+        return self.app.quick(exact.key, keep_alive=False)
 
     def _evict_one(self) -> bool:
         """Make room: end the connection that has waited longest without a request. False if all are at work."""
@@ -185,6 +187,9 @@ class _Server:
             await trio.aclose_forcefully(connection.stream)
 
     async def _talk(self, connection: _Connection) -> None:
+        if connection.unsent:
+            await self._send(connection, connection.unsent)
+            return
         if self.listen.ssl_context is not None:
             assert isinstance(connection.stream, trio.SocketStream)
             tls = trio.SSLStream(connection.stream, self.listen.ssl_context, server_side=True, https_compatible=True)

@@ -327,6 +327,20 @@ def test_bodies_arrive_whole_in_every_form() -> None:
     run(main)
 
 
+def test_an_answer_larger_than_the_socket_s_buffer_arrives_whole() -> None:
+    class Large(Slow):
+        answer = b"HTTP/1.1 200 OK\r\nContent-Length: 20000000\r\n\r\n" + b"x" * 20_000_000
+
+        def quick(self, key: bytes, *, keep_alive: bool) -> bytes | None:
+            return self.answer
+
+    async def main() -> None:
+        async with serving(Large()) as address:
+            assert await talk(address, HEALTHY) == Large.answer
+
+    run(main)
+
+
 def test_a_client_that_resets_or_leaves_early_ends_only_its_connection() -> None:
     async def main() -> None:
         app = Slow()
