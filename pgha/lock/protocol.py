@@ -141,12 +141,12 @@ def encode_answer(answer: Answer) -> bytes:
         "until": answer.until, "incarnation": answer.agent.incarnation, "started_ns": answer.agent.started_ns,
         "sequence": answer.sequence,
     }
-    if answer.error:
-        out["error"] = answer.error[:500]
     facts = {k: v for k, v in answer.facts.items() if k not in out}
-    if len(json.dumps(facts)) > MAX_BYTES - 1500:  # a path may be as long as a whole line; the answer counts more
-        facts = {"facts": "too long"}
-    return _line(facts | out)
+    for error, more in ((answer.error, facts), (answer.error[:300], {})):
+        line = _json(more | out | ({"error": error} if error else {}))
+        if len(line) <= MAX_BYTES:  # a path may be as long as a whole line; the answer counts more than the facts
+            return line
+    raise AssertionError(len(line))
 
 
 def parse_answer(line: bytes) -> Answer:
@@ -200,6 +200,10 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 def _line(out: dict[str, Any]) -> bytes:
-    line = json.dumps(out, separators=(",", ":")).encode() + b"\n"
+    line = _json(out)
     assert len(line) <= MAX_BYTES, len(line)
     return line
+
+
+def _json(out: dict[str, Any]) -> bytes:
+    return json.dumps(out, separators=(",", ":")).encode() + b"\n"

@@ -39,6 +39,7 @@ PREFERRED_LEAST_S = 2
 LAST_PET_LEAD_S = 0.02
 #: How often a device that failed is tried again, and how long the task sleeps when nothing is to be done.
 RETRY_S = 10.0
+SHORTEST_SLEEP_S = 0.001
 IDLE_S = 1.0
 
 # linux/watchdog.h
@@ -268,7 +269,11 @@ class Watchdog:
         self._close()
 
     def step(self, wanted: Wanted) -> float:
-        """Do what is due now; seconds until the next step at the latest."""
+        """Do what is due now; seconds until the next step at the latest.
+
+        Also to be called, with the new ttl and the licence that it leaves, before a smaller ttl is written: until then
+        the device may still fire after that licence.
+        """
         if self.mode == "off":
             return IDLE_S
         if not wanted.protecting:
@@ -281,11 +286,11 @@ class Watchdog:
             return period_s(self._timeout_s or 4)
         self._follow_ttl(wanted.ttl_s, wanted.valid_until)
         due_in_s = next_pet(self._clock.now(), wanted.valid_until, self._timeout_s, self._last)
-        if due_in_s == 0:
+        if due_in_s is not None and due_in_s < SHORTEST_SLEEP_S:
             self.pet(wanted.valid_until)
             due_in_s = next_pet(self._clock.now(), wanted.valid_until, self._timeout_s, self._last)
         # None: waiting for a renewal; looked for often, since the device is counting.
-        return due_in_s or min(0.1, period_s(self._timeout_s))
+        return min(0.1, period_s(self._timeout_s)) if due_in_s is None else max(SHORTEST_SLEEP_S, due_in_s)
 
     async def run(self, wanted: Callable[[], Wanted]) -> None:
         """Step for ever; when cancelled, the device keeps running until `close` or its own end."""
@@ -309,10 +314,13 @@ class Watchdog:
         return IDLE_S
 
     def _follow_ttl(self, ttl_s: float, valid_until: Deadline) -> None:
-        """A changed ttl changes the timeout, at a moment when both the old and the new one fit into the licence."""
+        """A changed ttl changes the timeout, as soon as the new one fits into the licence: setting it restarts the count.
+
+        The old one need not fit: after a smaller ttl it no longer does, and waiting for it would reset the machine.
+        """
         plan = self._plan(ttl_s)
         if plan.timeout_s is None or plan.timeout_s == self._timeout_s \
-                or not self._permitted(max(plan.timeout_s, self._timeout_s), valid_until):
+                or not self._permitted(plan.timeout_s, valid_until):
             return
         try:
             self._set(plan.timeout_s, ttl_s)
