@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -87,27 +88,62 @@ def _in_child(item):
 
 @pytest.fixture
 def base(request, tmp_path_factory):
-    """A fresh directory for one test; every PostgreSQL process under it is killed at its end."""
+    """A fresh directory for one test; every PostgreSQL process under it is ended at its end."""
     path = Path(tempfile.mkdtemp(dir=workspace(request.config)))
     yield path
-    _kill_under(path)
+    _end_servers(path)
     shutil.rmtree(path)
 
 
-def _kill_under(path: Path):
+def _processes_under(path: Path) -> list[int]:
+    found = []
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
                 if os.readlink(f"/proc/{name}/cwd").startswith(str(path)):
-                    os.kill(int(name), signal.SIGKILL)
+                    found.append(int(name))
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 pass
-    while True:
+    return found
+
+
+def _end_servers(path: Path):
+    """First as PostgreSQL would end, so that it removes its shared memory; then by force, and the segment by hand."""
+    from pgha.postgres.processes import adopt
+    for file in path.glob("*/postmaster.pid"):
+        if postmaster := adopt(file.parent):
+            postmaster.signal(signal.SIGQUIT)
+            postmaster.close()
+    for pid in _processes_under(path):
         try:
-            if os.waitpid(-1, 0)[0] == 0:
-                return
-        except ChildProcessError:
-            return
+            os.kill(pid, signal.SIGCONT)
+        except ProcessLookupError:
+            pass
+    until = time.monotonic() + 3
+    while _processes_under(path) and time.monotonic() < until:
+        _reap()
+        time.sleep(0.01)
+    for pid in _processes_under(path):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    while _processes_under(path):
+        _reap()
+        time.sleep(0.005)
+    for file in path.glob("*/postmaster.pid"):  # of one that was killed
+        lines = file.read_text().splitlines()
+        if len(lines) > 6 and lines[6].split():
+            subprocess.run(["ipcrm", "-m", lines[6].split()[1]], check=False, stderr=subprocess.DEVNULL)
+    _reap()
+
+
+def _reap():
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
 
 
 @pytest.fixture
@@ -122,7 +158,7 @@ def template(config) -> Path:
         subprocess.run([BIN / "initdb", "-D", making, "-U", "postgres", "-A", "trust", "--no-sync", "-E", "UTF8",
                         "--locale=C", "--no-instructions"], check=True, stdout=subprocess.DEVNULL)
         with (making / "postgresql.conf").open("a") as f:
-            f.write("\nfsync = off\nshared_buffers = 8MB\nmax_wal_size = 64MB\nwal_log_hints = on\n"
+            f.write("\nfsync = off\nshared_buffers = 8MB\nmax_wal_size = 64MB\ndynamic_shared_memory_type = mmap\nwal_log_hints = on\n"
                     "wal_keep_size = 64MB\n")
         making.rename(path)
     return path
