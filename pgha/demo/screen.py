@@ -13,7 +13,7 @@ from pgha.demo.watchers import MembersWatcher, Writer
 _REDRAW_S = 0.25
 _PRINT_S = 1.5  # between two tables as plain lines
 _HEAD = ("Member", "Address", "Role", "State", "TL", "Lag", "Rows written")
-_RIGHT = {"TL", "Lag", "Rows written"}
+_RIGHT = {"TL", "Lag", "Rows written", "Seconds"}
 
 
 class Screen:
