@@ -91,6 +91,8 @@ log = logging.Log("pgha")
 QUICK_S = 3.0
 #: After a quick action failed, the next pass comes this much later at least: a store that refuses is not hammered.
 PAUSE_AFTER_FAILURE_S = 0.1
+#: Its death is noticed at once; whether it still answers is asked this often.
+GUARD_ASKED_EVERY_S = 10.0
 #: A guard that is a service of its own is waited for so long at the start.
 GUARD_SERVICE_S = 30.0
 #: What operations and quick actions may end with; anything else is our own mistake, and ends the agent loudly.
@@ -235,7 +237,8 @@ class Agent:
     async def _keep_guard(self) -> None:
         """Notice the guard's death, and start another: it resumes from its file."""
         while True:
-            await trio.sleep(min(1.0, self.settings.loop_wait_s))
+            with trio.move_on_after(GUARD_ASKED_EVERY_S):
+                await wait_exit(self.fence.facts.pid)
             try:
                 self.fence.note(await self.guard.status())
             except GuardError as error:
@@ -248,6 +251,7 @@ class Agent:
                     self.fence.changed()
                 except GuardError as again:
                     log.warning("there is no guard", why=str(again))
+                    await trio.sleep(0.5)
 
     async def _take_signals(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
@@ -319,7 +323,7 @@ class Agent:
         return Observation(
             now=self.clock.now(), wall_s=self.clock.wall_s(), number=self.number, me=self.me, settings=self._settings_now(), dcs=self._dcs(), licence=self.renewer.licence,
             postgres=self.postgres.facts, directory=directory, guard=self.fence.facts, watchdog=self._watchdog_facts(), peers=dict(self.peers.facts),
-            upstream=self._upstream, operation=self._operation, ended=self._ended, requests=self.inbox.requests, shutting_down=self.shutting_down)
+            upstream=self._upstream, configured_upstream=self.wanted.upstream.name if self.wanted.upstream else "", operation=self._operation, ended=self._ended, requests=self.inbox.requests, shutting_down=self.shutting_down)
 
     def _dcs(self) -> DcsFacts:
         """The store as observed; an answer to the renewer is a sign of life, too."""
@@ -642,6 +646,19 @@ def _upstream_from(action: InspectUpstream, facts: dict[str, Any], why: str, now
         return Upstream(name=action.source.name, asked_at=now, ok=False, why=why)
     return Upstream(name=action.source.name, asked_at=now, ok=True, system_identifier=facts["system_identifier"], timeline=facts["timeline"], lsn=facts["lsn"],
                     in_recovery=facts["in_recovery"], history=msgspec.convert(facts["history"], tuple[HistoryRow, ...]))
+
+
+async def wait_exit(pid: int) -> None:
+    """Until the process has ended; one that is not there has."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        await trio.sleep(0.2)
+        return
+    try:
+        await trio.lowlevel.wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
 
 
 def _own_program() -> list[str]:

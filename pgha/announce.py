@@ -22,6 +22,8 @@ from pgha.model.observation import Observation
 
 log = Log("pgha.dcs")
 
+#: A write is seen by the watch long before this.
+UNSEEN_S = 3.0
 #: Fields that change with every write to the database: published once every loop_wait, not at once.
 POSITIONS = ("xlog_location", "receive_lsn", "replay_lsn")
 
@@ -81,8 +83,8 @@ class Announcer:
             self._news.set()
 
     def gone(self) -> None:
-        """The key was seen to be missing: write it again."""
-        if self._written is not None:
+        """The key is not in sight: write it again, unless it was written too recently to be seen."""
+        if self._written is not None and self._written_at is not None and candidate_age_s(self._written_at, self._clock.now()) > UNSEEN_S:
             self._written = None
             self._lease = 0
             self._news.set()

@@ -20,7 +20,8 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if state == "valid":
         return None
     if state in ("unknown", "unreadable", "partial"):
-        return _unusable(o, memory)
+        # A server that runs says itself what it holds; a disk that does not answer us must not stop its books.
+        return None if o.postgres.alive else _unusable(o, memory)
     if o.postgres.alive:
         stop = Stop(why="its data directory is gone", timeout_s=5.0)
         return Decision(situation="empty", summary="stopping a server whose data directory is gone", actions=(stop,), memory=memory)
@@ -46,7 +47,7 @@ def may_bootstrap(o: Observation) -> tuple[Reason, ...]:
     now = standing(o)
     answering = sorted(p.name for p in o.peers.values() if p.answered and p.system_identifier)
     return (
-        reason("empty.never_initialised", now.whose is Whose.NEVER and not view.initialize and view.lock is None,
+        reason("empty.never_initialised", now.whose in (Whose.NEVER, Whose.FREE) and not view.initialize and view.lock is None,
                f"initialize is {view.initialize!r}, lock: {now.because}"),
         reason("empty.initialize_is_free", view.initialize is None, "somebody else is bootstrapping" if view.initialize is not None else "initialize is absent"),
         reason("empty.has_bootstrap_section", o.settings.has_bootstrap_section, "the configuration has "

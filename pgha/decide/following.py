@@ -79,8 +79,9 @@ def follows_wanted(o: Observation, upstream: Source | None) -> Reason:
     wanted = (upstream.host, upstream.port) if upstream else ("", 0)
     if upstream is None and not o.settings.tags.nostream:
         return reason(rule, True, "the leader's address is not known: left as it is")
+    ours = o.configured_upstream == (upstream.name if upstream else "")      # a restarted agent has not written them yet
     slot_fits = row.primary_slot_name == (own_slot_name(o) if upstream else "")
-    return reason(rule, current == wanted and slot_fits, f"wanted {wanted[0]}:{wanted[1]}, set {current[0]}:{current[1]}, slot {row.primary_slot_name or 'none'}")
+    return reason(rule, current == wanted and slot_fits and ours, f"wanted {wanted[0]}:{wanted[1]}, set {current[0]}:{current[1]}, slot {row.primary_slot_name or 'none'}")
 
 
 def _conninfo_target(conninfo: str) -> tuple[str, int]:

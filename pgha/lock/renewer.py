@@ -255,13 +255,12 @@ class Renewer:
             licence = self.licence
             if licence.state is not LicenceState.HELD or licence.valid_until is None:
                 return
-            timing = self._timing()
-            sent = self._book.compose(self._clock.now(), ttl_s=timing.ttl_s, mode="held", lsn=self.position[0], timeline=self.position[1],
-                                      onto_revision=licence.revision)
+            sent = self._compose_renewal(self._timing().ttl_s)
             end = self._book.shortened(sent)
+            if end is not None and not await self._confirmed(sent, end):
+                # Without the guard's word the licence must not be shortened: it is renewed as long as it was.
+                sent, end = self._compose_renewal(licence.ttl_s), None
             if end is not None:
-                if self.narrower is not None:
-                    await self.narrower.narrow(end, timing.ttl_s, sequence=sent.record.sequence - 1)
                 self._book.shorten(sent, end)
                 self._announce()
             valid_until = self.licence.valid_until
@@ -272,6 +271,21 @@ class Renewer:
             with trio.CancelScope() as self._renewing:
                 await self._send_renewal(sent, min(left_s, 4 * ATTEMPT_S))
             self._renewing = None
+
+    def _compose_renewal(self, ttl_s: float) -> Sent:
+        return self._book.compose(self._clock.now(), ttl_s=ttl_s, mode="held", lsn=self.position[0], timeline=self.position[1],
+                                  onto_revision=self.licence.revision)
+
+    async def _confirmed(self, sent: Sent, end: Deadline) -> bool:
+        """Does the guard know the shorter end?"""
+        if self.narrower is None:
+            return True
+        try:
+            await self.narrower.narrow(end, sent.record.ttl_s, sequence=sent.record.sequence - 1)
+        except GuardError as error:
+            log.warning("the guard has not confirmed a shorter licence: ttl stays as it was", ttl_s=self.licence.ttl_s, why=str(error))
+            return False
+        return True
 
     async def _send_renewal(self, sent: Sent, deadline_s: float) -> None:
         path, licence = self._keys.path, self.licence

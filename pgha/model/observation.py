@@ -162,6 +162,7 @@ class Observation(Struct, frozen=True, kw_only=True):
     watchdog: WatchdogFacts = WatchdogFacts()
     peers: dict[str, Peer] = {}
     upstream: Upstream | None = None
+    configured_upstream: str = ""        # whom PostgreSQL's files were last written to follow
     operation: Operation | None = None   # in flight
     ended: Operation | None = None       # the last one that ended
     requests: tuple[Request, ...] = ()
