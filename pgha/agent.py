@@ -23,7 +23,7 @@ import msgspec
 import trio
 from msgspec.structs import replace
 
-from pgha import __version__
+from pgha import COMPATIBLE_VERSION, __version__
 from pgha import log as logging
 from pgha.act import Actor
 from pgha.act.context import Context
@@ -82,7 +82,7 @@ from pgha.rest.access import Access, resolve_allowlist
 from pgha.rest.published import Board, nothing_yet, publish_pass
 from pgha.rest.routes import App
 from pgha.rest.server import Listen, serve
-from pgha.rest.tls import make_context, server_headers
+from pgha.rest.tls import load_certificate, make_context, server_headers
 from pgha.systemd import notify
 
 log = logging.Log("pgha")
@@ -162,6 +162,8 @@ class Agent:
         self._refusal = ""
         self._upstream: Upstream | None = None
         self._cloned = False
+        self._app: App | None = None
+        self._rest_tls: ssl.SSLContext | None = None
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -190,13 +192,14 @@ class Agent:
     async def run(self) -> None:
         """Until the agent has been told to stop, and has. Raises what a task cannot go on from."""
         await self._meet_guard()
-        headers = {**server_headers(self.local.restapi.server_tokens, version=__version__, compatible=__version__), **self.local.restapi.http_extra_headers}
-        app = App(self.board, self.inbox, clock=self.clock, access=await _access(self.local), headers=headers)
+        headers = _rest_headers(self.local)
+        app = self._app = App(self.board, self.inbox, clock=self.clock, access=await _access(self.local), headers=headers)
+        self._rest_tls = _rest_context(self.local)
         listen = self.local.restapi.listen
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             await nursery.start(self._take_signals)
-            await nursery.start(serve, Listen(addresses=[(host, listen.port) for host in listen.hosts], headers=headers, ssl_context=_rest_context(self.local)), app)
+            await nursery.start(serve, Listen(addresses=[(host, listen.port) for host in listen.hosts], headers=headers, ssl_context=self._rest_tls), app)
             await nursery.start(self.fence.run)
             await nursery.start(self.renewer.run)
             await nursery.start(self.postgres.run)
@@ -228,7 +231,7 @@ class Agent:
                     return await self.guard.status()
                 except GuardError:
                     await trio.sleep(0.1)
-        raise GuardError(f"no guard answers in {self.runtime_dir} within {GUARD_SERVICE_S:g} s: is its service running? (pgha.guard is \"service\")")
+        raise GuardError(f'no guard answers in {self.runtime_dir} within {GUARD_SERVICE_S:g} s: is its service running? (pgha.guard is "service")')
 
     def _guard_command(self) -> list[str]:
         return [sys.executable, *_own_program(), "guard", str(Path(self.path).absolute()), "--data-dir", self.local.postgresql.data_dir,
@@ -300,12 +303,13 @@ class Agent:
             self._news = trio.Event()
             self._take_configuration()
             seen = self._assemble()
-            decision = decide(seen, self.memory)
+            remembered = self.memory
+            decision = decide(seen, remembered)
             self.memory = decision.memory
             self.renewer.give_mandate(decision.mandate, number=self.number)
             self.renewer.position = self._position_to_record(seen)
             self.peers.ask(decision.ask_peers)
-            self._publish(seen, decision)
+            self._publish(seen, decision, remembered)
             self._discard_replaced(seen)
             failed = await self._carry_out(seen, decision)
             if self._done(decision):
@@ -366,12 +370,12 @@ class Agent:
         lsn, timeline = self.renewer.position
         return Position(timeline=timeline, lsn=lsn)
 
-    def _publish(self, seen: Observation, decision: Decision) -> None:
+    def _publish(self, seen: Observation, decision: Decision, remembered: Memory) -> None:
         if decision.summary.startswith("refused to hand over"):
             self._refusal = decision.summary.partition(": ")[2]
         capacity = seen.dcs.capacity
         gauges = {"store_used_bytes": float(capacity.used_bytes), "store_quota_bytes": float(capacity.quota_bytes)} if capacity is not None else {}
-        self.board.publish(publish_pass(seen, decision, scope=self.local.scope, failover_refusal=self._refusal, gauges=gauges))
+        self.board.publish(publish_pass(seen, decision, scope=self.local.scope, memory=remembered, failover_refusal=self._refusal, gauges=gauges))
         said = _what_is_said(decision)
         if said != self._said and (decision.situation != "busy" or decision.actions):
             self._said = said
@@ -547,8 +551,21 @@ class Agent:
         self.local = loaded.local
         _set_up_log(self.local)
         self.effective = effective(self.local, self.dynamic if self.dynamic is not None else normalised(dict(self.local.bootstrap.dcs)))
+        if self._nursery is not None:
+            self._nursery.start_soon(self._reload_rest)
         self._applied = ()      # differs from anything: written and reloaded in the next pass
         log.info("configuration reloaded")
+
+    async def _reload_rest(self) -> None:
+        """Who may change something, and the certificate of new connections."""
+        if self._app is not None:
+            self._app.access = await _access(self.local)
+        rest = self.local.restapi
+        if self._rest_tls is not None and rest.tls:
+            try:
+                load_certificate(self._rest_tls, certfile=rest.certfile, keyfile=rest.keyfile, keyfile_password=rest.keyfile_password.reveal())
+            except ConfigError as error:
+                log.warning("certificate not reloaded", problem=str(error))
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
@@ -610,10 +627,17 @@ def _rest_context(local: LocalConfig) -> ssl.SSLContext | None:
                         verify_client=rest.verify_client)
 
 
+def _rest_headers(local: LocalConfig) -> dict[str, str]:
+    rest = local.restapi
+    extra = {**rest.http_extra_headers, **(rest.https_extra_headers if rest.tls else {})}
+    return {**server_headers(rest.server_tokens, version=__version__, compatible=COMPATIBLE_VERSION), **extra}
+
+
 async def _access(local: LocalConfig) -> Access:
     rest = local.restapi
     return Access(username=rest.authentication.username, password=rest.authentication.password.reveal(),
-                  networks=await resolve_allowlist(rest.allowlist) if rest.allowlist else None)
+                  networks=await resolve_allowlist(rest.allowlist) if rest.allowlist else None,
+                  require_cert=rest.tls and rest.verify_client in ("optional", "required"))
 
 
 def _cached_config(data_dir: Path) -> dict[str, Any] | None:
