@@ -26,9 +26,7 @@ from pgha.rest.requests import Answer
 from pgha.rest.routes import App
 from pgha.rest.server import Limits, Listen, serve
 
-GOLDEN = Path("/work/shared/golden")
-if not GOLDEN.is_dir():
-    GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NOW = Instant(1_000_000_000_000, 1_000_000_000_000)
 WALL_S = 1795394808.5
 
