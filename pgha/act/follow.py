@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pgha.act.context import Context, log
+from pgha.act.start import forget_blocked_timelines
 from pgha.act.steps import SQL_DEADLINE_S, be_standby_at_rest, closing, connect, on_disk, postmaster
 from pgha.errors import OperationFailed, QueryFailed
 from pgha.model.action import ApplyConfiguration, Follow, Freeze, MaintainSlots
@@ -31,6 +32,7 @@ async def follow(ctx: Context, action: Follow) -> None:
     with postmaster(ctx) as server:
         before = ctx.wanted.upstream
         ctx.wanted.follow(action.upstream, action.slot_name)
+        await forget_blocked_timelines(ctx)
         changed = await on_disk(ctx.wanted.write_running)
         ctx.server.reload(server)
     if changed:

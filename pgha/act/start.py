@@ -19,7 +19,7 @@ from pgha.act.steps import (
 )
 from pgha.errors import OperationFailed, PostgresTimeout
 from pgha.model.action import Source, StartPrimary, StartStandby
-from pgha.postgres import files
+from pgha.postgres import files, histories
 from pgha.postgres.startup import answers_startup
 
 #: A standby that needs longer until it accepts sessions is recovering: the observer tells the rest.
@@ -42,6 +42,7 @@ async def start_prepared_standby(ctx: Context, upstream: Source | None, slot_nam
     ctx.wanted.follow(upstream, slot_name)
     said = await control(ctx)
     await on_disk(ctx.wanted.write_stopped, said)
+    await forget_blocked_timelines(ctx)
     times.mark("configuration")
     await ctx.fence.standby()
     times.mark("guard")
@@ -58,6 +59,13 @@ async def start_prepared_standby(ctx: Context, upstream: Source | None, slot_nam
                  took_s=times.total_s)
     finally:
         server.close()
+
+
+async def forget_blocked_timelines(ctx: Context) -> None:
+    """A block that a killed promotion has left would hide the real history of that timeline: a walreceiver does not
+    fetch a file that is there, and the standby stays behind for ever (measured)."""
+    if numbers := await on_disk(histories.unblock_all, ctx.data_dir):
+        log.info("removed blocks of timelines", numbers=numbers)
 
 
 async def _wait_answers(ctx: Context) -> None:
