@@ -39,7 +39,7 @@ REFRESH_S = 0.1
 LookUp = Callable[[str, int], Sequence[str]]
 
 
-class NoAnswer(Exception):  # noqa: N818  (it is a fact, and it never leaves pgha/dcs)
+class NoAnswer(Exception):
     """This endpoint gave no usable answer. Whether it did what was asked is unknown."""
 
 

@@ -28,7 +28,7 @@ _HAS_LEADER = (b"Grpc-Metadata-hasleader", b"true")
 _watch_lines = wire.decoder(wire.WatchLine)
 
 
-class _LoginNeeded(Exception):  # noqa: N818  (never leaves this file)
+class _LoginNeeded(Exception):
     def __init__(self, fault: wire.Fault) -> None:
         super().__init__(fault.message)
         self.fault = fault
