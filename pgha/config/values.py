@@ -16,7 +16,7 @@ from pgha.log import scrub
 Shape = Literal["scalar", "list", "table"]
 
 
-class Wrong(ValueError):`)
+class Wrong(ValueError):
     """A value that cannot be used. `repaired`: what stands in for it where others wrote it (None: the default)."""
 
     def __init__(self, what: str, *, repaired: Any = None) -> None:
