@@ -130,7 +130,8 @@ class Agent:
         self.wanted = Wanted(effective=lambda: self.effective, passfile=pgpass(local, environ))
         self.postgres = PostgresObserver(
             data_dir=data_dir, directory=self.directory, conninfo=self.wanted.local_conninfo, clock=clock,
-            interval_s=lambda: self.settings.loop_wait_s, wake=self._postgres_changed)
+            interval_s=lambda: self.settings.loop_wait_s, wake=self._postgres_changed,
+            wanted=self.wanted.settings)
         bin_dir = local.postgresql.bin_dir
         self.reader = DataDirectoryReader(data_dir, bin_dir)
         self.peers = PeersObserver(clock=clock, wake=self.wake, verify=_peer_context(local), auth=None)
@@ -142,7 +143,7 @@ class Agent:
         context = Context(
             clock=clock, me=self.me, store=self.store, keys=self.keys, renewer=self.renewer, fence=self.fence,
             server=Server(data_dir, bin_dir, config_file=Path(local.postgresql.config_dir) / "postgresql.conf" if local.postgresql.config_dir else None),
-            directory=self.directory, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.kick,
+            directory=self.directory, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.configuration_changed,
             last_position=self._last_position, bootstrap_config=self._bootstrap_config, private_dir=self.runtime_dir)
         self.actor = Actor(context)
 
@@ -311,7 +312,7 @@ class Agent:
             self.peers.ask(decision.ask_peers)
             self._publish(seen, decision, remembered)
             self._discard_replaced(seen)
-            failed = await self._carry_out(seen, decision)
+            failed = await self._carry_out(decision)
             if self._done(decision):
                 break
             with trio.move_on_after(PAUSE_AFTER_FAILURE_S if failed else decision.wake_in_s):
@@ -396,7 +397,7 @@ class Agent:
 
     # --- carrying out --------------------------------------------------------------------------------------------------
 
-    async def _carry_out(self, seen: Observation, decision: Decision) -> bool:
+    async def _carry_out(self, decision: Decision) -> bool:
         """In order; the first failure ends the pass. Whether anything failed."""
         for action in decision.actions:
             if isinstance(action, LongAction):
@@ -474,7 +475,7 @@ class Agent:
         """The end of an operation is a fact only once the observer has seen its effect: the next pass must not begin it again."""
         self.postgres.hurry(2.0)
         with trio.move_on_after(2.0):
-            while not _effect_is_seen(action, self.postgres.facts):
+            while not _effect_is_seen(action, self.postgres.facts):  # noqa: ASYNC110  (the observer wakes the loop, not us)
                 await trio.sleep(0.005)
 
     def _progress(self, text: str) -> None:
