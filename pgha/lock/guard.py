@@ -12,8 +12,8 @@ Rules of this file:
 
 How soon: the deadline itself: 1 ms (poll) plus scheduling. A server that appears while latched: inotify tells within
 about a millisecond, without inotify a look every 20 ms; starting takes PostgreSQL longer than that. A promotion
-behind the agent's back: the removal of standby.signal, which comes before the first write. The death of a
-postmaster: its pidfd.
+behind the agent's back: the removal of standby.signal, which comes before the first write (without inotify: within
+50 ms, and then there may have been writes). The death of a postmaster: its pidfd.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ LOOK_WAIT_S = 0.2
 SUCCESSOR_WAIT_S = 0.003
 #: With inotify the ticks only confirm; without it they are how things are noticed.
 TICK_S = 1.0
-TICK_UNWATCHED_S = 0.25
+TICK_UNWATCHED_S = 0.05
 TICK_LATCHED_UNWATCHED_S = 0.02
 #: How often the agent's lock and the whole of /proc are looked at.
 ROUND_S = 5.0
@@ -122,6 +123,7 @@ class Guard:
         # Before the threads, which inherit it: a thread that waits for the CPU with the interpreter's lock in its
         # hand would make the guard wait, too.
         self._privileges = take_privileges()
+        threading.stack_size(256 * 1024)
         self._log = Log()
         self._looker = Looker(data_dir, agent_lock)
         self._fence_if_due()
@@ -358,6 +360,9 @@ class Guard:
             self._fence(self._held)
             self._drop_server()
             return
+        if self._held.state is State.OFFLINE:  # a single-user server: no backends, and initdb starts one after the other
+            self._drop_server()
+            return
         look = self._looker.now(min(SUCCESSOR_WAIT_S, max(0.0, self._deadline_in_s())))
         keep = frozenset({look.postmaster_pid}) if look is not None and look.postmaster_pid != dead.pid else frozenset()
         report = recipe.kill_orphans(self._directory, seen_ticks=seen_ticks, keep=keep)
@@ -386,7 +391,7 @@ class Guard:
             sock, _ = self._listener.accept()
         except OSError:
             return  # gone again
-        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         sock.setblocking(False)
         if uid not in (os.geteuid(), 0):
             self._log("WARNING", "stranger_refused", uid=uid)

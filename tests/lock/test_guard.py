@@ -115,11 +115,44 @@ def test_what_is_started_after_the_fence_is_killed_until_a_newer_licence(node: N
         server = node.launch()
         assert server.wait(5) == -signal.SIGKILL
         assert not node_accepts(node)
+        until(gone(node), 5)  # else the next one refuses by itself: shared memory still in use
     assert guard.ask(op="arm", sequence=3, fence_at=CLOCK.now().plus_s(9))["error"].startswith("sequence 3 was used up")
     assert not guard.ask(op="bye")["ok"]
     guard.arm(30, sequence=4)
     node.start()
     assert guard.state == "armed"
+
+
+def test_without_inotify_the_latch_looks_for_itself(node: Node, guard: GuardProcess):
+    """The user has used up fs.inotify.max_user_instances."""
+    hog = subprocess.Popen([sys.executable, "-IS", "-c", (
+        "import ctypes\nlibc = ctypes.CDLL(None)\nwhile libc.inotify_init1(0) >= 0: pass\nprint('x', flush=True)\ninput()")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/", **AS_POSTGRES)
+    try:
+        hog.stdout.readline()
+        assert guard.start()["watched"] is False
+        node.signal_file()
+        guard.ask(op="standby")
+        node.start()
+        control(node, "-W", "promote")
+        until(gone(node), 3)
+        assert guard.state == "latched"
+        node.server.wait(5)
+        for _ in range(2):
+            assert node.launch().wait(5) == -signal.SIGKILL
+            until(gone(node), 5)
+    finally:
+        hog.communicate(b"\n")
+
+
+def test_initdb_runs_while_offline(node: Node, guard: GuardProcess):
+    guard.data = node.base / "new"
+    guard.start()
+    guard.ask(op="offline", until=CLOCK.now().plus_s(60))
+    subprocess.run([postgres_bin() / "initdb", "-D", guard.data, "-A", "trust", "--no-sync"], check=True,
+                   stdout=subprocess.DEVNULL, cwd="/", **AS_POSTGRES)
+    (guard.data / "standby.signal").touch()
+    assert guard.ask(op="standby")["ok"]
 
 
 def node_accepts(node: Node) -> bool:
@@ -544,6 +577,28 @@ def test_it_is_small(node: Node, guard: GuardProcess):
     rss_kb = int(status.split("VmRSS:")[1].split()[0])
     print(f"guard: {rss_kb / 1024:.1f} MiB")
     assert rss_kb < 20_000
+
+
+def test_with_all_privileges(node: Node, guard: GuardProcess):
+    """As root, for want of a unit file with CPUSchedulingPolicy, LimitMEMLOCK and OOMScoreAdjust."""
+    AS_ROOT = {"user": 0, "group": 0}
+    with guard.log.open("ab") as log:
+        guard.process = subprocess.Popen(guard.argv(), stdout=log, stderr=log, cwd="/", start_new_session=True, **AS_ROOT)
+    until(guard._answers, 5)
+    status = guard.ask(op="status")
+    if os.sched_getscheduler(guard.process.pid) == os.SCHED_FIFO:
+        assert status["realtime"] is True
+    assert status["locked_in_memory"] is True
+    guard.arm(5)
+    pid = node.start()
+    writer = Writer(node)
+    os.kill(pid, signal.SIGSTOP)
+    fence_at = guard.arm(0.8, sequence=2)
+    assert late_s(fence_at, writer.join()) < BUDGET_S
+    until(gone(node), 2)
+    memory = Path(f"/proc/{guard.process.pid}/status").read_text()
+    print(status, [line for line in memory.splitlines() if line.startswith(("VmRSS", "VmLck"))])
+    assert int(memory.split("VmRSS:")[1].split()[0]) < 20_000
 
 
 def test_it_ends_after_bye(node: Node, guard: GuardProcess):
