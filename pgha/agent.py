@@ -15,6 +15,7 @@ import secrets
 import signal
 import ssl
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -688,9 +689,9 @@ async def wait_exit(pid: int) -> None:
 
 def _own_program() -> list[str]:
     """How this very program is run: an archive, or the package from its directory."""
-    script = sys.argv[0]
-    if script.endswith(".pyz"):
-        return [str(Path(script).absolute())]
+    script = Path(sys.argv[0])
+    if zipfile.is_zipfile(script):
+        return ["-IS", str(script.absolute())]      # the guard needs the standard library only
     return ["-m", "pgha"]
 
 

@@ -197,12 +197,12 @@ class Fence:
         deadline = self._deadline()
         if deadline is not None:
             limit = earlier(limit, deadline)
-        while recipe.processes_of(self._directory) and remaining_s(limit, self._clock.now()) > 0:
+        while recipe.processes_of(self._directory) and remaining_s(limit, self._clock.now()) > 0:  # noqa: ASYNC110  (processes send no events)
             await trio.sleep(0.02)
         if self.mode != "armed":
             return
         self._kill("the mandate has lapsed")
-        while recipe.processes_of(self._directory):
+        while recipe.processes_of(self._directory):  # noqa: ASYNC110  (as above)
             await trio.sleep(0.02)
         self._settle("unknown")
         try:
