@@ -9,6 +9,8 @@ that a decision asks for, each with a deadline; renewer, fence, REST and watchdo
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import re
 import secrets
@@ -96,6 +98,10 @@ PAUSE_AFTER_FAILURE_S = 0.1
 GUARD_ASKED_EVERY_S = 10.0
 #: A guard that is a service of its own is waited for so long at the start.
 GUARD_SERVICE_S = 30.0
+#: Whether a watchdog device has appeared is looked for this often.
+WATCHDOG_LOOK_S = 10.0
+#: Once the agent has settled, what starting it has used up goes back to the system.
+SETTLED_AFTER_S = 20.0
 #: What operations and quick actions may end with; anything else is our own mistake, and ends the agent loudly.
 OPERATING_ERRORS = (OperationFailed, PostgresError, DcsError, GuardError, Refused, ConfigError, OSError, trio.TooSlowError)
 
@@ -164,6 +170,8 @@ class Agent:
         self._refusal = ""
         self._upstream: Upstream | None = None
         self._cloned = False
+        self._held = False
+        self._watchdog_news = trio.Event()
         self._app: App | None = None
         self._rest_tls: ssl.SSLContext | None = None
         self._nursery: trio.Nursery | None = None
@@ -180,6 +188,10 @@ class Agent:
 
     def _licence_changed(self) -> None:
         self.fence.changed()
+        held = self.renewer.licence.state is LicenceState.HELD
+        if held != self._held:
+            self._held = held
+            self._watchdog_news.set()
         self.wake()
 
     def _postgres_changed(self) -> None:
@@ -211,6 +223,7 @@ class Agent:
             nursery.start_soon(self._pet_watchdog)
             nursery.start_soon(self._keep_directory_facts)
             nursery.start_soon(self._keep_guard)
+            nursery.start_soon(_give_memory_back)
             nursery.start_soon(self.cluster.keep_capacity, lambda: self.renewer.licence.state is LicenceState.HELD)
             await self._loop()
             nursery.cancel_scope.cancel()
@@ -272,14 +285,17 @@ class Agent:
 
     async def _pet_watchdog(self) -> None:
         """Only while a primary runs, or is about to, under this node's licence."""
-        def wanted() -> watchdog.Wanted:
+        while True:
+            self._watchdog_news = trio.Event()
             licence = self.renewer.licence
-            held = licence.state is LicenceState.HELD
+            held = licence.state is LicenceState.HELD and not self.settings.pause
             if not held:
                 self.watchdog.check(self.settings.ttl_s)
-            return watchdog.Wanted(protecting=held and not self.settings.pause, ttl_s=licence.ttl_s or self.settings.ttl_s,
-                                   valid_until=licence.valid_until if held else None)
-        await self.watchdog.run(wanted)
+            next_s = self.watchdog.step(watchdog.Wanted(protecting=held, ttl_s=licence.ttl_s or self.settings.ttl_s,
+                                                        valid_until=licence.valid_until if held else None))
+            # Without a device that counts there is nothing to be in time for; the lock's coming and going wakes this.
+            with trio.move_on_after(next_s if self.watchdog.facts.active else max(next_s, WATCHDOG_LOOK_S)):
+                await self._watchdog_news.wait()
 
     async def _keep_directory_facts(self) -> None:
         """The data directory is looked at when something has changed, and now and then; a disk that hangs hangs only this."""
@@ -672,6 +688,17 @@ def _upstream_from(action: InspectUpstream, facts: dict[str, Any], why: str, now
         return Upstream(name=action.source.name, asked_at=now, ok=False, why=why)
     return Upstream(name=action.source.name, asked_at=now, ok=True, system_identifier=facts["system_identifier"], timeline=facts["timeline"], lsn=facts["lsn"],
                     in_recovery=facts["in_recovery"], history=msgspec.convert(facts["history"], tuple[HistoryRow, ...]))
+
+
+async def _give_memory_back() -> None:
+    """Imports and the first passes leave a heap full of holes; an agent lives for months beside a database."""
+    await trio.sleep(SETTLED_AFTER_S)
+    gc.collect()
+    gc.freeze()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:      # another C library than glibc
+        log.debug("memory is not given back: the C library has no malloc_trim")
 
 
 async def wait_exit(pid: int) -> None:
