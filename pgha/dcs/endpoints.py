@@ -20,7 +20,7 @@ import math
 import socket
 import ssl
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
@@ -166,6 +166,21 @@ class _Body(httpx.AsyncByteStream):
         return self._left.pop()
 
 
+class _HandshakeCloser:
+    """Follows one request (httpx's extension `trace`) and closes its socket if the TLS handshake does not succeed:
+    when that is cancelled, httpcore leaves it open for the garbage collector (1.0.9)."""
+
+    def __init__(self) -> None:
+        self._stream: Any = None
+
+    async def __call__(self, event: str, facts: dict[str, Any]) -> None:
+        if event == "connection.connect_tcp.complete":
+            self._stream = facts["return_value"]
+        elif event == "connection.start_tls.failed" and self._stream is not None:
+            with trio.CancelScope(shield=True):  # closing a socket does not wait
+                await self._stream.aclose()
+
+
 class Endpoint:
     """One server of the store, by its configured URL. `name` is that URL without credentials or path."""
 
@@ -185,7 +200,6 @@ class Endpoint:
         self._host_header = (b"Host", parts.netloc.encode())
         self._transport = transport
         self._urls: dict[tuple[str, str], httpx.URL] = {}
-        self._extensions = {"sni_hostname": self._host} if self._scheme == "https" else {}
 
     async def post(self, path: str, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> Answer:
         """POST and read the whole answer. Raises NoAnswer."""
@@ -210,7 +224,7 @@ class Endpoint:
             for n in range(len(addresses)):
                 turn = (self._first + n) % len(addresses)
                 request = httpx.Request(
-                    "POST", self._url(addresses[turn], path), stream=_Body(body), extensions=self._extensions,
+                    "POST", self._url(addresses[turn], path), stream=_Body(body), extensions=self._extensions(),
                     headers=[self._host_header, (b"Content-Length", b"%d" % len(body)), *headers])
                 try:
                     response = await self._transport.handle_async_request(request)
@@ -229,6 +243,9 @@ class Endpoint:
         """An attempt here was given up: perhaps the name means another machine by now, or another address answers."""
         self._addresses.doubt()
         self._first += 1
+
+    def _extensions(self) -> dict[str, object]:
+        return {"sni_hostname": self._host, "trace": _HandshakeCloser()} if self._scheme == "https" else {}
 
     def _url(self, address: str, path: str) -> httpx.URL:
         url = self._urls.get((address, path))

@@ -34,7 +34,8 @@ ROUND_PAUSE_S = 0.05
 #: a login costs the server a bcrypt (70 to 280 ms measured), so it gets more time than an attempt
 LOGIN_S = 2.0
 LOGIN_MINIMUM_S = 0.5
-#: how long all endpoints are waited for when it must be settled which of them to believe
+#: how long all endpoints are waited for when it must be settled which of them to believe; a call whose deadline is
+#: shorter cannot settle it while one of them is silent
 CONFERENCE_S = 0.5
 
 _statuses = wire.decoder(wire.StatusAnswer)
@@ -256,7 +257,9 @@ class Etcd3Client:
                 floor = self.known  # another task has settled something meanwhile
             answers = {endpoint.name: header}
             if len(self.endpoints) > 1:
-                said = await self.ask_all(min(CONFERENCE_S, _left_s() / 2), majority_does=not floor.cluster_id)
+                # always the whole time: were it cut short by the call's deadline, the others' silence would speak for
+                # this endpoint. A deadline that is nearer ends the call instead, and nothing is settled.
+                said = await self.ask_all(CONFERENCE_S, majority_does=not floor.cluster_id)
                 answers |= {name: status.header for name, status in said.items()}
             if not believable(endpoint.name, header, answers, floor):
                 others = _listed({name: _described(h) for name, h in answers.items() if name != endpoint.name})

@@ -350,7 +350,8 @@ async def test_a_watch_into_compacted_history_says_where_it_begins(lab):
         assert snapshot.entries[key].value == b"9"
         async with store.watch(lab.prefix, after_revision=written[5]) as watch:
             assert [change.revision for change in await take(watch, 4)] == written[6:]
-        capacity = await store.capacity(deadline_s=S)
+    async with aclosing(lab.store()) as other:
+        capacity = await other.capacity(deadline_s=S)
         assert capacity.compact_revision == written[5]
         assert capacity.used_bytes > 0
         assert capacity.alarms == ()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import threading
@@ -131,16 +133,25 @@ async def test_a_watch_ends_with_its_member_and_is_opened_elsewhere(three):
 @trio_test
 async def test_cancelled_requests_at_a_stopped_server_leave_nothing_open(three):
     async with aclosing(Etcd3Store(three.urls[:1])) as store:
-        await put(store, "/fd")
-        before = open_descriptors()
-        with fault(three, signal.SIGSTOP, three.members[0]):
+        await no_descriptor_is_left(three, store, three.members[0])
+
+
+async def no_descriptor_is_left(cluster: EtcdCluster, store: Store, member: EtcdServer) -> None:
+    """Closed at once, not when the garbage collector comes by."""
+    await put(store, "/fd")
+    before = open_descriptors()
+    with fault(cluster, signal.SIGSTOP, member):
+        gc.disable()
+        try:
             for _ in range(100):
                 with trio.move_on_after(0.005) as scope:
                     await put(store, "/fd")
                 assert scope.cancelled_caught
             assert open_descriptors() <= before
-        assert (await put(store, "/fd")).succeeded
-        assert open_descriptors() <= before + 1
+        finally:
+            gc.enable()
+    assert (await put(store, "/fd")).succeeded
+    assert open_descriptors() <= before + 1
 
 
 @trio_test
@@ -280,6 +291,38 @@ def test_whom_to_believe(said, others, known, believed):
     header, *rest = (Header(cluster_id=c, revision=r, raft_term=t) for c, r, t in (said, *others.values()))
     answers = {"e0": header, **dict(zip(others, rest, strict=True))}
     assert believable("e0", header, answers, Known(*known) if known else Known()) is believed
+
+
+@trio_test
+async def test_answers_that_overtake_each_other_are_no_step_back(etcd):
+    async with aclosing(Etcd3Store(etcd.urls)) as store:
+        client = store._client
+        await store.read("/", deadline_s=S)
+        floor = client.known  # when both calls began
+        for revision in (floor.revision + 10, floor.revision + 8):
+            header = Header(cluster_id=floor.cluster_id, revision=revision, raft_term=floor.raft_term)
+            await client._check(client.endpoints[0], header, floor, linear=True)
+        assert store.generation.revision == floor.revision + 10
+        assert store.regressions == 0
+
+
+@trio_test
+async def test_a_deadline_too_near_to_ask_the_others_settles_nothing(three, etcd):
+    """Their silence must not speak for the strange endpoint."""
+    odd = etcd.urls[0]
+    silent = next(member for member in three.members if member is not three.leader())
+    async with aclosing(Etcd3Store([odd, silent.url], first_endpoint=1)) as store:
+        store._client.known = Known((await own_generation(three)).cluster_id, 1, 1, 0)
+        with fault(three, signal.SIGSTOP, silent):
+            store._client.preferred = 0
+            with pytest.raises(DcsUnreachable):
+                await store.read("/", deadline_s=0.3)
+            assert store.regressions == 0
+
+
+async def own_generation(cluster: EtcdCluster) -> Generation:
+    async with aclosing(Etcd3Store(cluster.urls)) as store:
+        return (await store.read("/", deadline_s=S)).generation
 
 
 # a lost answer
@@ -457,6 +500,12 @@ async def test_client_certificates(certificates):
                 revision = (await put(store, "/tls")).revision
                 async with store.watch("/tls", after_revision=revision - 1) as watch:
                     assert (await anext(watch)).revision == revision
+        async with aclosing(Etcd3Store(cluster.urls, ssl_context=known)) as store:
+            await no_descriptor_is_left(cluster, store, cluster.members[0])
+        misnamed = cluster.urls[0].replace("127.0.0.1", "etcd.example")  # the certificate has its address, not its name
+        async with aclosing(Etcd3Store([misnamed], ssl_context=known, look_up=lambda *_: ["127.0.0.1"])) as store:
+            with pytest.raises(DcsUnreachable, match="not valid for 'etcd.example'"):
+                await store.read("/", deadline_s=0.5)
         async with aclosing(Etcd3Store(cluster.urls, ssl_context=trusting)) as store:
             with pytest.raises(DcsUnreachable):  # no client certificate
                 await store.read("/", deadline_s=0.5)
@@ -524,6 +573,18 @@ async def test_a_name_with_several_addresses_uses_the_one_that_answers(etcd):
                                    look_up=lambda _host, _port: ["::1", "127.0.0.1"])) as store:
         with took(1.0):
             assert (await put(store, "/v6")).succeeded
+
+
+@trio_test
+async def test_after_silence_at_one_address_the_other_is_tried(etcd):
+    port = etcd.members[0].port
+    with socket.socket() as silent:  # connects, and nobody accepts
+        silent.bind(("127.0.0.2", port))
+        silent.listen()
+        async with aclosing(Etcd3Store([f"http://etcd.example:{port}"],
+                                       look_up=lambda *_: ["127.0.0.2", "127.0.0.1"])) as store:
+            with took(1.0):
+                await put(store, "/silent", attempt_s=0.2)
 
 
 @pytest.mark.parametrize("url", ["etcd:2379", "http://", "ftp://etcd:2379", "http://etcd:2379/path", "http://u:pw@etcd:1"])
