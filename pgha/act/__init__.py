@@ -119,8 +119,6 @@ class Actor:
                 return await stop.sweep(ctx, action, progress)
             case a.AbandonDirectory():
                 return await abandon.abandon(ctx, action, progress)
-            case a.AbandonDirectory():
-                return await clone.abandon(ctx, action, progress)
 
     async def checkpoint(self) -> bool:
         """The checkpoint after a promotion, in the agent's own time: rewinds of others wait for it. True if it is done."""

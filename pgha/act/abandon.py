@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pgha.act.context import Context, Progress, log
-from pgha.act.steps import kill_everything, on_disk
+from pgha.act.steps import kill_everything, on_disk, while_offline
 from pgha.model.action import AbandonDirectory
-from pgha.postgres import directories
+from pgha.postgres import directories, files, pg_rewind
 
 
 async def abandon(ctx: Context, action: AbandonDirectory, progress: Progress) -> dict[str, Any]:
-    """Facts: kept_as, the numbered `.failed` name."""
+    """Facts: kept_as, the numbered `.failed` name ("" if there was no directory)."""
     progress("setting the data directory aside")
     await kill_everything(ctx, action.why)
-    await ctx.fence.offline(60.0)
-    kept_as = await on_disk(directories.move_to_failed, ctx.data_dir)
-    log.warning("data directory set aside", why=action.why, kept_as=str(kept_as))
-    return {"kept_as": str(kept_as)}
+
+    async def move() -> Path | None:
+        if await on_disk(directories.content, ctx.data_dir) == "missing":
+            return None
+        aside = await on_disk(directories.move_to_failed, ctx.data_dir)
+        await on_disk(files.remove_file, pg_rewind.marker(ctx.data_dir))    # it spoke of this directory
+        return aside
+
+    kept_as = await while_offline(ctx, move)
+    log.warning("data directory set aside", why=action.why, kept_as=kept_as or "")
+    return {"kept_as": str(kept_as) if kept_as else ""}

@@ -24,6 +24,7 @@ from pgha.act.steps import (
     kill_everything,
     nothing_lives,
     on_disk,
+    stop_fast,
     while_keeping,
     while_offline,
 )
@@ -144,13 +145,11 @@ async def _make(ctx: Context, progress: Progress, times: Timeline) -> str:
             await _users(ctx, conn)
             await conn.query("CHECKPOINT", deadline_s=STOP_DEADLINE_S)
         times.mark("users")
-        ctx.server.stop(server, "fast")
-        with trio.fail_after(STOP_DEADLINE_S):
-            await server.wait_exit()
+        await stop_fast(ctx, server, timeout_s=STOP_DEADLINE_S)
     finally:
         server.close()
     await on_disk(private.unlink, missing_ok=True)
-    nothing_lives(ctx)
+    await kill_everything(ctx, "the archive did not answer")
     said = await control(ctx)
     if said.state != "shut down":
         raise OperationFailed(f"after the bootstrap PostgreSQL is {said.state!r}, not shut down")

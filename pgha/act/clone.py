@@ -22,7 +22,7 @@ from pgha.act.steps import (
 )
 from pgha.act.wanted import options_of
 from pgha.errors import OperationFailed, PostgresError
-from pgha.model.action import AbandonDirectory, Clone
+from pgha.model.action import Clone
 from pgha.postgres import basebackup, directories, files, pg_rewind
 from pgha.postgres.connection import Connection, identify_system
 from pgha.postgres.controldata import read_control
@@ -116,23 +116,6 @@ async def discard_old(ctx: Context) -> list[str]:
         log.info("deleted the data directory that a clone replaced", old=old)
         gone.append(str(old))
     return gone
-
-
-async def abandon(ctx: Context, action: AbandonDirectory, progress: Progress) -> dict[str, Any]:
-    """Set the data directory aside for people to look at. Facts: kept_as ("" if there was none)."""
-    nothing_lives(ctx)
-    if await on_disk(directories.content, ctx.data_dir) == "missing":
-        return {"kept_as": ""}
-    progress("setting the data directory aside")
-
-    async def move() -> Path:
-        aside = await on_disk(directories.move_to_failed, ctx.data_dir)
-        await on_disk(files.remove_file, pg_rewind.marker(ctx.data_dir))
-        return aside
-
-    kept_as = await while_offline(ctx, move)
-    log.warning("the data directory was set aside", why=action.why, kept_as=kept_as)
-    return {"kept_as": str(kept_as)}
 
 
 async def _remove_leftover(target: Path) -> None:

@@ -8,14 +8,18 @@ import trio
 
 from pgha.act.context import Context, Progress, log
 from pgha.act.steps import (
+    SQL_DEADLINE_S,
     Timeline,
     be_standby_at_rest,
     checkpoint,
+    closing,
+    connect,
     kill_everything,
     last_position,
     stop_fast,
 )
-from pgha.errors import DcsError, DcsUnreachable, PghaError
+from pgha.errors import DcsError, DcsUnreachable, OperationFailed, PghaError, PostgresError
+from pgha.lock import recipe
 from pgha.model.action import Demote
 from pgha.model.wal import Position
 from pgha.postgres.processes import adopt
@@ -25,6 +29,8 @@ CHECKPOINT_DEADLINE_S = 10.0
 #: The second checkpoint, right after a long first one, so that the shutdown's own finds little to write.
 SHORT_CHECKPOINT_S = 2.0
 RELEASE_DEADLINE_S = 3.0
+#: A standby that is well confirms within milliseconds.
+CONFIRM_S = 0.5
 
 
 async def demote(ctx: Context, action: Demote, progress: Progress) -> dict[str, Any]:
@@ -60,6 +66,7 @@ async def _stop_in_order(ctx: Context, action: Demote, progress: Progress, times
     server = adopt(ctx.data_dir)
     if server is None:
         return
+    laggards: tuple[recipe.Proc, ...] = ()
     try:
         if action.checkpoint:
             progress("checkpoint before the shutdown")
@@ -67,12 +74,31 @@ async def _stop_in_order(ctx: Context, action: Demote, progress: Progress, times
             done = await checkpoint(ctx, deadline_s=CHECKPOINT_DEADLINE_S)
             if done and trio.current_time() - began_s > SHORT_CHECKPOINT_S / 2:
                 await checkpoint(ctx, deadline_s=SHORT_CHECKPOINT_S)
+            laggards = await _laggards(ctx)
             times.mark("checkpoint")
         progress("stopping PostgreSQL")
-        await stop_fast(ctx, server, timeout_s=action.timeout_s)
+        await stop_fast(ctx, server, timeout_s=action.timeout_s, laggards=laggards)
         times.mark("stop")
     finally:
         server.close()
+
+
+async def _laggards(ctx: Context) -> tuple[recipe.Proc, ...]:
+    """Walsenders whose standby does not confirm, within a moment, what is flushed now. Writes go on meanwhile."""
+    try:
+        with closing(await connect(ctx)) as conn:
+            lsn = (await conn.query("SELECT pg_current_wal_flush_lsn()", deadline_s=SQL_DEADLINE_S))[0][0]
+            sql = "SELECT pid, application_name FROM pg_stat_replication WHERE (flush_lsn >= $1::pg_lsn) IS NOT TRUE"
+            ends_at = trio.current_time() + CONFIRM_S
+            while (rows := await conn.query(sql, lsn, deadline_s=SQL_DEADLINE_S)) and trio.current_time() < ends_at:  # noqa: ASYNC110  (the server tells nobody)
+                await trio.sleep(0.02)
+    except (PostgresError, OperationFailed) as error:
+        log.warning("walsenders could not be asked for", why=str(error))
+        return ()
+    if rows:
+        log.warning("standbys do not confirm: the shutdown will not wait for them", standbys=[name for _, name in rows])
+    found = (recipe.read_proc(int(pid or 0)) for pid, _ in rows)
+    return tuple(proc for proc in found if proc is not None)
 
 
 async def _release(ctx: Context, position: Position) -> tuple[bool, str]:

@@ -32,8 +32,9 @@ async def follow(ctx: Context, action: Follow) -> None:
     with postmaster(ctx) as server:
         before = ctx.wanted.upstream
         ctx.wanted.follow(action.upstream, action.slot_name)
-        await forget_blocked_timelines(ctx)
         changed = await on_disk(ctx.wanted.write_running)
+        if changed:     # not on every nudge: blocks fetched from the upstream bridge the numbers up to its timeline
+            await forget_blocked_timelines(ctx)
         ctx.server.reload(server)
     if changed:
         log.info("following", upstream=action.upstream.name if action.upstream else "", before=before.name if before else "",

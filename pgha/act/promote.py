@@ -3,7 +3,8 @@
 Blocked numbers stay blocked after a promotion. Measured on PostgreSQL 15: a standby asks its upstream for the history
 file of *every* number between its own timeline and the upstream's, and cannot stream while one is missing; and it looks
 for the newest timeline number by number, stopping at the first gap. The comment-only files travel to the standbys that
-way. They are removed only if the promotion is given up.
+way. They are removed if the promotion is given up, and by whoever begins to follow somebody (start.py): what it needs
+is fetched anew, and no block may hide a real history of its upstream.
 """
 
 from __future__ import annotations

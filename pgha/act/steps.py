@@ -10,6 +10,7 @@ Rules of this file:
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +25,7 @@ from pgha.model.wal import Position
 from pgha.postgres import files, pg_rewind
 from pgha.postgres.connection import Connection, resolve
 from pgha.postgres.controldata import ControlData, read_control
-from pgha.postgres.processes import Postmaster, adopt, remove_dead_pid_file
+from pgha.postgres.processes import Postmaster, adopt, read_postmaster_pid, read_stat, remove_dead_pid_file
 from pgha.postgres.wal_files import end_of_wal, shutdown_positions
 
 T = TypeVar("T")
@@ -41,7 +42,9 @@ SQL_DEADLINE_S = 2.0
 HURRY_S = 5.0
 #: What walsenders and the archiver get when all else of a shutdown is done, and how often that is looked for.
 DRAIN_S = 2.0
-LOOK_S = 0.5
+LOOK_S = 0.25
+#: A standby that did not confirm in time before the shutdown gets this much of it.
+LAGGARDS_S = 0.5
 #: The guard is told again after a third of this that our programs still work on the directory.
 OFFLINE_FOR_S = 30.0
 
@@ -131,23 +134,27 @@ async def make_safe(ctx: Context, why: str) -> None:
         log.error("could not leave PostgreSQL safe in time; the fence will kill it", after_s=CLEAN_UP_S)
 
 
-async def stop_fast(ctx: Context, server: Postmaster, *, timeout_s: float) -> bool:
+async def stop_fast(ctx: Context, server: Postmaster, *, timeout_s: float, laggards: tuple[recipe.Proc, ...] = ()) -> bool:
     """Fast shutdown: clients ended, checkpoint, walsenders drained. True if it exited in time.
 
-    Once pg_control says "shut down" nothing is written any more, and what is left to do is the standbys' and the
-    archiver's: a standby that does not answer holds it up for wal_sender_timeout, an archive for ever. They get
-    DRAIN_S; what was not archived is archived after the next start.
+    Two things would hold it up for no good. A walsender whose standby does not read keeps the shutdown checkpoint from
+    being written until wal_sender_timeout (measured): `laggards` are ended after a moment. And once pg_control says
+    "shut down" nothing is written any more; what is left to do is the standbys' and the archiver's, who get DRAIN_S
+    (what was not archived is archived after the next start).
     """
     ctx.server.stop(server, "fast")
     ctx.hurry(HURRY_S)
     with trio.move_on_after(timeout_s):
-        if await _exits_within(server, DRAIN_S):
+        if await _exits_within(server, LAGGARDS_S if laggards else DRAIN_S):
             return True
-        while not await _shut_down(ctx):
+        shut_down_s: float | None = None
+        while shut_down_s is None or trio.current_time() - shut_down_s < DRAIN_S:
+            for walsender in laggards:      # more than once: the first may find it blocked in its farewell
+                recipe.send(walsender, signal.SIGTERM)
             if await _exits_within(server, LOOK_S):
                 return True
-        if await _exits_within(server, DRAIN_S):
-            return True
+            if shut_down_s is None and await shut_down(ctx):
+                shut_down_s = trio.current_time()
         log.warning("PostgreSQL is shut down, but does not exit: its standbys or its archive do not answer", waited_s=DRAIN_S)
         return False
     log.warning("PostgreSQL did not stop in time", timeout_s=timeout_s)
@@ -161,7 +168,8 @@ async def _exits_within(server: Postmaster, seconds: float) -> bool:
     return False
 
 
-async def _shut_down(ctx: Context) -> bool:
+async def shut_down(ctx: Context) -> bool:
+    """Does pg_control say that everything was written and closed?"""
     try:
         return (await control(ctx)).clean
     except PostgresError:   # it is being written, or the disk is slow: the caller asks again
@@ -187,9 +195,14 @@ async def reachable(conninfo: dict[str, str | int], *, deadline_s: float) -> dic
 
 
 async def connect(ctx: Context, *, deadline_s: float = SQL_DEADLINE_S) -> Connection:
-    """To the local server as superuser; the caller closes it."""
+    """To the local server as superuser; the caller closes it. OperationFailed if another server answers in its place."""
     where = await reachable(ctx.wanted.local_conninfo(), deadline_s=deadline_s)
-    return await Connection.connect(where, deadline_s=deadline_s)
+    conn = await Connection.connect(where, deadline_s=deadline_s)
+    running, backend = read_postmaster_pid(ctx.data_dir), read_stat(conn.backend_pid)
+    if running is None or backend is None or backend.parent != running.pid:
+        conn.close()
+        raise OperationFailed(f"another server than that of {ctx.data_dir} answers at {where['host']}:{where['port']}")
+    return conn
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pgha.act.steps import (
     checkpoint,
     kill_everything,
     ready_to_start,
+    shut_down,
     stop_fast,
 )
 from pgha.errors import OperationFailed
@@ -45,7 +46,7 @@ async def restart(ctx: Context, action: Restart, progress: Progress) -> dict[str
         if server is not None:
             progress("stopping PostgreSQL")
             try:
-                if not await stop_fast(ctx, server, timeout_s=action.timeout_s):
+                if not await stop_fast(ctx, server, timeout_s=action.timeout_s) and not await shut_down(ctx):
                     raise OperationFailed(f"PostgreSQL had not stopped after {action.timeout_s:g} s")
             finally:
                 server.close()

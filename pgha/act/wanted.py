@@ -170,7 +170,7 @@ class Wanted:
         """primary_conninfo and its companions; both sources of WAL are empty while frozen."""
         effective = self._effective()
         own = {name: str(value) for name, value in effective.postgresql.recovery_conf.items()}
-        out = {"primary_conninfo": "", "primary_slot_name": "", "restore_command": "", **own}
+        out = {"primary_conninfo": "", "primary_slot_name": "", **own}
         if self._frozen:
             return {**out, "restore_command": ""}
         if not self._told:

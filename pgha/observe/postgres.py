@@ -28,7 +28,7 @@ from pgha.model.node import Answer, PostgresFacts, Process, Row
 from pgha.postgres.connection import Connection, answers_startup, resolve
 from pgha.postgres.parameters import SETTINGS_SQL, pending_restart, running_settings, settings_argument
 from pgha.postgres.probe import OPTIONS, read_row
-from pgha.postgres.processes import Postmaster, adopt, read_postmaster_pid
+from pgha.postgres.processes import Postmaster, adopt, read_postmaster_pid, read_stat
 
 log = Log("pgha.postgres")
 
@@ -42,6 +42,8 @@ SOON_S = 5.0
 MAX_HURRY_S = 10.0
 #: A reload reaches the backends within this time.
 RELOAD_S = 0.3
+#: While it gives no SQL answer, or a standby has an upstream and does not stream from it.
+UNSETTLED_S = 0.5
 #: A server that starts or stops is asked for a sign of life this often; its pid file tells the rest.
 SIGN_OF_LIFE_S = 0.5
 #: Processes without a postmaster are orphans once they have been seen for this long: a postmaster that has just been
@@ -78,6 +80,7 @@ class PostgresObserver:
         self._connection: Connection | None = None
         self._probing: trio.CancelScope | None = None
         self._unowned: tuple[int, Instant] | None = None     # processes without a postmaster: start ticks' limit, since
+        self._looked_for_orphans_at: Instant | None = None
         self._sign_of_life_at: Instant | None = None
         self._wal_written_ns = 0
         self.facts = PostgresFacts()
@@ -134,8 +137,8 @@ class PostgresObserver:
         wait_s = self._interval_s()
         if facts.process in ("starting", "stopping") and facts.since is not None:
             wait_s = min(wait_s, HURRY_S if remaining_s(facts.since.plus_s(SOON_S), now) > 0 else CALM_HURRY_S)
-        elif facts.process == "running" and facts.answer != "sql":
-            wait_s = min(wait_s, CALM_HURRY_S)
+        elif facts.process == "running" and (facts.answer != "sql" or not _as_it_should_be(facts.row)):
+            wait_s = min(wait_s, UNSETTLED_S)
         if self._hurry_until is not None and remaining_s(self._hurry_until, now) > 0:
             wait_s = min(wait_s, HURRY_S)
         return min(wait_s, ORPHAN_AGE_S) if self._unowned is not None else wait_s
@@ -172,11 +175,14 @@ class PostgresObserver:
         self._kick.set()
 
     def _look_for_orphans(self) -> None:
-        """No postmaster can be adopted: is there anything of one that died before we looked?"""
+        """No postmaster can be adopted: is there anything of one that died before we looked? (A search of all /proc.)"""
+        now = self._clock.now()
+        if self._looked_for_orphans_at is not None and remaining_s(self._looked_for_orphans_at.plus_s(ORPHAN_AGE_S), now) > 0:
+            return
+        self._looked_for_orphans_at = now
         file = read_postmaster_pid(self._data_dir)
         own = frozenset({file.pid} if file is not None and file.single_user else ())
         left = [p for p in recipe.processes_of(self._directory) if p.pid not in own and p.ppid not in own]
-        now = self._clock.now()
         if not left:
             self._unowned = None
         elif self._unowned is None:
@@ -195,32 +201,42 @@ class PostgresObserver:
         process = _PROCESS.get(status, "starting")
         if process != self.facts.process:
             self._set(replace(self.facts, process=process, since=self._clock.now()))
-        if status == "ready":
-            await self._ask()
-        else:
-            await self._ask_for_sign_of_life()
+        facts = await (self._asked(postmaster) if status == "ready" else self._sign_of_life())
+        if self._postmaster is postmaster:      # else it died while it answered, and the answer with it
+            self._set(facts)
 
-    async def _ask(self) -> None:
+    async def _asked(self, postmaster: Postmaster) -> PostgresFacts:
+        """The facts after an SQL question."""
         asked_at = self._clock.now()
         try:
             with trio.fail_after(PROBE_DEADLINE_S):
-                if self._connection is None or self._connection.closed:
-                    self._connection = await Connection.connect({**await self._where(), "options": OPTIONS}, deadline_s=PROBE_DEADLINE_S)
-                row = await read_row(self._connection, deadline_s=PROBE_DEADLINE_S)
-                row = replace(row, pending_restart=await self._pending_restart(self._connection))
+                conn = await self._connected(postmaster)
+                row = await read_row(conn, deadline_s=PROBE_DEADLINE_S)
+                row = replace(row, pending_restart=await self._pending_restart(conn))
         except (PostgresTimeout, trio.TooSlowError):
             self._disconnect()
-            await self._silent()
+            # A startup answer, or WAL that is being written, still shows life.
+            alive = await self._answers() or await self._wal_progress()
+            return self._without_sql("silent", alive=alive, why=f"no answer to SQL within {PROBE_DEADLINE_S:g} s")
         except PostgresUnreachable as error:
             self._disconnect()
             starting = error.sqlstate == _CANNOT_CONNECT_NOW
-            self._answer("starting" if starting else "refused", alive=error.sqlstate is not None, why=str(error))
+            return self._without_sql("starting" if starting else "refused", alive=error.sqlstate is not None, why=str(error))
         except (PostgresError, ValueError) as error:   # it answered, but not what was asked: alive, and said so
             self._disconnect()
-            self._answer("refused", alive=True, why=str(error))
-        else:
-            self._wal_written_ns = 0
-            self._set(replace(self.facts, answer="sql", answered_at=asked_at, row=row, row_at=asked_at, why=""))
+            return self._without_sql("refused", alive=True, why=str(error))
+        self._wal_written_ns = 0
+        return replace(self.facts, answer="sql", answered_at=asked_at, row=row, row_at=asked_at, why="")
+
+    async def _connected(self, postmaster: Postmaster) -> Connection:
+        """The kept connection, or a new one. PostgresUnreachable if it is not this postmaster that answers there."""
+        if self._connection is not None and not self._connection.closed:
+            return self._connection
+        self._connection = await Connection.connect({**await self._where(), "options": OPTIONS}, deadline_s=PROBE_DEADLINE_S)
+        backend = read_stat(self._connection.backend_pid)
+        if backend is None or backend.parent != postmaster.pid:
+            raise PostgresUnreachable(f"another server answers in place of postmaster {postmaster.pid}")
+        return self._connection
 
     async def _pending_restart(self, conn: Connection) -> dict[str, tuple[str, str]]:
         """pg_settings costs the server more than all the rest: read once a postmaster and after each reload."""
@@ -231,19 +247,14 @@ class PostgresObserver:
             self._pending = pending_restart(wanted, running_settings(rows))
         return self._pending
 
-    async def _silent(self) -> None:
-        """No SQL answer in time. A startup answer, or WAL that is being written, still shows life."""
-        alive = await self._answers() or await self._wal_progress()
-        self._answer("silent", alive=alive, why=f"no answer to SQL within {PROBE_DEADLINE_S:g} s")
-
-    async def _ask_for_sign_of_life(self) -> None:
+    async def _sign_of_life(self) -> PostgresFacts:
         """It starts or stops: sessions are refused, and a refusal is the answer."""
         now = self._clock.now()
         if self._sign_of_life_at is not None and remaining_s(self._sign_of_life_at.plus_s(SIGN_OF_LIFE_S), now) > 0:
-            return
+            return self.facts
         self._sign_of_life_at = now
         alive = await self._answers()
-        self._answer("starting" if alive else "silent", alive=alive, why="" if alive else "no answer to a startup packet")
+        return self._without_sql("starting" if alive else "silent", alive=alive, why="" if alive else "no answer to a startup packet")
 
     async def _answers(self) -> bool:
         try:
@@ -269,9 +280,8 @@ class PostgresObserver:
 
     # --- odds and ends -------------------------------------------------------------------------------------------------
 
-    def _answer(self, answer: Answer, *, alive: bool, why: str) -> None:
-        at = self._clock.now() if alive else self.facts.answered_at
-        self._set(replace(self.facts, answer=answer, answered_at=at, why=why))
+    def _without_sql(self, answer: Answer, *, alive: bool, why: str) -> PostgresFacts:
+        return replace(self.facts, answer=answer, answered_at=self._clock.now() if alive else self.facts.answered_at, why=why)
 
     def _set(self, facts: PostgresFacts) -> None:
         before, self.facts = self.facts, facts
@@ -282,6 +292,12 @@ class PostgresObserver:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _as_it_should_be(row: Row | None) -> bool:
+    """Nothing is under way that the loop waits for."""
+    return row is not None and (
+        not row.in_recovery or not row.primary_conninfo or (row.receiver is not None and row.receiver.status == "streaming"))
 
 
 def _what_matters(facts: PostgresFacts) -> tuple[object, ...]:

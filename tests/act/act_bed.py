@@ -200,5 +200,5 @@ class Bed:
             finally:
                 with trio.CancelScope(shield=True):
                     os.kill(status.pid, signal.SIGKILL)
-                    recipe.kill_all(node.procs)
+                    shared._end_servers(node.directory)     # before its shared memory has nobody to remove it
                     await node.guard.aclose()

@@ -32,5 +32,6 @@ def pytest_runtest_protocol(item, nextitem):
 def bed(request):
     path = Path(tempfile.mkdtemp(dir=shared.workspace(request.config)))
     yield Bed(path, MemoryWorld(SystemClock()))
-    shared._kill_under(path)
+    for node in path.iterdir():
+        shared._end_servers(node)
     shutil.rmtree(path)

@@ -234,3 +234,15 @@ def test_the_armed_port_is_asked_with_what_is_left_of_the_licence(bed):
             assert not node.living() and node.standby_signal
             assert not recipe.processes_of(node.procs)
     trio.run(main)
+
+
+def test_shutdown_does_not_wait_for_an_archive_that_hangs(bed):
+    async def main():
+        async with bed.node("a", parameters={"archive_mode": "on", "archive_command": "sleep 60"}) as node:
+            await node.primary()
+            await node.sql("SELECT pg_switch_wal()")
+            facts = await node.operate(a.Demote(mode="fast", release=True, checkpoint=True, why="test", timeout_s=30))
+            assert facts["clean"] and facts["released"] and facts["stop_s"] < 6
+            # the published position is that of the switch before the shutdown checkpoint (compatibility spec 1.4)
+            assert facts["lsn"] < (await node.control()).checkpoint_lsn
+    trio.run(main)
