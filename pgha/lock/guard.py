@@ -344,7 +344,9 @@ class Guard:
 
     def _on_news(self) -> None:
         news = self._looker.news()
-        if self._held.state is State.LATCHED and (news.postmaster_pid or news.other):
+        if self._held.state is State.LATCHED and (news.pid_written or news.other):
+            # Not when it is created: killed before its first write, a postmaster leaves an empty postmaster.pid, and
+            # PostgreSQL refuses to start beside one for ever. One that stays in between is the next tick's.
             self._fence(self._held)
         elif self._held.state is State.STANDBY and news.signal_removed and self._server is not None:
             self._fence(latched(self._held, "standby.signal was removed under a running server"))

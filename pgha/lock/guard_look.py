@@ -35,7 +35,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class News(NamedTuple):
     """What inotify told since it was asked last."""
 
-    postmaster_pid: bool = False     # postmaster.pid was made or written
+    pid_written: bool = False        # postmaster.pid has contents now, or was moved here
+    pid_touched: bool = False        # it changed in any way
     signal_removed: bool = False     # standby.signal was removed or renamed away
     signal_touched: bool = False     # standby.signal changed in any way
     other: bool = False              # the directory itself moved or went, or events were lost
@@ -103,7 +104,8 @@ class Looker:
             if mask & (_IN_Q_OVERFLOW | _IN_IGNORED | _IN_DELETE_SELF | _IN_MOVE_SELF):
                 flags["other"] = True
             elif name == b"postmaster.pid":
-                flags["postmaster_pid"] = True
+                flags["pid_touched"] = True
+                flags["pid_written"] |= bool(mask & (_IN_MODIFY | _IN_MOVED_TO))
             elif name == b"standby.signal":
                 flags["signal_touched"] = True
                 flags["signal_removed"] |= bool(mask & (_IN_DELETE | _IN_MOVED_FROM))
