@@ -136,7 +136,7 @@ class Bed:
 
     # -- waiting
 
-    def wait(self, condition: Callable[[], T | None], timeout_s: float, what: str) -> T:
+    def wait(self, condition: Callable[[], T | None], timeout_s: float, what: str, *, every_s: float = _POLL_S) -> T:
         """The first true value of `condition`; BedTimeout with everybody's state if there is none in time, or an agent gave up."""
 
         def watched() -> T | None:
@@ -147,7 +147,7 @@ class Bed:
                                      f"while waiting for: {what}\n{self.describe()}")
             return value
 
-        value = _poll(watched, timeout_s)
+        value = _poll(watched, timeout_s, every_s)
         if not value:
             raise BedTimeout(f"after {timeout_s:g} s still not: {what}\n{self.describe()}")
         return value
@@ -223,11 +223,11 @@ class Bed:
         return "\n".join(lines)
 
 
-def _poll(condition: Callable[[], T | None], timeout_s: float) -> T | None:
+def _poll(condition: Callable[[], T | None], timeout_s: float, every_s: float = _POLL_S) -> T | None:
     """The first true value, or the last one after that time."""
     end = time.monotonic() + timeout_s
     while not (value := condition()) and time.monotonic() < end:
-        time.sleep(_POLL_S)
+        time.sleep(every_s)
     return value
 
 
