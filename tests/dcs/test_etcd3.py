@@ -202,7 +202,9 @@ async def test_an_endpoint_of_another_cluster_is_passed_over(three, etcd, caplog
         assert outcome.succeeded
         store._client.preferred = 0
         lease = await store.grant(10, deadline_s=S)
+        store._client.preferred = 0
         await store.renew(lease, deadline_s=S)
+        await plain.renew(lease, deadline_s=S)  # it was not the odd one that granted it
         store._client.preferred = 0
         async with store.watch("/mine", after_revision=revision) as watch:
             assert (await anext(watch)).revision == outcome.revision
