@@ -13,6 +13,7 @@ from pgha.model.decision import Decision, Election, Memory, Reason, Vote
 from pgha.model.observation import Observation
 
 READ_ABSENCE_EVERY_S = 1.0
+FREEZE_SETTLES_S = 0.05
 
 
 def decide(o: Observation, memory: Memory) -> Decision | None:
@@ -52,7 +53,7 @@ def _elect(o: Observation, memory: Memory, now: Standing, read: Reason) -> Decis
     election = memory.election
     assert election is not None
     own = promotion.conditions(o, memory)
-    receiver_gone = position_is_final(o)
+    receiver_gone = position_is_final(o, election)
     if receiver_gone.holds and election.frozen_at and election.voted_at is None:
         election = replace(election, voted_at=o.now)
         memory = replace(memory, election=election)
@@ -80,14 +81,18 @@ def _elect(o: Observation, memory: Memory, now: Standing, read: Reason) -> Decis
                    wake_in_s=0.05 if waited_s < 3 else 0.5)
 
 
-def position_is_final(o: Observation) -> Reason:
-    """No walreceiver lives, and what was received is replayed as far as it goes."""
-    row = o.postgres.row
-    receiver = row.receiver if row else None
-    stale = o.postgres.row_at is None
-    frozen = row is not None and row.primary_conninfo == "" and not stale
-    return reason("leaderless.position_is_final", receiver is None and frozen,
-                  "no walreceiver" if receiver is None and frozen else f"walreceiver is {receiver.status}" if receiver else "primary_conninfo is still set")
+def position_is_final(o: Observation, election: Election) -> Reason:
+    """No walreceiver lives, and none can be started again: the settings are empty, and the startup process has had the
+    time to read them (a backend may show them a few milliseconds before it has; measured)."""
+    row, row_at, rule = o.postgres.row, o.postgres.row_at, "leaderless.position_is_final"
+    if row is None or row_at is None or election.frozen_at is None:
+        return reason(rule, False, "not frozen yet")
+    if row.receiver is not None:
+        return reason(rule, False, f"walreceiver is {row.receiver.status}")
+    if row.primary_conninfo:
+        return reason(rule, False, "primary_conninfo is still set")
+    settled_s = candidate_age_s(election.frozen_at, row_at)
+    return reason(rule, settled_s >= FREEZE_SETTLES_S, f"no walreceiver {settled_s:.3f} s after the freeze, {FREEZE_SETTLES_S} s needed")
 
 
 def _acquire(o: Observation) -> AcquireLock:
