@@ -37,7 +37,8 @@ class EtcdServer:
     def start(self, initial_cluster: str, *arguments: str) -> None:
         with (self.directory / f"{self.name}.log").open("ab") as log:
             self.process = subprocess.Popen(
-                ["etcd", "--name", self.name, "--data-dir", str(self.directory / self.name),
+                # dies with the test run, also when that is killed; the pid stays the same
+                ["setpriv", "--pdeathsig", "KILL", "etcd", "--name", self.name, "--data-dir", str(self.directory / self.name),
                  "--listen-client-urls", self.url, "--advertise-client-urls", self.url,
                  "--listen-peer-urls", self.peer_url, "--initial-advertise-peer-urls", self.peer_url,
                  "--initial-cluster", initial_cluster, "--heartbeat-interval", "50", "--election-timeout", "500",
