@@ -105,8 +105,7 @@ class Store(Protocol):
         ...
 
     async def read(self, prefix: str, *, deadline_s: float) -> Snapshot:
-        """All keys that start with `prefix` (pass a whole key to read that one; keys are never prefixes of others
-        except at '/')."""
+        """All keys that start with `prefix`. A whole key is a prefix, too, also of longer ones: look up `entries[key]`."""
         ...
 
     async def transact(
