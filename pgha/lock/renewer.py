@@ -19,7 +19,7 @@ import trio
 from msgspec import Struct
 from msgspec.structs import replace
 
-from pgha.clock import Clock, Deadline, Instant, remaining_s
+from pgha.clock import Clock, Deadline, Instant, holder_age_s, remaining_s
 from pgha.dcs import ABSENT, Compare, Delete, Entry, Outcome, Put, Store
 from pgha.dcs.keys import EPOCH, LOCK, Keys, encode, parse_lock
 from pgha.errors import DcsError, DcsRefused, DcsUnreachable, GuardError, Refused
@@ -33,6 +33,10 @@ log = Log("pgha.lock")
 
 #: One attempt at one endpoint. A stopped etcd member costs this much, an election some of them (feasibility 2).
 ATTEMPT_S = 0.35
+#: A take-over whose answer was lost, and which is not in the store after this long, is given up.
+GIVE_UP_S = 1.5
+#: A shorter ttl that the guard did not confirm is tried again after this long.
+TTL_AGAIN_S = 1.0
 #: A wall clock that moves against the boot clock by more than this asks for a confirming renewal (safety model 15).
 WALL_JUMP_S = 1.0
 
@@ -70,6 +74,8 @@ class Renewer:
         self._confirm_by: Deadline | None = None
         self._epoch = Epoch(number=0, holder="", incarnation="")
         self._pass = 0
+        self._acquiring_since: Instant | None = None
+        self._ttl_refused_at: Instant | None = None
         self.me = me
         self.mandate = Mandate()
         self.narrower: Narrower | None = None
@@ -109,7 +115,8 @@ class Renewer:
                           incarnation=self.me.incarnation, timeline=action.claim_timeline, claims=action.claims)
             self._epoch = epoch
             compares, puts = self._take_over(action, value, epoch, config)
-            self._changed()
+            self._acquiring_since = sent.at
+            self._announce()        # should its answer be lost, `run` settles it
             outcome = await self._store.transact(
                 compares=compares, puts=puts, read=[self._keys.path(LOCK), self._keys.path(EPOCH)], deadline_s=deadline_s,
                 attempt_s=ATTEMPT_S,
@@ -147,6 +154,7 @@ class Renewer:
 
     def _won(self, sent: Sent, revision: int, value: bytes, epoch: int, epoch_revision: int) -> None:
         self._book.committed(sent, revision=revision, value=value, epoch=epoch, epoch_revision=epoch_revision, acquired_pass=self._pass)
+        self._confirm_by = None
         log.info("lock acquired", sequence=sent.record.sequence, epoch=epoch, ttl_s=sent.record.ttl_s,
                  took_s=remaining_s(self._clock.now(), sent.at))
         self._announce()
@@ -217,7 +225,8 @@ class Renewer:
             wait_s = self._next_in_s()
             if wait_s > 0:
                 self._news = trio.Event()
-                with trio.move_on_after(wait_s):
+                # A holder looks at the wall clock every second: nothing tells when it is set.
+                with trio.move_on_after(min(wait_s, 1.0) if self.licence.state is LicenceState.HELD else wait_s):
                     await self._news.wait()
                 self._notice_wall_jump()
                 continue
@@ -246,7 +255,9 @@ class Renewer:
         if self.mandate.until is None or remaining_s(self.mandate.until, now) <= 0:
             return 0.2                      # no mandate: not renewed; a new one wakes us
         timing = self._timing()
-        if timing.ttl_s != licence.ttl_s or licence.failing_since is not None or self._confirm_by is not None:
+        refused = self._ttl_refused_at
+        changed = timing.ttl_s != licence.ttl_s and (refused is None or holder_age_s(refused, now) >= TTL_AGAIN_S)
+        if changed or licence.failing_since is not None or self._confirm_by is not None:
             return 0.0
         return max(0.0, remaining_s(licence.since.plus_s(min(timing.loop_wait_s, timing.ttl_s / 3)), now))
 
@@ -283,8 +294,11 @@ class Renewer:
         try:
             await self.narrower.narrow(end, sent.record.ttl_s, sequence=sent.record.sequence - 1)
         except GuardError as error:
-            log.warning("the guard has not confirmed a shorter licence: ttl stays as it was", ttl_s=self.licence.ttl_s, why=str(error))
+            if self._ttl_refused_at is None:
+                log.warning("the guard has not confirmed a shorter licence: ttl stays as it was", ttl_s=self.licence.ttl_s, why=str(error))
+            self._ttl_refused_at = self._clock.now()
             return False
+        self._ttl_refused_at = None
         return True
 
     async def _send_renewal(self, sent: Sent, deadline_s: float) -> None:
@@ -321,6 +335,8 @@ class Renewer:
         log.warning("lock record is absent, creating it again", sequence=sent.record.sequence)
         snapshot = await self._store.read(path(EPOCH), deadline_s=deadline_s)
         entry = snapshot.entries.get(path(EPOCH))
+        if _epoch_number(entry) > licence.epoch:
+            raise DcsRefused(f"the lock record is absent, and the epoch is {_epoch_number(entry)}, after this holder's {licence.epoch}: not created again")
         epoch = replace(self._epoch, number=licence.epoch, holder=self.me.name, incarnation=self.me.incarnation)
         puts: list[Put | Delete] = [Put(key=path(LOCK), value=value), Put(key=path("leader"), value=self.me.name.encode())]
         if entry is None or entry.revision != licence.epoch_revision:
@@ -371,6 +387,13 @@ class Renewer:
             record = parse_lock(entry.value) if entry else None
             if self._book.recognise(record) is not None or not self._book.may_still_commit(entry.revision if entry else ABSENT):
                 self._settle_take_over(outcome)
+                return
+            since = self._acquiring_since
+            if since is None or holder_age_s(since, self._clock.now()) >= GIVE_UP_S:
+                # It has not arrived. Should it do so yet, the record is this node's without a licence: re-adopted, or let expire.
+                log.warning("take-over has not arrived, giving it up")
+                self._book.never_acquired()
+                self._announce()
                 return
         await trio.sleep(0.1)
 

@@ -169,7 +169,6 @@ def test_a_take_over_is_not_believed_while_it_may_still_arrive():
     run(main)
 
 
-@pytest.mark.xfail(strict=True, reason="nothing wakes the renewer when a take-over is sent: its outcome is asked for up to a minute later")
 def test_a_take_over_whose_answer_is_lost_settles_at_once_without_another_word():
     async def main() -> None:
         async with alone() as node:
@@ -183,7 +182,6 @@ def test_a_take_over_whose_answer_is_lost_settles_at_once_without_another_word()
     run(main)
 
 
-@pytest.mark.xfail(strict=True, reason="a take-over that never arrived keeps its node out of every election until another node takes the lock")
 @pytest.mark.parametrize("why", ["lost", "no space"])
 def test_a_take_over_that_never_arrived_is_given_up_or_sent_again(why):
     async def main() -> None:
@@ -420,7 +418,6 @@ def test_nothing_is_created_over_anothers_record_that_came_between():
     story(steps)
 
 
-@pytest.mark.xfail(strict=True, reason="an absent record is created again over a higher epoch: whoever took over since then is overwritten in pgha/epoch")
 def test_nothing_is_created_again_under_a_higher_epoch():
     async def steps(node: Node) -> None:
         await trio.sleep(1)
@@ -540,7 +537,6 @@ def test_without_the_guards_word_no_shorter_record_is_sent():
     story(steps)
 
 
-@pytest.mark.xfail(strict=True, reason="while the guard does not confirm a shorter ttl, the record is renewed without any pause")
 def test_a_deaf_guard_makes_nobody_write_as_fast_as_the_store_answers():
     async def steps(node: Node) -> None:
         await trio.sleep(9.5)
@@ -663,7 +659,6 @@ def test_a_slow_drift_of_the_wall_clock_asks_for_nothing():
     story(steps)
 
 
-@pytest.mark.xfail(strict=True, reason="a jump of the wall clock is noticed at the next renewal only, up to a third of the ttl later")
 def test_a_jump_of_the_wall_clock_is_noticed_within_a_second_or_two():
     async def steps(node: Node) -> None:
         await trio.sleep(1)
@@ -673,7 +668,6 @@ def test_a_jump_of_the_wall_clock_is_noticed_within_a_second_or_two():
     story(steps)
 
 
-@pytest.mark.xfail(strict=True, reason="a lock that is acquired anew is fenced for the confirmation that the former licence owed")
 def test_a_new_licence_owes_no_confirmation():
     async def steps(node: Node) -> None:
         await trio.sleep(1)
