@@ -115,6 +115,7 @@ def test_what_is_started_after_the_fence_is_killed_until_a_newer_licence(node: N
         server = node.launch()
         assert server.wait(5) == -signal.SIGKILL, (node.base / "log").read_text()[-1500:]
         assert not node_accepts(node)
+        assert "ready to accept" not in (node.base / "log").read_text(), "killed, but only after it could be used"
         assert (node.data / "postmaster.pid").stat().st_size > 0, "an empty one forbids every later start"
         until(gone(node), 5)  # else the next one refuses by itself: shared memory still in use
     assert guard.ask(op="arm", sequence=3, fence_at=CLOCK.now().plus_s(9))["error"].startswith("sequence 3 was used up")
@@ -428,6 +429,20 @@ def test_offline_leaves_the_directory_alone_until_it_is_over(node: Node, guard: 
     single.stdin.close()
     assert guard.state == "latched"
     assert not guard.ask(op="offline", until=CLOCK.now().plus_s(4000))["ok"]
+
+
+def test_while_offline_the_end_of_one_program_ends_no_other(node: Node, guard: GuardProcess, stand_in):
+    """initdb starts one single-user server after the other: the next must not be taken for an orphan of the last."""
+    guard.start()
+    guard.ask(op="offline", until=CLOCK.now().plus_s(60))
+    single = subprocess.Popen([postgres_bin() / "postgres", "--single", "-D", node.data, "postgres"],
+                              stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              cwd="/", **AS_POSTGRES)
+    until(lambda: guard.ask(op="status")["postmaster"] == single.pid, 3)
+    following = stand_in("postgres", node.data)
+    single.communicate(b"", timeout=5)
+    until(lambda: guard.ask(op="status")["postmaster"] == 0, 3)
+    assert following.poll() is None
 
 
 def test_a_directory_swapped_in_while_offline_is_guarded(node: Node, guard: GuardProcess):
