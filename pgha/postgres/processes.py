@@ -209,11 +209,16 @@ def remove_dead_pid_file(data_dir: Path, *, socket_dirs: Iterable[Path] = ()) ->
     first). PostgresError while any process of the directory lives: then the file, which names the shared memory, is what
     protects the data.
     """
-    file = read_postmaster_pid(data_dir)
-    if file is None:
+    file, path = read_postmaster_pid(data_dir), data_dir / "postmaster.pid"
+    if file is None and not path.exists():
         return False
     if living := living_processes(data_dir):
         raise PostgresError(f"postmaster.pid stays: processes {living} of {data_dir} live")
+    if file is None:
+        # Killed between creating the file and writing it; PostgreSQL refuses to start over an empty one. It changes into
+        # the directory before it creates the file, so whoever is writing it now would have been found living.
+        path.unlink(missing_ok=True)
+        return True
     named = [Path(file.socket_dir)] if file.socket_dir else []
     for directory in {*named, *socket_dirs}:
         lock = directory / f".s.PGSQL.{file.port}.lock"
@@ -223,7 +228,7 @@ def remove_dead_pid_file(data_dir: Path, *, socket_dirs: Iterable[Path] = ()) ->
             continue  # none, or not of a server of ours
         if pid.strip() == str(file.pid) and owner == file.data_dir:
             lock.unlink(missing_ok=True)
-    (data_dir / "postmaster.pid").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
     return True
 
 

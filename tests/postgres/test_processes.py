@@ -159,3 +159,10 @@ def test_the_server_outlives_the_agent(make_node, base):
     assert postmaster is not None
     assert postmaster.pid == pid
     assert trio.run(a.sql, "select 1") == [("1",)]
+
+
+def test_an_empty_pid_file_of_a_postmaster_killed_while_it_wrote_it_is_removed(tmp_path):
+    (tmp_path / "postmaster.pid").touch()
+    assert remove_dead_pid_file(tmp_path)
+    assert not (tmp_path / "postmaster.pid").exists()
+    assert not remove_dead_pid_file(tmp_path)
