@@ -1,0 +1,231 @@
+"""Observations by chance: from a healthy world, a few things changed to anything that their types allow.
+
+Kept true, since observe/ and lock/ guarantee it: what is seen of the lock is what the view says, and a licence that is
+held has its two instants.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import decide_world as w
+from msgspec.structs import replace
+
+from pgha.clock import Instant
+from pgha.decide.standing import Whose
+from pgha.model.cluster import ClusterView, FailoverKey, HistoryEntry, Status, Sync, Tags
+from pgha.model.decision import Election
+from pgha.model.lock import Epoch, Licence, LicenceState, licence_s
+from pgha.model.node import DataDirectoryFacts, WalReceiver
+from pgha.model.observation import Operation, Request, Upstream
+from pgha.model.wal import HistoryRow, Position
+
+WORLDS = (w.LEADER, w.REPLICA, w.CANDIDATE, w.CANDIDATE, w.WINNER, w.CRASHED, w.STOPPED, w.EMPTY, w.BIRTH)
+KINDS = ("Bootstrap", "Clone", "StartStandby", "StartPrimary", "Promote", "Demote", "Stop", "Restart", "InspectUpstream", "InspectEndOfWal", "Rewind", "Sweep", "AbandonDirectory", "?")
+TAGS: tuple[dict[str, Any], ...] = (
+    {}, {"nofailover": True}, {"nofailover": "yes"}, {"failover_priority": "x"}, {"failover_priority": [1]}, {"failover_priority": -3}, {"failover_priority": 7}, {"nofailover": {}},
+    {"replicatefrom": "c"}, {"replicatefrom": "nobody"}, {"replicatefrom": 7}, {"nostream": 1}, {"clonefrom": True}, {"nosync": None, "sync_priority": 2.5}, {"": ""},
+)
+
+
+def world(chance: Random) -> w.World:
+    """One of the healthy worlds, with up to eight changes."""
+    found = chance.choice(WORLDS)
+    if chance.random() < 0.6:
+        found = _lock(chance, found)
+    if chance.random() < 0.5:
+        found = found.but(licence=_licence(chance))
+    for _ in range(chance.randrange(7)):
+        path, values = chance.choice(CHANGES)
+        try:
+            found = found.but(**{path: values(chance)})
+        except (AssertionError, KeyError):
+            continue        # nothing there to change
+    return found
+
+
+def _instant(chance: Random) -> Instant:
+    boot, raw = w.ago(chance.choice((0, 0.01, 0.3, 0.6, 1, 3, 9, 29, 31, 99, 1e5, -5)))
+    return Instant(boot - chance.choice((0, 0, 0, 5_000_000_000)), raw)
+
+
+def _sometime(chance: Random) -> Instant | None:
+    return chance.choice((None, _instant(chance), _instant(chance)))
+
+
+def _soon(chance: Random) -> Instant | None:
+    return chance.choice((None, w.ahead(chance.choice((-5, 0.1, 5, 30)))))
+
+
+def _lsn(chance: Random) -> int:
+    return chance.choice((0, 1, w.LSN - 1, w.LSN, w.LSN + 1, w.LSN + 8 * w.MiB, 2**63))
+
+
+def _timeline(chance: Random) -> int:
+    return chance.choice((0, 1, 2, 3, 3, 4, 9))
+
+
+def _name(chance: Random) -> str:
+    return chance.choice(("", "a", "b", "c", "d", "B", "ü-1"))
+
+
+def _bool(chance: Random) -> bool:
+    return chance.random() < 0.5
+
+
+def _history(chance: Random) -> tuple[HistoryRow, ...]:
+    return tuple(HistoryRow(timeline=n, switch_lsn=_lsn(chance)) for n in range(1, chance.randrange(1, 6)))
+
+
+def _tags(chance: Random) -> Tags:
+    return Tags.of(chance.choice(TAGS))
+
+
+def _lock(chance: Random, found: w.World) -> w.World:
+    if found.seen.dcs.view is None:
+        return found
+    lock = w.record(chance.choice("aabc"), mode=chance.choice(("held", "held", "held", "paused", "released")), ttl_s=chance.choice((0.001, 5.0, 30.0, 30.0, 86400.0)),
+                    lsn=_lsn(chance), timeline=_timeline(chance), sequence=chance.choice((0, 1, 7)))
+    if chance.random() < 0.3:
+        lock = replace(lock, node_id=chance.choice(("", "id-x")))
+    if chance.random() < 0.2:
+        lock = replace(lock, incarnation="run-0")
+    return w.with_lock(found, chance.choice((lock, lock, lock, None)), since=_instant(chance), absent_since=_sometime(chance))
+
+
+def _licence(chance: Random) -> Licence:
+    state = chance.choice(tuple(LicenceState))
+    if state in (LicenceState.NONE, LicenceState.ACQUIRING, LicenceState.LOST):
+        return Licence(state=state, failing_since=_sometime(chance))
+    ttl_s = chance.choice((1.0, 5.0, 30.0))
+    since = w.ago(chance.choice((0.0, 1.0, 4.0, 20.0, 31.0)))
+    return w.licence(state=state, ttl_s=ttl_s, since=since, valid_until=since.plus_s(licence_s(ttl_s)), acquired_pass=chance.choice((0, w.PASS - 1)), failing_since=_sometime(chance),
+                     epoch=chance.choice((0, 5, 6)), revision=chance.choice((100, 101)))
+
+
+def _peer(chance: Random) -> Any:
+    return w.peer(_name(chance), asked_at=_instant(chance), answered=_bool(chance), in_recovery=chance.choice((None, True, False)), timeline=_timeline(chance), lsn=_lsn(chance),
+                  frozen_epoch=chance.choice((-1, 5, 6)), running=_bool(chance), candidate=_bool(chance), tags=_tags(chance), watchdog_failed=_bool(chance),
+                  system_identifier=chance.choice(("", w.SYSTEM, "x")), history=_history(chance), is_pgha=_bool(chance), silent_since=_sometime(chance))
+
+
+def _member(chance: Random) -> Any:
+    return w.member(_name(chance), role=chance.choice(("", "primary", "replica", "?")), host=chance.choice(("", "a", "b")), state=chance.choice(("", "running", "stopped")),
+                    api_url=chance.choice(("", "http://x")), tags=_tags(chance), xlog_location=_lsn(chance))
+
+
+def _operation(chance: Random) -> Operation | None:
+    running = Operation(kind=chance.choice(KINDS), id=chance.randrange(5), started_at=_instant(chance), cancelling=_bool(chance))
+    return chance.choice((None, running))
+
+
+def _ended(chance: Random) -> Operation | None:
+    facts = chance.choice(({}, {"released": True}, {"system_identifier": w.SYSTEM, "initialize_revision": 7}))
+    return Operation(kind=chance.choice(KINDS), id=chance.randrange(5), started_at=_instant(chance), ended_at=_sometime(chance), ok=_bool(chance), why=chance.choice(("", "x")), facts=facts)
+
+
+def _election(chance: Random) -> Election | None:
+    return chance.choice((None, Election(epoch=chance.choice((0, 5, 6)), lock_revision=chance.choice((0, 100, 99)), began_at=_instant(chance), frozen_at=_sometime(chance), voted_at=_sometime(chance))))
+
+
+def _requests(chance: Random) -> tuple[Request, ...]:
+    return tuple(Request(id=n, kind=chance.choice(("restart", "reload", "switchover", "failover")), at=_instant(chance), options=chance.choice(({}, {"timeout_s": 5.0}, {"timeout_s": None})))
+                 for n in range(chance.randrange(1, 3)))
+
+
+def _upstream(chance: Random) -> Upstream | None:
+    return chance.choice((None, Upstream(name=_name(chance), asked_at=_instant(chance), ok=_bool(chance), system_identifier=chance.choice(("", w.SYSTEM, "9" * 19)), timeline=_timeline(chance),
+                                         lsn=_lsn(chance), in_recovery=_bool(chance), history=_history(chance))))
+
+
+def one_of(*values: Any) -> Any:
+    return lambda chance: chance.choice(values)
+
+
+CHANGES: tuple[tuple[str, Any], ...] = (
+    ("shutting_down", one_of(True)),
+    ("number", one_of(1, w.PASS)),
+    ("wall_s", one_of(0.0, 4e9, -1.5)),
+    ("postgres__process", one_of("absent", "starting", "running", "stopping")),
+    ("postgres__answer", one_of("sql", "starting", "silent", "refused", "none")),
+    ("postgres__answered_at", _sometime),
+    ("postgres__since", _sometime),
+    ("postgres__orphans", _bool),
+    ("postgres__ever_started", _bool),
+    ("postgres__row", one_of(None, w.primary_row(), w.standby_row(), w.standby_row(receiver=None, primary_conninfo=""), w.standby_row(receiver=WalReceiver(status="stopping")))),
+    ("postgres__row_at", _sometime),
+    ("postgres__row__timeline", _timeline),
+    ("postgres__row__received_lsn", _lsn),
+    ("postgres__row__lsn", _lsn),
+    ("postgres__row__system_identifier", one_of("", "x", "9" * 19)),
+    ("postgres__row__primary_conninfo", one_of("", "host", "host=", "host='a b' port=x", "= = ==", "host=c port=99999999999")),
+    ("postgres__row__slots", one_of((), (w.slot("b"), w.slot("x", active=False), w.slot("a", type="logical"), w.slot("c", temporary=True)))),
+    ("directory", one_of(DataDirectoryFacts(), DataDirectoryFacts(state="missing"), DataDirectoryFacts(state="valid"))),
+    ("directory__state", one_of("unknown", "missing", "empty", "valid", "partial", "unreadable")),
+    ("directory__control", one_of(None)),
+    ("directory__control__state", one_of("in production", "shut down", "shut down in recovery", "in archive recovery", "in crash recovery", "?")),
+    ("directory__control__timeline", _timeline),
+    ("directory__control__system_identifier", one_of("", "9" * 19)),
+    ("directory__end_of_wal", _lsn),
+    ("directory__end_of_wal_timeline", _timeline),
+    ("directory__history", _history),
+    ("directory__standby_signal", _bool),
+    ("guard__state", one_of("", "idle", "armed", "latched", "standby", "offline")),
+    ("guard__reachable", _bool),
+    ("watchdog__failed", _bool),
+    ("dcs__view", one_of(None, ClusterView())),
+    ("dcs__view__members", lambda chance: {m.name: m for m in (_member(chance) for _ in range(chance.randrange(4)))}),
+    ("dcs__view__initialize", one_of(None, "", "short", w.SYSTEM, "9" * 19)),
+    ("dcs__view__config", one_of(None, {}, {"ttl": "x"})),
+    ("dcs__view__history", one_of(None, (), (HistoryEntry(timeline=9, lsn=1),))),
+    ("dcs__view__status", lambda chance: Status(optime=_lsn(chance), slots={"c": _lsn(chance), "?": 0}, retain_slots=("x",), raw={"x": [1]})),
+    ("dcs__view__sync", one_of(Sync(leader="a", members=("b",)), Sync(leader="?"))),
+    ("dcs__view__failover", lambda chance: FailoverKey(leader=_name(chance), candidate=_name(chance), scheduled_at=chance.choice(("", "", "x")))),
+    ("dcs__view__epoch", lambda chance: Epoch(number=chance.choice((0, 5, 6)), holder=_name(chance), incarnation="x", timeline=_timeline(chance), claims=chance.choice(((), ((7, "c"),))))),
+    ("dcs__view__revisions", one_of({})),
+    ("dcs__view__revision", one_of(0, 99, 101)),
+    ("dcs__read_at", _sometime),
+    ("dcs__unreachable_since", _sometime),
+    ("dcs__trusted_from", _soon),
+    ("dcs__remembered_ttl_s", one_of(0.0, 5.0, 60.0)),
+    ("dcs__remembered_members", one_of({}, {"d": ""}, {"b": "http://b", "d": "http://d"})),
+    ("dcs__last_positions", lambda chance: {_name(chance): Position(timeline=_timeline(chance), lsn=_lsn(chance))}),
+    ("peers", lambda chance: {p.name: p for p in (_peer(chance) for _ in range(chance.randrange(4)))}),
+    ("operation", _operation),
+    ("ended", _ended),
+    ("requests", _requests),
+    ("upstream", _upstream),
+    ("settings__tags", _tags),
+    ("settings__ttl_s", one_of(1.0, 5.0, 60.0)),
+    ("settings__loop_wait_s", one_of(0.1, 1.0, 60.0)),
+    ("settings__primary_start_timeout_s", one_of(0.0, 1.0)),
+    ("settings__maximum_lag_on_failover_bytes", one_of(0, 2**62)),
+    ("settings__check_timeline", _bool),
+    ("settings__use_slots", _bool),
+    ("settings__use_pg_rewind", _bool),
+    ("settings__remove_data_directory_on_diverged_timelines", _bool),
+    ("settings__remove_data_directory_on_rewind_failure", _bool),
+    ("settings__has_bootstrap_section", _bool),
+    ("settings__dynamic_config", one_of(b"{}")),
+    ("settings__configuration_changed", _bool),
+    ("memory__election", _election),
+    ("memory__promotion_failed_at", _sometime),
+    ("memory__crash_seen_at", _sometime),
+    ("memory__start_failures", one_of(0, 1, 40)),
+    ("memory__last_start_failed_at", _sometime),
+    ("memory__clone_failures", one_of(0, 1, 40)),
+    ("memory__last_clone_failed_at", _sometime),
+    ("memory__rewind_failed", one_of("", "x")),
+    ("memory__not_streaming_since", _sometime),
+    ("memory__switchover_asked_at", _sometime),
+    ("memory__switchover_revision", one_of(0, 7)),
+    ("memory__bootstrap_revision", one_of(7)),
+    ("memory__stand_back_until", _soon),
+    ("memory__upstream_asked_at", _sometime),
+    ("memory__handover_judged", _bool),
+    ("memory__last_status_at", _sometime),
+    ("memory__last_ended_id", one_of(0, 1, 2, 3, 4)),
+)
+
+TAKEN = (Whose.LIVE, Whose.IMPOSTOR, Whose.UNKNOWN, Whose.SETTLING, Whose.MINE)

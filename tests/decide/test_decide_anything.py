@@ -1,0 +1,180 @@
+"""What holds of every decision, whatever was observed: thousands of worlds by chance, each seed the same every time."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from random import Random
+
+import decide_world as w
+import pytest
+from decide_anything import TAKEN, world
+
+from pgha.clock import candidate_age_s, remaining_s
+from pgha.decide.standing import ABSENCE_S, Whose, standing
+from pgha.model.action import (
+    AcquireLock,
+    Bootstrap,
+    CancelOperation,
+    Demote,
+    LongAction,
+    Promote,
+    QuickAction,
+    ReleaseLock,
+    Restart,
+    RestoreStandbySignal,
+    StartPrimary,
+    WriteKey,
+)
+from pgha.model.decision import Decision
+from pgha.model.lock import LicenceState, wait_s
+
+SEEDS = range(16)
+EACH = 400
+
+
+def cases(seed: int):
+    chance = Random(seed)
+    for _ in range(EACH):
+        found = world(chance)
+        yield found, found.decide()
+
+
+def licensed(case: w.World) -> bool:
+    licence = case.seen.licence
+    return licence.state is LicenceState.HELD and licence.valid_until is not None and remaining_s(licence.valid_until, w.NOW) > 0
+
+
+def makes_primary(action: object) -> bool:
+    return isinstance(action, StartPrimary | Promote) or (isinstance(action, Restart) and action.as_primary)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_decision_is_whole_and_safe(seed):
+    for case, decision in cases(seed):
+        o = case.seen
+        because = (seed, decision.situation, decision.summary, decision.actions)
+        _is_whole(case, decision)
+        for action in decision.actions:
+            if makes_primary(action):
+                assert licensed(case), because
+                assert o.licence.acquired_pass < o.number or o.number == 1, because
+                assert decision.mandate.until is not None, because
+            if isinstance(action, AcquireLock):
+                _may_acquire(case, action, because)
+            if isinstance(action, ReleaseLock):
+                assert not o.postgres.alive, because
+            if isinstance(action, Bootstrap):
+                assert o.dcs.view is not None, because
+                assert o.dcs.view.lock is None, because
+                assert o.dcs.view.initialize is None, because
+            if isinstance(action, WriteKey) and action.key != "failover":
+                assert licensed(case), because
+                assert action.epoch_revision == o.licence.epoch_revision, because
+            if isinstance(action, RestoreStandbySignal):
+                assert o.directory.state == "valid", because
+        if o.postgres.is_primary and not licensed(case) and o.operation is None and not decision.actions:
+            assert standing(o).whose in (Whose.UNKNOWN, Whose.SETTLING) or decision.situation == "stopping", because
+
+
+def _is_whole(case: w.World, decision: Decision) -> None:
+    assert decision.summary, decision
+    assert decision.state, decision
+    assert decision.role, decision
+    assert 0 <= decision.wake_in_s <= 60, decision
+    long = [a for a in decision.actions if isinstance(a, LongAction)]
+    assert len(long) <= 1, decision.actions
+    assert not long or decision.actions[-1] is long[0], "a long operation is begun last"
+    assert all(isinstance(a, QuickAction | LongAction) for a in decision.actions)
+    if case.seen.operation is not None:
+        assert all(isinstance(a, CancelOperation) for a in decision.actions), decision.actions
+    for reason in decision.reasons:
+        assert reason.rule.count(".") == 1, reason
+        assert reason.because or reason.rule == "broken.control_is_readable", reason       # there observe/ says why
+    if decision.summary.startswith("not taking the lock"):
+        assert not any(isinstance(a, AcquireLock) for a in decision.actions)
+        assert all(r.because in decision.summary for r in decision.reasons if not r.holds and r.rule != "restart.read_in_this_pass"), decision
+    if not licensed(case):
+        assert decision.mandate.kind == "none", decision.mandate
+    elif decision.mandate.until is not None:
+        assert remaining_s(decision.mandate.until, w.NOW) <= min(case.seen.settings.ttl_s, 3 * case.seen.settings.loop_wait_s), decision.mandate
+
+
+def _may_acquire(case: w.World, action: AcquireLock, because: object) -> None:
+    o, view = case.seen, case.seen.dcs.view
+    assert view is not None, because
+    assert not licensed(case), because
+    if action.initialize_revision is not None:
+        assert view.lock is None, because
+        assert case.memory.bootstrap_revision == action.initialize_revision, because
+        return
+    now = standing(o)
+    assert now.whose not in TAKEN, because
+    assert (action.lock_revision, action.lock_value) == (view.lock_revision, view.lock_value), because
+    assert o.dcs.read_at is not None, because
+    lock, seen = view.lock, o.dcs.lock_seen
+    untrusted = o.dcs.trusted_from is not None and remaining_s(o.dcs.trusted_from, w.NOW) > 0
+    impostor = lock is not None and lock.holder == o.me.name and lock.node_id not in ("", o.me.node_id)      # xfail in test_decide_standing
+    if not impostor and now.whose is not Whose.NEVER:
+        assert not untrusted, because
+    if lock is None:
+        if now.whose is not Whose.NEVER:
+            since = seen.absent_since
+            assert since is not None, because
+            assert candidate_age_s(since, w.NOW) >= wait_s(max(o.dcs.remembered_ttl_s, o.settings.ttl_s, ABSENCE_S)), because
+        return
+    own = lock.node_id == o.me.node_id
+    if action.readopt:
+        assert own, because
+    elif not own and lock.mode != "released":
+        assert lock.mode != "paused" or impostor, because
+        assert seen.since is not None, because
+        assert candidate_age_s(seen.since, w.NOW) >= wait_s(lock.ttl_s), because
+    if not action.readopt:
+        assert action.claim_timeline > max(view.timeline, view.epoch.timeline), because
+        assert o.postgres.row is not None, because
+        assert o.postgres.row.in_recovery, because
+
+
+@pytest.mark.xfail(strict=True, reason="a start in place and a restart do not ask in which pass the lock was acquired; the loop's order keeps it")
+def test_whatever_begins_a_primary_asks_for_a_later_pass_than_the_acquisition():
+    for here in (w.WINNER, w.CRASHED):
+        assert not any(makes_primary(action) for action in here.but(licence__acquired_pass=w.PASS).decide().actions)
+
+
+def test_the_worlds_by_chance_reach_every_situation_and_nearly_every_action():
+    """Else the properties above would say nothing."""
+    situations: Counter[str] = Counter()
+    actions: Counter[str] = Counter()
+    for seed in SEEDS:
+        for _, decision in cases(seed):
+            situations[decision.situation] += 1
+            actions.update(w.names(decision))
+    assert set(situations) >= {"busy", "stopping", "foreign", "lease", "blind", "empty", "broken", "leading", "leaderless", "following"}, situations
+    assert min(situations.values()) > 20, situations
+    wanted = {"AcquireLock", "ReleaseLock", "WriteKey", "WriteInitialize", "Freeze", "Follow", "MaintainSlots", "RestoreStandbySignal", "ReadCluster", "Bootstrap", "Clone",
+              "StartStandby", "StartPrimary", "Promote", "Demote", "Stop", "Restart", "InspectUpstream", "InspectEndOfWal", "Sweep", "CancelOperation", "ApplyConfiguration"}
+    assert set(actions) >= wanted, wanted - set(actions)
+
+
+def test_the_same_pass_decides_the_same():
+    chance = Random(1)
+    for _ in range(200):
+        case = world(chance)
+        assert case.decide() == case.decide()
+
+
+def test_what_is_written_is_json():
+    for seed in SEEDS:
+        for _, decision in cases(seed):
+            for action in decision.actions:
+                if isinstance(action, WriteKey) and action.value is not None:
+                    json.loads(action.value)
+
+
+def test_a_demotion_that_releases_is_one_of_a_holder_or_of_an_agent_that_stops():
+    for seed in SEEDS:
+        for case, decision in cases(seed):
+            for action in decision.actions:
+                if isinstance(action, Demote) and action.release:
+                    assert licensed(case) or decision.situation == "stopping"
