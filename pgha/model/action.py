@@ -122,7 +122,11 @@ class Bootstrap(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Clone(Struct, frozen=True, kw_only=True, tag=True):
-    """Copy `source` into `<data_dir>.clone` and swap it in. `replace`: what to do with a data directory that is there."""
+    """Copy `source` into `<data_dir>.clone` and swap it in. `replace`: what to do with a data directory that is there.
+
+    remove_first: keep the old one until the new one streams, if there is room for both; else remove it first. Only where
+    the operator allows it, and a running primary of the same system identifier was verified just before.
+    """
 
     source: Source
     system_identifier: str
