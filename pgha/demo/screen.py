@@ -109,4 +109,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _size(lag: int | None) -> str:
     if lag is None:
         return ""
-    return f"{lag} B" if lag < 10240 else f"{lag / 1048576:.1f} MiB"
+    if lag < 10 * 1024:
+        return f"{lag} B"
+    return f"{lag / 1024:.0f} KiB" if lag < 1024 * 1024 else f"{lag / 1048576:.1f} MiB"

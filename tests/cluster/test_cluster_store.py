@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+from test_cluster_crashes import let_pass
 from traffic import Traffic
 
 pytestmark = pytest.mark.cluster
@@ -74,9 +75,9 @@ def etcd_away(cluster):
         at_s = traffic.fault("etcd stopped")
         cluster.etcd.stop()
         cluster.wait(lambda: not any((a := n.get("/primary")) and a.status == 200 for n in cluster.nodes), cluster.profile.ttl + 5, "nobody leads")
-        from test_cluster_crashes import let_pass
         let_pass(at_s + 40)
         cluster.etcd.start()
         cluster.wait(cluster.etcd.ready, 20, "etcd answers again")
-        traffic.fault("etcd back")
+        back_s = traffic.fault("etcd back")
         traffic.finish(timeout_s=cluster.profile.ttl + 60)
+        assert traffic.resumed_after_s(back_s) < 5, "the lock had run out long before: nothing is left to wait for"
