@@ -42,7 +42,8 @@ def world(chance: Random) -> w.World:
             found = found.but(**{path: values(chance)})
         except (AssertionError, KeyError):
             continue        # nothing there to change
-    return found
+    view, seen = found.seen.dcs.view, found.seen.dcs.lock_seen
+    return found if view is None or view.lock == seen.record else found.but(dcs__lock_seen=w.LockSeen(absent_since=_sometime(chance)))
 
 
 def _instant(chance: Random) -> Instant:
