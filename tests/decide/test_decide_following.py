@@ -1,0 +1,165 @@
+"""Somebody else holds the lock (decide/following.py, slots.py): stream from the right server, keep the slots."""
+
+from __future__ import annotations
+
+import pytest
+from decide_world import (
+    HISTORY,
+    LSN,
+    REPLICA,
+    SYSTEM,
+    TIMELINE,
+    MiB,
+    ago,
+    check,
+    names,
+    only,
+    record,
+    row,
+    slot,
+    standby_row,
+    with_lock,
+)
+
+from pgha.decide.slots import maintenance, published_slots, slot_name
+from pgha.model.action import Follow, MaintainSlots, Restart, Source, Stop, WriteInitialize
+from pgha.model.cluster import Tags
+from pgha.model.node import WalReceiver
+from pgha.model.observation import Request, Upstream
+from pgha.model.wal import HistoryRow
+
+ROWS = [
+    row("streams", situation="following", refuses="", does="", says="wanted a:5432, set a:5432, slot b", summary="following a leader (a)"),
+    row("of another host", postgres__row__primary_conninfo="host=c port=5432", refuses="following.follows_wanted", says="wanted a:5432, set c:5432", does="Follow"),
+    row("of another port", postgres__row__primary_conninfo="host=a port=5433", refuses="following.follows_wanted", does="Follow"),
+    row("without its slot", postgres__row__primary_slot_name="", refuses="following.follows_wanted", says="slot none", does="Follow"),
+    row("of nobody", postgres__row__primary_conninfo="", refuses="following.follows_wanted", does="Follow"),
+    row("the files are a former agent's", configured_upstream="", refuses="following.follows_wanted", does="Follow"),
+    row("quoted", postgres__row__primary_conninfo="user='r' host='a' port='5432'", refuses=""),
+    row("the leader has no key: left as it is", dcs__view__members={}, postgres__row__primary_conninfo="host=x port=1", refuses="", says="the leader's address is not known", does=""),
+    row("no slots, none is set", settings__use_slots=False, postgres__row__primary_slot_name="", refuses="", does=""),
+    row("nostream", settings__tags=Tags(nostream=True), refuses="following.follows_wanted", does="Follow"),
+    row("nostream, and streams of nobody", settings__tags=Tags(nostream=True), postgres__row__primary_conninfo="", postgres__row__primary_slot_name="", configured_upstream="", refuses="", does=""),
+    row("of c by its tag", settings__tags=Tags(replicatefrom="c"), refuses="following.follows_wanted", says="wanted c:5432", does="Follow"),
+    row("of c, which does not run", settings__tags=Tags(replicatefrom="c"), dcs__view__members__c__state="stopped", refuses=""),
+    row("of somebody unknown", settings__tags=Tags(replicatefrom="x"), refuses=""),
+    row("of itself", settings__tags=Tags(replicatefrom="b"), refuses=""),
+    row("PostgreSQL starts", postgres__row=None, postgres__process="starting", postgres__answer="starting", does="", summary="PostgreSQL is starting (starting)"),
+    row("initialize is missing", dcs__view__initialize=None, does="WriteInitialize"),
+    row("initialize is missing, and not known", dcs__view__initialize=None, postgres__row__system_identifier="", does=""),
+    row("somebody is initialising", dcs__view__initialize="", does=""),
+    row("configuration has changed", settings__configuration_changed=True, does="ApplyConfiguration"),
+    row("a restart was asked for", requests=(Request(id=3, kind="restart", at=ago(1)),), does="Restart"),
+    row("a reload was asked for", requests=(Request(id=3, kind="reload", at=ago(1)),), does="ApplyConfiguration AnswerRequest"),
+]
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_following(case):
+    check(REPLICA, case)
+
+
+def test_whom_to_follow_and_by_which_slot():
+    assert only(REPLICA.but(configured_upstream="").decide(), Follow) == Follow(upstream=Source(name="a", host="a", port=5432), slot_name="b")
+    assert only(REPLICA.but(settings__tags=Tags(nostream=True)).decide(), Follow) == Follow(upstream=None, slot_name="")
+    assert only(REPLICA.but(dcs__view__initialize=None).decide(), WriteInitialize) == WriteInitialize(value=SYSTEM, if_revision=2)
+
+
+def test_a_standbys_restart_is_a_standbys():
+    action = only(REPLICA.but(requests=(Request(id=3, kind="restart", at=ago(1), options={"timeout_s": 9.0}),)).decide(), Restart)
+    assert action == Restart(as_primary=False, timeout_s=9.0, request_id=3, upstream=Source(name="a", host="a", port=5432), slot_name="b")
+    assert only(REPLICA.but(settings__tags=Tags(nostream=True), requests=(Request(id=3, kind="restart", at=ago(1)),)).decide(), Restart).slot_name == ""
+
+
+def test_peers_are_asked_from_two_seconds_before_the_expiry():
+    assert REPLICA.decide().ask_peers.names == {}
+    assert set(with_lock(REPLICA, record(), since=ago(28.4)).decide().ask_peers.names) == {"a", "c"}
+    assert with_lock(REPLICA, record(), since=ago(25)).decide().wake_in_s == pytest.approx(3.3)
+    assert with_lock(REPLICA, record(), since=ago(29)).decide().wake_in_s == pytest.approx(1.3)
+
+
+def test_a_moving_position_is_no_vote():
+    vote = REPLICA.decide().vote
+    assert (vote.epoch, vote.timeline, vote.lsn) == (-1, TIMELINE, LSN)
+
+
+# --- a standby that does not stream ---------------------------------------------------------------------------------------
+
+LOST = REPLICA.but(postgres__row__receiver=None, memory__not_streaming_since=ago(1.5), memory__upstream_asked_at=ago(3))
+WENT_ON = Upstream(name="a", asked_at=ago(1), ok=True, system_identifier=SYSTEM, timeline=4, lsn=LSN, history=(*HISTORY, HistoryRow(timeline=3, switch_lsn=LSN - 1)))
+
+LOOKS = [
+    row("it looks why", does="InspectUpstream", summary="not streaming, asking a for its timeline"),
+    row("not for long", memory__not_streaming_since=ago(0.9), does=""),
+    row("asked a moment ago", memory__upstream_asked_at=ago(1.9), does=""),
+    row("the leader is no primary yet", dcs__view__members__a__role="replica", does=""),
+    row("the leader's timeline left ours behind us", upstream=WENT_ON, refuses="rejoin.judge", does="Stop", says="own WAL ends at 0/4000000 on timeline 3, a left that timeline at 0/3FFFFFF",
+        summary="cannot follow a as it is"),
+    row("… by an answer of some time ago", upstream=Upstream(name="a", asked_at=ago(5), ok=True, timeline=4), does="InspectUpstream"),
+    row("… of somebody else", upstream=Upstream(name="c", asked_at=ago(1), ok=True, timeline=4), does="InspectUpstream"),
+    row("… which was not given", upstream=Upstream(name="a", asked_at=ago(1), why="timed out", timeline=4), does="InspectUpstream"),
+    row("… still in recovery", upstream=Upstream(name="a", asked_at=ago(1), ok=True, in_recovery=True, timeline=4), does="InspectUpstream"),
+    row("it can follow", upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=3, history=HISTORY), memory__upstream_asked_at=ago(1), does="", refuses=""),
+]
+
+
+@pytest.mark.parametrize("case", LOOKS)
+def test_a_standby_that_does_not_stream(case):
+    check(LOST, case)
+
+
+def test_it_stops_for_what_it_found():
+    assert "0/3FFFFFF" in only(LOST.but(upstream=WENT_ON).decide(), Stop).why
+
+
+# --- slots ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("member, slot_of", [("b", "b"), ("Node-1.db", "node_1_db"), ("ü", "u0252"), ("x" * 70, "x" * 63), ("a b", "au0032b")])
+def test_slot_names(member, slot_of):
+    assert slot_name(member) == slot_of
+
+
+SLOTS = [
+    ("as they are", {}, None),
+    ("one is missing", {"postgres__row__slots": (slot("c", active=False),)}, MaintainSlots(create=("a",))),
+    ("a logical one is not it", {"postgres__row__slots": (slot("a", type="logical"), slot("c"))}, MaintainSlots(create=("a",))),
+    ("a temporary one is not it", {"postgres__row__slots": (slot("a", temporary=True), slot("c"))}, MaintainSlots(create=("a",))),
+    ("one too many", {"postgres__row__slots": (*standby_row().slots, slot("x", active=False))}, MaintainSlots(drop=("x",))),
+    ("in use", {"postgres__row__slots": (*standby_row().slots, slot("x"))}, None),
+    ("the operator's", {"postgres__row__slots": (*standby_row().slots, slot("x", active=False)), "settings__ignored_slots": ("x",)}, None),
+    ("permanent", {"settings__permanent_slots": ("p", "b")}, MaintainSlots(create=("p",))),
+    ("of a member that went away", {"postgres__row__slots": (*standby_row().slots, slot("d", active=False)), "dcs__remembered_members": {"d": "x"}}, None),
+    ("retained by the leader", {"postgres__row__slots": (*standby_row().slots, slot("e", active=False)), "dcs__view__status__retain_slots": ("e",)}, None),
+    ("its own name", {"postgres__row__slots": (*standby_row().slots, slot("b", active=False))}, MaintainSlots(drop=("b",))),
+    ("its own name, in use", {"postgres__row__slots": (*standby_row().slots, slot("b"))}, None),
+    ("behind the leader's", {"postgres__row__slots": (slot("a", active=False, restart_lsn=LSN), slot("c", active=False, restart_lsn=MiB))}, MaintainSlots(advance=(("c", LSN - MiB),))),
+    ("behind, but in use", {"postgres__row__slots": (slot("a", active=False, restart_lsn=LSN), slot("c", restart_lsn=MiB))}, None),
+    ("behind, not reserved yet", {"postgres__row__slots": (slot("a", active=False, restart_lsn=LSN), slot("c", active=False, restart_lsn=0))}, None),
+    ("behind, not replayed so far", {"postgres__row__slots": (slot("a", active=False, restart_lsn=LSN), slot("c", active=False, restart_lsn=MiB)),
+                                     "postgres__row__replayed_lsn": 2 * MiB}, None),
+    ("a member that does not stream", {"dcs__view__members__c__tags": Tags(nostream=True), "postgres__row__slots": (slot("a", active=False, restart_lsn=LSN),)}, None),
+    ("no slots are used", {"settings__use_slots": False, "postgres__row__slots": ()}, None),
+    ("PostgreSQL does not say", {"postgres__row": None}, None),
+]
+
+
+@pytest.mark.parametrize("name, changes, wanted", SLOTS, ids=[r[0] for r in SLOTS])
+def test_slots(name, changes, wanted):
+    assert maintenance(REPLICA.but(**changes).seen) == wanted
+
+
+def test_slots_wait_until_the_right_server_is_followed():
+    assert names(REPLICA.but(postgres__row__slots=(), configured_upstream="").decide()) == ("Follow",)
+    assert names(REPLICA.but(postgres__row__slots=()).decide()) == ("MaintainSlots",)
+
+
+def test_what_is_published_of_slots():
+    world = REPLICA.but(postgres__row__in_recovery=False, postgres__row__lsn=5, postgres__row__slots=(slot("c"), slot("d", restart_lsn=0), slot("l", type="logical"), slot("t", temporary=True)))
+    assert published_slots(world.seen) == {"b": 5, "c": LSN - MiB}
+    assert published_slots(world.but(settings__use_slots=False).seen) == {}
+    assert published_slots(world.but(postgres__row=None).seen) == {}
+
+
+def test_streaming_again_is_noted():
+    assert LOST.decide().memory.not_streaming_since == ago(1.5)
+    assert LOST.but(postgres__row__receiver=WalReceiver(status="streaming")).decide().memory.not_streaming_since is None
