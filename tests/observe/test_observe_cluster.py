@@ -125,7 +125,6 @@ def test_absence_counts_only_by_linearizable_reads_and_from_the_first_ones_begin
     observed(tmp_path, main)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG cluster.py _renew_view: a read older than the watch's view counts as proof of what the watch saw later")
 def test_a_read_that_the_watch_overtook_proves_no_absence(tmp_path: Path):
     """It found the lock; that the lock is gone is the watch's news, so the row begins with the next read."""
     async def main(scene: Scene) -> None:
@@ -193,7 +192,6 @@ def test_the_store_is_compared_with_the_one_that_a_former_agent_knew(tmp_path: P
     observed(tmp_path, main, generation=known, ttl_s=40.0)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG cluster.py _note_generation: revisions told by the watch are not remembered; the view stays frozen, too")
 def test_a_backup_newer_than_the_last_read_but_older_than_the_watch_is_noticed(tmp_path: Path):
     """The watch has told of higher revisions than any read: those count, too (safety model 4)."""
     async def main(scene: Scene) -> None:
@@ -212,7 +210,6 @@ def test_a_backup_newer_than_the_last_read_but_older_than_the_watch_is_noticed(t
     observed(tmp_path, main)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG cluster.py _look_at_lock: compares the revision without the value")
 def test_a_record_recreated_at_the_same_revision_is_another_record(tmp_path: Path):
     async def main(scene: Scene) -> None:
         await until(lambda: scene.facts.view is not None, 1)
