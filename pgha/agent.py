@@ -32,7 +32,7 @@ from pgha.act import Actor
 from pgha.act.context import Context
 from pgha.act.wanted import Wanted
 from pgha.announce import Announcer, member_value
-from pgha.clock import Clock, Instant, SystemClock
+from pgha.clock import Clock, Deadline, Instant, SystemClock, remaining_s
 from pgha.config.cluster import normalised
 from pgha.config.directories import agent_lock, data_directory_lock, pgpass, prepare_runtime_dir, prepare_state_dir
 from pgha.config.load import Effective, Loaded, effective, load, needs_new_agent
@@ -130,7 +130,7 @@ class Agent:
         self.guard = GuardClient(self.runtime_dir, incarnation=self.me.incarnation, started_ns=clock.now().boot_ns, data_dir=data_dir)
         self.directory = recipe.DataDirectory(data_dir)
         self.fence = Fence(renewer=self.renewer, guard=self.guard, directory=self.directory, clock=clock, wake=self.wake)
-        self.renewer.narrower = self.fence
+        self.renewer.narrower = self
         self.cluster = ClusterObserver(
             store=self.store, keys=self.keys, clock=clock, state_dir=self.state_dir, wake=self.wake, me=self.me.name,
             settings=lambda: (self.settings.ttl_s, self.settings.loop_wait_s, self.settings.retry_timeout_s, self.settings.member_slots_ttl_s))
@@ -170,7 +170,9 @@ class Agent:
         self._refusal = ""
         self._upstream: Upstream | None = None
         self._cloned = False
-        self._held = False
+        self._held: tuple[object, ...] = ()
+        self._looking_at_directory = trio.Lock()
+        self._doubted_revision = 0
         self._watchdog_news = trio.Event()
         self._app: App | None = None
         self._rest_tls: ssl.SSLContext | None = None
@@ -188,11 +190,29 @@ class Agent:
 
     def _licence_changed(self) -> None:
         self.fence.changed()
-        held = self.renewer.licence.state is LicenceState.HELD
-        if held != self._held:
-            self._held = held
-            self._watchdog_news.set()
+        self._look_at_protection()
         self.wake()
+
+    def _look_at_protection(self) -> None:
+        """Whether a primary runs, or is about to, is news for the watchdog."""
+        now = (self._protects(), self.renewer.licence.state)
+        if now != self._held:
+            self._held = now
+            self._watchdog_news.set()
+
+    def _protects(self) -> bool:
+        about_to = self._operation is not None and self._operation.kind in ("Promote", "StartPrimary", "Restart") and self._licensed()
+        return (self.fence.mode == "armed" or about_to) and not self.settings.pause
+
+    def _licensed(self) -> bool:
+        licence = self.renewer.licence
+        return licence.state is LicenceState.HELD and licence.valid_until is not None and remaining_s(licence.valid_until, self.clock.now()) > 0
+
+    async def narrow(self, valid_until: Deadline, ttl_s: float, *, sequence: int) -> None:
+        """Before a shorter licence is sent (renewer.Narrower): the device first, which may take a while to fire, then the guard."""
+        if self._protects():
+            self.watchdog.step(watchdog.Wanted(protecting=True, ttl_s=ttl_s, valid_until=valid_until))
+        await self.fence.narrow(valid_until, ttl_s, sequence=sequence)
 
     def _postgres_changed(self) -> None:
         """PostgreSQL's processes have changed: what the data directory says may be old."""
@@ -288,11 +308,11 @@ class Agent:
         while True:
             self._watchdog_news = trio.Event()
             licence = self.renewer.licence
-            held = licence.state is LicenceState.HELD and not self.settings.pause
-            if not held:
+            protects = self._protects()
+            if not protects and not self.watchdog.facts.active:
                 self.watchdog.check(self.settings.ttl_s)
-            next_s = self.watchdog.step(watchdog.Wanted(protecting=held, ttl_s=licence.ttl_s or self.settings.ttl_s,
-                                                        valid_until=licence.valid_until if held else None))
+            next_s = self.watchdog.step(watchdog.Wanted(protecting=protects, ttl_s=licence.ttl_s or self.settings.ttl_s,
+                                                        valid_until=licence.valid_until if licence.state is LicenceState.HELD else None))
             # Without a device that counts there is nothing to be in time for; the lock's coming and going wakes this.
             with trio.move_on_after(next_s if self.watchdog.facts.active else max(next_s, WATCHDOG_LOOK_S)):
                 await self._watchdog_news.wait()
@@ -306,12 +326,13 @@ class Agent:
                 await self._directory_news.wait()
 
     async def _look_at_directory(self) -> None:
-        before = self.reader.facts
-        facts = self.postgres.facts
-        after = await self.reader.read_facts(running=facts.alive, timeline=facts.row.timeline if facts.row else 0)
-        if self._directory_stale or before != after:
-            self._directory_stale = False
-            self.wake()
+        async with self._looking_at_directory:      # a look that began before an operation's end says nothing of it
+            before = self.reader.facts
+            facts = self.postgres.facts
+            after = await self.reader.read_facts(running=facts.alive, timeline=facts.row.timeline if facts.row else 0)
+            if self._directory_stale or before != after:
+                self._directory_stale = False
+                self.wake()
 
     # --- the loop ------------------------------------------------------------------------------------------------------
 
@@ -321,6 +342,8 @@ class Agent:
             self._news = trio.Event()
             self._take_configuration()
             seen = self._assemble()
+            self._doubt(seen)
+            self._look_at_protection()
             remembered = self.memory
             decision = decide(seen, remembered)
             self.memory = decision.memory
@@ -346,6 +369,14 @@ class Agent:
             now=self.clock.now(), wall_s=self.clock.wall_s(), number=self.number, me=self.me, settings=self._settings_now(), dcs=self._dcs(), licence=self.renewer.licence,
             postgres=self.postgres.facts, directory=directory, guard=self.fence.facts, watchdog=self._watchdog_facts(), peers=dict(self.peers.facts),
             upstream=self._upstream, configured_upstream=self.wanted.upstream.name if self.wanted.upstream else "", operation=self._operation, ended=self._ended, requests=self.inbox.requests, shutting_down=self.shutting_down)
+
+    def _doubt(self, seen: Observation) -> None:
+        """Another's record in the view while this node holds: the renewer, which knows better, is asked to make sure."""
+        view = seen.dcs.view
+        if (view is not None and view.lock is not None and view.lock.incarnation != self.me.incarnation and seen.licence.state is LicenceState.HELD
+                and view.lock_revision != self._doubted_revision):
+            self._doubted_revision = view.lock_revision
+            self.renewer.confirm()
 
     def _dcs(self) -> DcsFacts:
         """The store as observed; an answer to the renewer is a sign of life, too."""
@@ -455,6 +486,7 @@ class Agent:
         kind = type(action).__name__
         if isinstance(action, Restart) and action.request_id:
             self.inbox.taken(action.request_id)
+        self._watchdog_news.set()
         self._operation = Operation(kind=kind, id=self._operation_number, started_at=self.clock.now(), detail=getattr(action, "why", ""))
         self._nursery.start_soon(self._operate, action, self._operation)
         self.wake()
@@ -475,6 +507,7 @@ class Agent:
                 ok, why = True, ""
             except OPERATING_ERRORS as error:
                 why = str(error) or type(error).__name__
+                facts = {"final": bool(getattr(error, "final", False))}
                 log.warning("operation failed", kind=operation.kind, why=why)
         self._operation_scope = None
         self._note_operation(action, facts, ok=ok, why=why)
@@ -684,7 +717,7 @@ def _effect_is_seen(action: LongAction, facts: PostgresFacts) -> bool:
 
 
 def _upstream_from(action: InspectUpstream, facts: dict[str, Any], why: str, now: Instant) -> Upstream:
-    if not facts:
+    if "timeline" not in facts:
         return Upstream(name=action.source.name, asked_at=now, ok=False, why=why)
     return Upstream(name=action.source.name, asked_at=now, ok=True, system_identifier=facts["system_identifier"], timeline=facts["timeline"], lsn=facts["lsn"],
                     in_recovery=facts["in_recovery"], history=msgspec.convert(facts["history"], tuple[HistoryRow, ...]))

@@ -104,6 +104,12 @@ class Store(Protocol):
         """What the latest answers said; empty before the first."""
         ...
 
+    @property
+    def regressions(self) -> int:
+        """How often the store was found to be another or an older one than it had been; it has grown before the call that
+        noticed it returns."""
+        ...
+
     async def read(self, prefix: str, *, deadline_s: float) -> Snapshot:
         """All keys that start with `prefix`. A whole key is a prefix, too, also of longer ones: look up `entries[key]`."""
         ...

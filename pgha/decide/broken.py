@@ -27,6 +27,9 @@ from pgha.model.decision import Decision, Memory, Reason
 from pgha.model.observation import Observation
 from pgha.model.wal import Position, format_lsn
 
+#: A hand-over that was refused, since it would lose something, is looked at again after this long.
+JUDGE_AGAIN_S = 15.0
+
 
 def decide(o: Observation, memory: Memory) -> Decision | None:
     if o.postgres.alive:
@@ -54,9 +57,18 @@ def _one(summary: str, reasons: tuple[Reason, ...], action: LongAction, memory: 
 
 def _as_leader(o: Observation, memory: Memory) -> Decision:
     """PostgreSQL died under a leader: start it in place at once, no new timeline; hand over only where that loses nothing."""
+    ending = licence_was_renewed_since(o, memory)
+    if not ending.holds:
+        return Decision(situation="broken", summary=f"waiting for a renewal before starting again: {ending.because}", reasons=(ending,), memory=memory,
+                        wake_in_s=0.2, state="stopped")
     conditions = restart.may_start_as_primary(o)
     handover = handover_conditions(o, memory)
-    if memory.handover_judged is False and handover[0].holds:
+    late = start_is_overdue(o, memory)
+    if not late.holds:
+        release = Demote(mode="kill", release=True, checkpoint=False, why=late.because, timeout_s=0.0)
+        return _one(f"giving the lock to those who can use it: {late.because}", (*conditions, *handover, late), release, memory)
+    judged = memory.handover_judged_at
+    if handover[0].holds and (judged is None or candidate_age_s(judged, o.now) >= JUDGE_AGAIN_S):
         return _hand_over(o, memory, (*conditions, *handover))
     if not conditions[0].holds:
         # A standby's data: the lock was taken, and the server ended before its promotion.
@@ -74,12 +86,28 @@ def _as_leader(o: Observation, memory: Memory) -> Decision:
                     actions=(start,), memory=memory, ask_peers=ask_others(o), state="starting", role="primary")
 
 
+def licence_was_renewed_since(o: Observation, memory: Memory) -> Reason:
+    """After an orderly demotion for want of renewals, a start under the same sequence would only accept writes that the
+    successor does not have."""
+    demoted = memory.demoted_sequence
+    return reason("broken.licence_was_renewed_since", not demoted or o.licence.sequence > demoted, f"demoted under sequence {demoted}, now {o.licence.sequence}")
+
+
+def start_is_overdue(o: Observation, memory: Memory) -> Reason:
+    """`primary_start_timeout` is over, and somebody eligible answers: no primary at all is worse than the async bound."""
+    rule, limit_s = "broken.start_is_overdue", o.settings.primary_start_timeout_s
+    age_s = candidate_age_s(memory.crash_seen_at, o.now) if memory.crash_seen_at else 0.0
+    able = sorted(p.name for p in fresh_peers(o).values() if p.in_recovery and p.running and p.candidate and not p.tags.nofailover)
+    overdue = limit_s > 0 and age_s >= limit_s and bool(able)
+    return reason(rule, not overdue, f"no primary for {age_s:.0f} s, primary_start_timeout {limit_s:g} s, able to take over: {', '.join(able) or 'nobody'}")
+
+
 def handover_conditions(o: Observation, memory: Memory) -> tuple[Reason, ...]:
     """The first says whether handing over is due at all, the second to whom it would lose nothing."""
     crash_age_s = candidate_age_s(memory.crash_seen_at, o.now) if memory.crash_seen_at else 0.0
     settings = o.settings
     limit_s = 0.0 if settings.primary_start_timeout_s == 0 else settings.crash_handover_after_s
-    due = bool(memory.crash_seen_at) and o.postgres.ever_started and crash_age_s >= limit_s
+    due = bool(memory.crash_seen_at) and crash_age_s >= limit_s
     own_end, timeline = o.directory.end_of_wal, o.directory.end_of_wal_timeline
     able = sorted(
         p.name for p in fresh_peers(o).values()
@@ -96,13 +124,13 @@ def _hand_over(o: Observation, memory: Memory, reasons: tuple[Reason, ...]) -> D
     if not o.directory.end_of_wal:
         if o.ended is not None and o.ended.kind == "InspectEndOfWal" and not o.ended.ok:
             return Decision(situation="broken", summary="the end of WAL cannot be read: not handing over", reasons=reasons,
-                            memory=replace(memory, handover_judged=True), ask_peers=ask_others(o), wake_in_s=0.0)
+                            memory=replace(memory, handover_judged_at=o.now), ask_peers=ask_others(o), wake_in_s=0.0)
         return replace(_one("looking for the end of WAL before handing over", reasons, InspectEndOfWal(), memory), ask_peers=ask_others(o))
     if reasons[-1].holds:
         release = Demote(mode="kill", release=True, checkpoint=False, why=reasons[-1].because, timeout_s=0.0)
         return _one(f"handing over after a crash: {reasons[-1].because}", reasons, release, memory)
     return Decision(situation="broken", summary="handing over would lose acknowledged writes: starting in place", reasons=reasons,
-                    memory=replace(memory, handover_judged=True), ask_peers=ask_others(o), wake_in_s=0.0)
+                    memory=replace(memory, handover_judged_at=o.now), ask_peers=ask_others(o), wake_in_s=0.0)
 
 
 def _own_former(o: Observation, memory: Memory, now: Standing) -> Decision:
@@ -160,13 +188,17 @@ def _diverged(o: Observation, memory: Memory, leader: Member, judged: rejoin.Jud
     permission = rejoin.clone_permission(o, memory)
     reasons = (judged.because, *conditions, permission)
     if judged.verdict is rejoin.Verdict.REWIND and all(c.holds for c in conditions):
-        return replace(_one(f"rewinding from {leader.name}", reasons, Rewind(source=source_of(leader), why=judged.because.because), memory), state="stopped")
+        wait_s = backed_off(o, failures=memory.rewind_failures, last=memory.last_rewind_failed_at)
+        if wait_s > 0:
+            return Decision(situation="broken", summary=f"pg_rewind failed {memory.rewind_failures} times, next try in {wait_s:.1f} s", reasons=reasons,
+                            memory=memory, wake_in_s=min(1.0, wait_s), state="stopped")
+        return replace(_one(f"rewinding from {leader.name} with pg_rewind", reasons, Rewind(source=source_of(leader), why=judged.because.because), memory), state="stopped")
     if permission.holds:
         wait_s = backed_off(o, failures=memory.clone_failures, last=memory.last_clone_failed_at)
         identifier = view_of(o).initialize or ""
         if wait_s <= 0 and identifier:
             clone = Clone(source=source_of(leader), system_identifier=identifier, replace="remove_first", why=judged.because.because)
-            return replace(_one(f"copying anew from {leader.name}: {judged.because.because}", reasons, clone, memory), state="creating replica")
+            return replace(_one(f"copying anew from {leader.name} with pg_basebackup: {judged.because.because}", reasons, clone, memory), state="creating replica")
         return Decision(situation="broken", summary=f"copying anew failed, next try in {wait_s:.1f} s", reasons=reasons, memory=memory, wake_in_s=max(0.2, wait_s))
     return Decision(situation="broken", summary=f"stays down: {judged.because.because}; {permission.because}", reasons=reasons, memory=memory,
                     wake_in_s=o.settings.loop_wait_s, state="stopped")

@@ -51,7 +51,7 @@ def still_wanted(o: Observation, operation: Operation) -> Reason:
 def crash_is_not_handed_over(o: Observation, memory: Memory, operation: Operation) -> Reason:
     """A start in place that takes long is ended if a peer seems to have everything (safety model 10)."""
     rule = "busy.crash_is_not_handed_over"
-    if operation.kind != "StartPrimary" or memory.crash_seen_at is None or memory.handover_judged or o.dcs.view is None:
+    if operation.kind != "StartPrimary" or memory.crash_seen_at is None or memory.handover_judged_at is not None or o.dcs.view is None:
         return reason(rule, True, "no start in place after a crash")
     age_s, limit_s = candidate_age_s(memory.crash_seen_at, o.now), o.settings.crash_handover_after_s
     if age_s < limit_s:

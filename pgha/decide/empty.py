@@ -82,7 +82,8 @@ def _finish_bootstrap(o: Observation, memory: Memory) -> Decision:
     control = o.directory.control
     acquire = AcquireLock(
         lock_revision=0, lock_value=b"", epoch_revision=view.revision_of("pgha/epoch"), epoch_number=view.epoch.number,
-        initialize_revision=memory.bootstrap_revision, initialize_value=memory.bootstrap_identifier,
+        # The claim's lease may have run out while the store was away: then nobody has it, and it is won in the same transaction.
+        initialize_revision=memory.bootstrap_revision if view.initialize is not None else 0, initialize_value=memory.bootstrap_identifier,
         lsn=control.checkpoint_lsn if control else 0, timeline=control.timeline if control else 1,
         claim_timeline=control.timeline if control else 1,
     )
@@ -118,7 +119,7 @@ def _clone(o: Observation, memory: Memory) -> Decision:
     if source is not None and view.initialized and wait_s <= 0:
         assert view.initialize is not None
         actions = (Clone(source=source_of(source), system_identifier=view.initialize, why=why.because),)
-        summary = f"bootstrap from {'leader' if source.role == 'primary' else 'replica'} '{source.name}'"
+        summary = f"bootstrap from {'leader' if source.role == 'primary' else 'replica'} '{source.name}' with pg_basebackup"
     return Decision(situation="empty", summary=summary, reasons=reasons, actions=actions, memory=memory, ask_peers=ask_others(o, every_s=1.0),
                     wake_in_s=min(o.settings.loop_wait_s, max(0.2, wait_s) if wait_s else 1.0), state="creating replica" if actions else "", role="uninitialized")
 

@@ -25,12 +25,17 @@ def note_ended(o: Observation, memory: Memory) -> Memory:
 def _note_life(o: Observation, memory: Memory) -> Memory:
     """What PostgreSQL's state says by itself."""
     if o.postgres.process == "running" and o.postgres.answer == "sql" and (memory.crash_seen_at or memory.start_failures):
-        memory = replace(memory, crash_seen_at=None, handover_why="", handover_judged=False, start_failures=0, last_start_failed_at=None)
+        memory = replace(memory, crash_seen_at=None, handover_why="", handover_judged_at=None, start_failures=0, last_start_failed_at=None)
     row = o.postgres.row
     streaming = row is not None and row.receiver is not None and row.receiver.status == "streaming"
     if row is None or not row.in_recovery or not o.postgres.alive or streaming:
         return replace(memory, not_streaming_since=None) if memory.not_streaming_since else memory
     return memory if memory.not_streaming_since else replace(memory, not_streaming_since=o.now)
+
+
+def rewind_target(o: Observation) -> str:
+    """What a rewind is for: another leader, or another timeline, is another try."""
+    return f"{o.upstream.name}/{o.upstream.timeline}" if o.upstream is not None else ""
 
 
 def _bootstrap(_: Observation, memory: Memory, ended: Operation) -> Memory:
@@ -61,13 +66,19 @@ def _promote(o: Observation, memory: Memory, ended: Operation) -> Memory:
 
 def _demote(o: Observation, memory: Memory, ended: Operation) -> Memory:
     if ended.facts.get("released"):
-        return replace(memory, election=None, crash_seen_at=None, promotion_failed_at=None, stand_back_until=o.now.plus_s(STAND_BACK_S),
+        return replace(memory, election=None, crash_seen_at=None, handover_judged_at=None, promotion_failed_at=None, holding_since=None, stand_back_until=o.now.plus_s(STAND_BACK_S),
                        stand_back_why="it has just handed the lock over")
-    return replace(memory, election=None, promotion_failed_at=None)
+    return replace(memory, election=None, promotion_failed_at=None, holding_since=None)
 
 
-def _rewind(_: Observation, memory: Memory, ended: Operation) -> Memory:
-    return replace(memory, rewind_failed="" if ended.ok else ended.why or "unknown", upstream_asked_at=None)
+def _rewind(o: Observation, memory: Memory, ended: Operation) -> Memory:
+    """Only a failure that leaves nothing to rewind is final; a connection that was refused is tried again."""
+    if ended.ok:
+        return replace(memory, rewind_failed="", rewind_failed_for="", rewind_failures=0, last_rewind_failed_at=None, upstream_asked_at=None)
+    memory = replace(memory, rewind_failures=memory.rewind_failures + 1, last_rewind_failed_at=ended.ended_at, upstream_asked_at=None)
+    if not ended.facts.get("final"):
+        return memory
+    return replace(memory, rewind_failed=ended.why or "unknown", rewind_failed_for=rewind_target(o))
 
 
 _NOTES = {

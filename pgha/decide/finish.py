@@ -27,7 +27,7 @@ def mandate(o: Observation) -> Mandate:
     start_s = o.settings.primary_start_timeout_s or 300.0
     operation, postgres = o.operation, o.postgres
     until: Deadline
-    if operation is not None and operation.kind in ("StartPrimary", "Restart"):
+    if operation is not None and operation.kind in ("StartPrimary", "Restart", "Promote"):
         return Mandate(kind="starting", until=earlier(loop_until, operation.started_at.plus_s(start_s + stop_timeout_s(o))), why=operation.kind)
     if operation is not None and operation.kind in ("Demote", "Stop"):
         return Mandate(kind="stopping", until=earlier(loop_until, operation.started_at.plus_s(stop_timeout_s(o) + 5.0)), why=operation.detail)

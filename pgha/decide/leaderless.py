@@ -14,6 +14,8 @@ from pgha.model.observation import Observation
 
 READ_ABSENCE_EVERY_S = 1.0
 FREEZE_SETTLES_S = 0.05
+FREEZE_AGAIN_S = 1.0
+REPLAY_STANDS_S = 0.5
 
 
 def decide(o: Observation, memory: Memory) -> Decision | None:
@@ -54,6 +56,14 @@ def _elect(o: Observation, memory: Memory, now: Standing, read: Reason) -> Decis
     assert election is not None
     own = promotion.conditions(o, memory)
     receiver_gone = position_is_final(o, election)
+    if election.frozen_at is not None and still_set(o, election):
+        # The freeze has failed, or was overwritten: without it there is no vote of this node, ever.
+        election = replace(election, frozen_at=o.now, voted_at=None)
+        return Decision(situation="leaderless", summary="election: the upstream is still set, freezing again", reasons=(because(now), receiver_gone),
+                        actions=(Freeze(epoch=election.epoch),), memory=replace(memory, election=election), ask_peers=ask_others(o, epoch=election.epoch), wake_in_s=0.2)
+    election = _watch_position(o, election)
+    memory = replace(memory, election=election)
+    receiver_gone = position_is_final(o, election)
     if receiver_gone.holds and election.frozen_at and election.voted_at is None:
         election = replace(election, voted_at=o.now)
         memory = replace(memory, election=election)
@@ -81,6 +91,22 @@ def _elect(o: Observation, memory: Memory, now: Standing, read: Reason) -> Decis
                    wake_in_s=0.05 if waited_s < 3 else 0.5)
 
 
+def still_set(o: Observation, election: Election) -> bool:
+    """Do the settings name an upstream a second after they were to be empty?"""
+    row, row_at = o.postgres.row, o.postgres.row_at
+    if row is None or row_at is None or election.frozen_at is None or not row.in_recovery:
+        return False
+    return bool(row.primary_conninfo or row.restore_command) and candidate_age_s(election.frozen_at, row_at) >= FREEZE_AGAIN_S
+
+
+def _watch_position(o: Observation, election: Election) -> Election:
+    """Since when has the own position stood still?"""
+    row, row_at = o.postgres.row, o.postgres.row_at
+    if row is None or row_at is None or (election.standing_since is not None and row.position == election.standing_lsn):
+        return election
+    return replace(election, standing_lsn=row.position, standing_since=row_at)
+
+
 def position_is_final(o: Observation, election: Election) -> Reason:
     """No walreceiver lives, and none can be started again: the settings are empty, and the startup process has had the
     time to read them (a backend may show them a few milliseconds before it has; measured)."""
@@ -92,6 +118,10 @@ def position_is_final(o: Observation, election: Election) -> Reason:
     if row.primary_conninfo:
         return reason(rule, False, "primary_conninfo is still set")
     settled_s = candidate_age_s(election.frozen_at, row_at)
+    if not row.received_lsn:
+        # Nothing was received since it started: it replays what lies in pg_wal, and where that ends shows only at the end.
+        stands_s = candidate_age_s(election.standing_since, row_at) if election.standing_since else 0.0
+        return reason(rule, min(settled_s, stands_s) >= REPLAY_STANDS_S, f"replay has stood at {row.position} for {stands_s:.2f} s, {REPLAY_STANDS_S} s needed")
     return reason(rule, settled_s >= FREEZE_SETTLES_S, f"no walreceiver {settled_s:.3f} s after the freeze, {FREEZE_SETTLES_S} s needed")
 
 

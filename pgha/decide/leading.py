@@ -29,6 +29,8 @@ from pgha.model.wal import format_lsn
 
 #: Less than this to the fence, and a promotion is not begun: it would hardly be done before the next renewal matters.
 MINIMUM_TO_PROMOTE_S = 1.0
+#: A holder whose standby is not being promoted after this long gives the lock back.
+PROMOTE_WITHIN_S = 10.0
 
 
 def decide(o: Observation, memory: Memory) -> Decision | None:
@@ -37,11 +39,18 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if o.dcs.view is None:
         return Decision(situation="leading", summary="holding the lock, reading the cluster", actions=(ReadCluster(),), memory=memory, wake_in_s=0.2)
     row = o.postgres.row
-    if row is None:
-        return Decision(situation="leading", summary=f"holding the lock, PostgreSQL is {o.postgres.process} ({o.postgres.answer})", memory=memory, wake_in_s=0.1,
-                        reasons=(reason("leading.server_answers", False, o.postgres.why or "no SQL answer yet"),))
-    if row.in_recovery:
+    if row is None or row.in_recovery:
+        memory = memory if memory.holding_since else replace(memory, holding_since=o.now)
+        use = lock_is_of_use(o, memory)
+        if not use.holds:
+            back = Demote(mode="kill", release=True, checkpoint=False, why=use.because, timeout_s=0.0)
+            return Decision(situation="leading", summary=f"giving the lock to those who can use it: {use.because}", reasons=(use,), actions=(back,), memory=memory)
+        if row is None:
+            return Decision(situation="leading", summary=f"holding the lock, PostgreSQL is {o.postgres.process} ({o.postgres.answer})", memory=memory, wake_in_s=0.1,
+                            reasons=(use, reason("leading.server_answers", False, o.postgres.why or "no SQL answer yet")))
         return _promote(o, memory)
+    if memory.holding_since:
+        memory = replace(memory, holding_since=None)
     if switchover.requested(o):
         decision = _hand_over(o, memory)
         if decision is not None:
@@ -78,6 +87,15 @@ def _promote(o: Observation, memory: Memory) -> Decision:
 def promotion_conditions(o: Observation) -> tuple[Reason, ...]:
     """Promotion is decided in a later pass than the one that acquired the lock, with enough of the licence left."""
     return (lock_seen_held(o), licence_lasts_long_enough(o), guard_knows(o), watchdog_is_ready(o))
+
+
+def lock_is_of_use(o: Observation, memory: Memory) -> Reason:
+    """A holder that does not become a primary keeps everybody else from it: bounded."""
+    rule, since = "leading.lock_is_of_use", memory.holding_since
+    held_s = candidate_age_s(since, o.now) if since else 0.0
+    starting = o.postgres.row is None and o.postgres.answer == "starting"
+    limit_s = (o.settings.primary_start_timeout_s or 300.0) if starting else PROMOTE_WITHIN_S
+    return reason(rule, held_s < limit_s, f"held for {held_s:.1f} s without a primary, limit {limit_s:g} s" + (f" ({o.postgres.why})" if o.postgres.why else ""))
 
 
 def lock_seen_held(o: Observation) -> Reason:

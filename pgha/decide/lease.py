@@ -5,6 +5,8 @@ This is the orderly one of three independent paths; lock/fence.py and the guard 
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from pgha.clock import holder_age_s, remaining_s
 from pgha.decide import restart
 from pgha.decide.common import fence_in_s, may_write, reason
@@ -40,7 +42,8 @@ def _while_licensed(o: Observation, memory: Memory) -> Decision | None:
         return Decision(situation="lease", summary=f"PostgreSQL hangs, handing over: {reasons[1].because}", reasons=reasons, actions=(demote,), memory=memory)
     # The lock is not released, since the store does not answer: whoever reaches it takes the lock over when it expires.
     demote = Demote(mode="fast", release=False, checkpoint=False, why=reasons[0].because, timeout_s=max(0.1, fence_in_s(o) - 0.2))
-    return Decision(situation="lease", summary=f"demoting: {reasons[0].because}", reasons=reasons, actions=(demote,), memory=memory)
+    return Decision(situation="lease", summary=f"demoting: {reasons[0].because}", reasons=reasons, actions=(demote,),
+                    memory=replace(memory, demoted_sequence=o.licence.sequence))
 
 
 def _readopt(o: Observation, memory: Memory, reasons: tuple[Reason, ...]) -> Decision:

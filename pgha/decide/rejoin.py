@@ -11,6 +11,7 @@ from enum import StrEnum
 from msgspec import Struct
 
 from pgha.decide.common import reason
+from pgha.decide.ended import rewind_target
 from pgha.model.decision import Memory, Reason
 from pgha.model.observation import Observation, Upstream
 from pgha.model.wal import HistoryRow, Position, format_lsn
@@ -63,17 +64,24 @@ def rewind_conditions(o: Observation, memory: Memory) -> tuple[Reason, ...]:
     return (
         reason("rejoin.rewind_is_enabled", o.settings.use_pg_rewind, f"postgresql.use_pg_rewind is {str(o.settings.use_pg_rewind).lower()}"),
         reason("rejoin.rewind_is_possible", hints, "wal_log_hints or data checksums are on" if hints else "neither wal_log_hints nor data checksums are on"),
-        reason("rejoin.rewind_has_not_failed", not memory.rewind_failed, memory.rewind_failed or "not tried yet"),
+        rewind_has_not_failed(o, memory),
     )
+
+
+def rewind_has_not_failed(o: Observation, memory: Memory) -> Reason:
+    failed = bool(memory.rewind_failed) and memory.rewind_failed_for == rewind_target(o)
+    tried = f"{memory.rewind_failures} passing failures" if memory.rewind_failures else "not tried yet"
+    return reason("rejoin.rewind_has_not_failed", not failed, memory.rewind_failed if failed else tried)
 
 
 def clone_permission(o: Observation, memory: Memory) -> Reason:
     """Replacing a data directory that diverged is the operator's to allow."""
     rule = "rejoin.clone_is_allowed"
     settings = o.settings
-    if memory.rewind_failed and settings.remove_data_directory_on_rewind_failure:
+    failed = not rewind_has_not_failed(o, memory).holds
+    if failed and settings.remove_data_directory_on_rewind_failure:
         return reason(rule, True, "postgresql.remove_data_directory_on_rewind_failure is on")
     if settings.remove_data_directory_on_diverged_timelines:
         return reason(rule, True, "postgresql.remove_data_directory_on_diverged_timelines is on")
-    wanted = "remove_data_directory_on_rewind_failure" if memory.rewind_failed else "remove_data_directory_on_diverged_timelines"
+    wanted = "remove_data_directory_on_rewind_failure" if failed else "remove_data_directory_on_diverged_timelines"
     return reason(rule, False, f"postgresql.{wanted} is off; the data is kept: switch it on, or move the data directory away")

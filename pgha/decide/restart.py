@@ -6,6 +6,7 @@ from pgha.clock import holder_age_s
 from pgha.decide.common import reason, view_of
 from pgha.model.action import AcquireLock
 from pgha.model.decision import Reason
+from pgha.model.node import Control
 from pgha.model.observation import Observation
 from pgha.model.wal import format_lsn
 
@@ -36,7 +37,7 @@ def data_is_not_behind_record(o: Observation) -> Reason:
         timeline, lsn = row.timeline, row.position
     elif control is not None:
         # Not the end of its WAL, which crash recovery finds; the last checkpoint at least must not contradict.
-        timeline, lsn = control.timeline, max(control.checkpoint_lsn, o.directory.end_of_wal)
+        timeline, lsn = newest_timeline(control), max(control.checkpoint_lsn, o.directory.end_of_wal)
     else:
         return reason(rule, False, "the data directory has no readable pg_control")
     if record.timeline and timeline < record.timeline:
@@ -62,6 +63,12 @@ def readopt(o: Observation) -> AcquireLock:
     )
 
 
+def newest_timeline(control: Control) -> int:
+    """After a promotion pg_control's checkpoint is of the former timeline until the next one is done; its minimum recovery
+    point knows the new one from the start (measured on PostgreSQL 15)."""
+    return max(control.timeline, control.min_recovery_timeline)
+
+
 def may_start_as_primary(o: Observation) -> tuple[Reason, ...]:
     """Start in place: only data that was a primary's, on the newest timeline that anybody knows of."""
     return (was_primary(o), timeline_is_current(o))
@@ -76,6 +83,6 @@ def was_primary(o: Observation) -> Reason:
 
 def timeline_is_current(o: Observation) -> Reason:
     view, control = view_of(o), o.directory.control
-    own = control.timeline if control else 0
+    own = newest_timeline(control) if control else 0
     # A promotion of this epoch that died half way leaves pg_control behind the claim: then it is a standby's start.
     return reason("restart.timeline_is_current", own >= view.timeline, f"own timeline {own}, the cluster's {view.timeline}")

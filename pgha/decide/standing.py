@@ -56,10 +56,9 @@ def standing(o: Observation) -> Standing:
     record = seen.record
     if record is None:
         return _absent(o, untrusted_s)
-    if record.holder == o.me.name and record.node_id not in ("", o.me.node_id):
-        age = candidate_age_s(seen.since, o.now) if seen.since else 0.0
-        if record.mode == "released" or age >= wait_s(record.ttl_s):
-            return Standing(whose=Whose.FREE, because=f"the record of another node named {o.me.name} has expired", record=record)
+    age_s = candidate_age_s(seen.since, o.now) if seen.since else 0.0
+    live = record.mode == "paused" or (record.mode == "held" and age_s < _expiry_s(o, record))
+    if record.holder == o.me.name and record.node_id not in ("", o.me.node_id) and live:
         return Standing(whose=Whose.IMPOSTOR, because=f"another node (id {record.node_id}) holds the lock under the name {record.holder}", record=record)
     if untrusted_s > 0:
         return Standing(whose=Whose.LIVE, record=record, left_s=untrusted_s,
@@ -71,18 +70,25 @@ def standing(o: Observation) -> Standing:
         return Standing(whose=Whose.OWN_FORMER, because="this node's own record, without a valid licence", record=record)
     if record.mode == "paused":
         return Standing(whose=Whose.LIVE, because=f"held by {record.holder} in pause: does not expire", record=record, left_s=1e9)
-    age_s = candidate_age_s(seen.since, o.now) if seen.since else 0.0
-    left = wait_s(record.ttl_s) - age_s
+    left = _expiry_s(o, record) - age_s
     if left <= 0:
         return Standing(whose=Whose.FREE, record=record,
                         because=f"{record.holder or 'unknown'}'s record was seen unchanged for {age_s:.2f} s, ttl {record.ttl_s:g} s")
     return Standing(whose=Whose.LIVE, because=f"held by {record.holder or 'unknown'}, expires in {left:.1f} s unless renewed", record=record, left_s=left)
 
 
+def _expiry_s(o: Observation, record: LockRecord) -> float:
+    """How long a record must be seen unchanged. One that does not parse may have any ttl: the longest that is known."""
+    unreadable = not record.holder and not record.node_id
+    return wait_s(max(record.ttl_s, o.dcs.remembered_ttl_s, o.settings.ttl_s, ABSENCE_S) if unreadable else record.ttl_s)
+
+
 def _absent(o: Observation, untrusted_s: float) -> Standing:
     view = o.dcs.view
     assert view is not None
-    never = view.initialize is None and not o.dcs.remembered_ttl_s and view.epoch.number == 0
+    # Only a node without data may believe that there never was a cluster: data is somebody's, and may be being served.
+    no_data = o.directory.state in ("missing", "empty")
+    never = no_data and view.initialize is None and not o.dcs.remembered_ttl_s and view.epoch.number == 0 and untrusted_s <= 0
     if never and not any(p.answered and p.system_identifier for p in o.peers.values()):
         return Standing(whose=Whose.NEVER, because="the cluster was never initialised")
     needed_s = wait_s(max(o.dcs.remembered_ttl_s, o.settings.ttl_s, ABSENCE_S))

@@ -50,6 +50,8 @@ class Fence:
         self._told: Deadline | None = None         # the fence_at that the guard acknowledged last
         self._adopted: Deadline | None = None      # a former agent's, of a primary that was found running
         self._signalled: set[int] = set()
+        self._lapsing = False
+        self._to_tell = trio.Event()
         self.mode: Literal["unknown", "armed", "standby", "offline"] = "unknown"
         self.facts = GuardFacts()
 
@@ -57,27 +59,28 @@ class Fence:
 
     async def armed(self) -> None:
         """The guard knows the current licence, and enough of it is left to begin a primary. GuardError if not."""
-        deadline = self._licensed_until()
-        if deadline is None:
-            raise GuardError(f"no licence to accept writes: {self._renewer.licence.state}")
-        left_s = remaining_s(deadline, self._clock.now())
-        if left_s < MINIMUM_TO_ARM_S:
-            raise GuardError(f"the licence ends too soon: {left_s:.2f} s to the fence, {MINIMUM_TO_ARM_S} s wanted")
         async with self._speaking:
+            deadline = self._licensed_until()
+            if deadline is None:
+                raise GuardError(f"no licence to accept writes: {self._renewer.licence.state}")
+            if self._lapsing:
+                raise GuardError("the mandate has lapsed: writes are being ended")
+            left_s = remaining_s(deadline, self._clock.now())
+            if left_s < MINIMUM_TO_ARM_S:
+                raise GuardError(f"the licence ends too soon: {left_s:.2f} s to the fence, {MINIMUM_TO_ARM_S} s wanted")
             await self._tell(deadline)
             self.mode = "armed"
             self._adopted = None
             self._signalled.clear()
-        self._news.set()
+        self.changed()
 
     async def narrow(self, valid_until: Deadline, ttl_s: float, *, sequence: int) -> None:
         """A write that shortens the licence is about to be sent (renewer.Narrower)."""
-        if self.mode == "armed":
-            until = fence_at(valid_until, ttl_s)
-            async with self._speaking:
-                status = await self._guard.narrow(until, sequence=sequence, deadline_s=GUARD_DEADLINE_S)
+        async with self._speaking:      # an `armed` on its way must not be overtaken
+            if self.mode == "armed":
+                until = fence_at(valid_until, ttl_s)
+                self.note(await self._guard.narrow(until, sequence=sequence, deadline_s=GUARD_DEADLINE_S))
                 self._told = until
-            self.note(status)
 
     async def standby(self) -> None:
         """Every process of the directory has exited; from here on only a server in recovery may run."""
@@ -108,18 +111,29 @@ class Fence:
     def changed(self) -> None:
         """The licence or the mandate has changed."""
         self._news.set()
+        self._to_tell.set()
 
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
-        """Pass every committed licence on to the guard; fence at the deadline. Never returns."""
-        task_status.started()
+        """Fence at the deadline, whatever the guard does; beside it, pass every committed licence on to the guard."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_telling)
+            task_status.started()
+            while True:
+                self._news = trio.Event()
+                if self.mode == "armed":
+                    await self._act()
+                with trio.move_on_after(self._next_in_s()):
+                    await self._news.wait()
+
+    async def _keep_telling(self) -> None:
+        """A task of its own: a guard that does not answer must not delay our own hand at the deadline."""
         while True:
-            self._news = trio.Event()
+            self._to_tell = trio.Event()
             if self.mode == "armed":
                 await self._pass_on()
-            if self.mode == "armed":      # an operation may have made it a standby meanwhile
-                await self._act()
-            with trio.move_on_after(self._next_in_s()):
-                await self._news.wait()
+            behind = self.mode == "armed" and self._told != self._licensed_until()
+            with trio.move_on_after(0.3 if behind else 60.0):
+                await self._to_tell.wait()
 
     def _next_in_s(self) -> float:
         if self.mode != "armed":
@@ -133,8 +147,7 @@ class Fence:
         if mandate is not None:
             points.append(remaining_s(mandate, self._clock.now()))
         waits = [p for p in points if p > 0]
-        soon = 0.3 if self._told != deadline else 60.0      # the guard has not acknowledged the latest yet
-        return min([*waits, soon]) if waits else 0.02
+        return min(waits) if waits else 0.02
 
     def _licensed_until(self) -> Deadline | None:
         licence = self._renewer.licence
@@ -192,6 +205,14 @@ class Fence:
         if not recipe.processes_of(self._directory):
             return
         log.error("the mandate has lapsed: ending writes", kind=self._renewer.mandate.kind, why=self._renewer.mandate.why)
+        self._lapsing = True
+        try:
+            await self._end_writes_and_release()
+        finally:
+            self._lapsing = False
+        self._wake_loop()
+
+    async def _end_writes_and_release(self) -> None:
         self._signal(signal.SIGINT)
         limit = self._clock.now().plus_s(2.0)
         deadline = self._deadline()
@@ -201,16 +222,19 @@ class Fence:
             await trio.sleep(0.02)
         if self.mode != "armed":
             return
-        self._kill("the mandate has lapsed")
+        report = recipe.kill_all(self._directory)
+        log.error("fenced", why="the mandate has lapsed", killed=len(report.killed), took_s=report.took_s)
         while recipe.processes_of(self._directory):  # noqa: ASYNC110  (as above)
             await trio.sleep(0.02)
-        self._settle("unknown")
         try:
+            async with self._speaking:
+                # Whatever an operation still starts is killed by the guard; only then may the lock go.
+                self.note(await self._guard.fence_now(deadline_s=GUARD_DEADLINE_S))
+                self._settle("unknown")
             lsn, timeline = self._renewer.position
             await self._renewer.release(lsn=lsn, timeline=timeline, deadline_s=2.0)
-        except (DcsError, trio.TooSlowError) as error:
+        except (DcsError, GuardError, trio.TooSlowError) as error:
             log.warning("lock could not be released after the mandate lapsed; it expires", why=str(error))
-        self._wake_loop()
 
     def _signal(self, number: signal.Signals) -> None:
         if number in self._signalled:

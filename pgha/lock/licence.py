@@ -125,7 +125,12 @@ class LicenceBook:
             self.licence = Licence()
 
     def acquiring(self) -> None:
-        """A take-over is about to be sent. It grants nothing until it is known to be committed."""
+        """A take-over is about to be sent. It grants nothing until it is known to be committed.
+
+        It is a new sequence: a renewal that was never answered would bring its old first send with it.
+        """
+        if self.licence.state is not LicenceState.ACQUIRING:
+            self._sent.pop(self._sequence, None)
         self.licence = Licence(state=LicenceState.ACQUIRING)
         self._cap = None
 

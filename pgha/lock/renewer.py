@@ -74,6 +74,7 @@ class Renewer:
         self._confirm_by: Deadline | None = None
         self._epoch = Epoch(number=0, holder="", incarnation="")
         self._pass = 0
+        self._renew_now = False
         self._acquiring_since: Instant | None = None
         self._ttl_refused_at: Instant | None = None
         self.me = me
@@ -257,7 +258,7 @@ class Renewer:
         timing = self._timing()
         refused = self._ttl_refused_at
         changed = timing.ttl_s != licence.ttl_s and (refused is None or holder_age_s(refused, now) >= TTL_AGAIN_S)
-        if changed or licence.failing_since is not None or self._confirm_by is not None:
+        if changed or self._renew_now or licence.failing_since is not None or self._confirm_by is not None:
             return 0.0
         return max(0.0, remaining_s(licence.since.plus_s(min(timing.loop_wait_s, timing.ttl_s / 3)), now))
 
@@ -266,6 +267,7 @@ class Renewer:
             licence = self.licence
             if licence.state is not LicenceState.HELD or licence.valid_until is None:
                 return
+            self._renew_now = False
             sent = self._compose_renewal(self._timing().ttl_s)
             end = self._book.shortened(sent)
             if end is not None and not await self._confirmed(sent, end):
@@ -403,6 +405,11 @@ class Renewer:
         """The licence has ended and everything is dead: stop claiming it (the fence calls this)."""
         self._book.expired()
         self._announce()
+
+    def confirm(self) -> None:
+        """Something suggests that the record may not be ours any more: renew now, which shows it."""
+        self._renew_now = True
+        self._wake()
 
     def confirm_failed(self) -> bool:
         """Was a confirming renewal due after a clock jump, and is it overdue?"""

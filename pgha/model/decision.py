@@ -35,8 +35,8 @@ class Election(Struct, frozen=True, kw_only=True):
     began_at: Instant
     frozen_at: Instant | None = None
     voted_at: Instant | None = None  # own position is final since then
-    unfrozen_until: Instant | None = None
-    attempts: int = 0
+    standing_lsn: int = 0           # own position while nothing is received any more, and since when it stands
+    standing_since: Instant | None = None
 
 
 class Memory(Struct, frozen=True, kw_only=True):
@@ -50,7 +50,12 @@ class Memory(Struct, frozen=True, kw_only=True):
     last_start_failed_at: Instant | None = None
     clone_failures: int = 0
     last_clone_failed_at: Instant | None = None
-    rewind_failed: str = ""                     # why; cleared when the upstream changes
+    rewind_failed: str = ""                     # why it can never succeed for this upstream and timeline …
+    rewind_failed_for: str = ""                 # … which is this one
+    rewind_failures: int = 0
+    last_rewind_failed_at: Instant | None = None
+    demoted_sequence: int = 0                   # demoted in order because this sequence's licence was ending
+    holding_since: Instant | None = None        # the lock is held, and PostgreSQL is no primary yet
     not_streaming_since: Instant | None = None
     upstream_wanted: str = ""
     switchover_revision: int = 0                # the failover key's revision being carried out
@@ -62,7 +67,7 @@ class Memory(Struct, frozen=True, kw_only=True):
     bootstrap_revision: int = 0                 # … and the revision of its own claim on `initialize`
     switchover_asked_at: Instant | None = None
     upstream_asked_at: Instant | None = None
-    handover_judged: bool = False               # this crash: handing over was looked at and refused
+    handover_judged_at: Instant | None = None   # this crash: handing over was looked at and refused then
     shutdown_done: bool = False
     stand_back_until: Instant | None = None
     stand_back_why: str = ""

@@ -56,9 +56,11 @@ class ClusterObserver:
         self._entries: dict[str, Entry] = {}
         self._revision = 0
         self._generation = Generation()
+        self._regressions = store.regressions
         self._reading = trio.Lock()
         self._remembered, problem = load_remembered(state_dir)
         self._saved = self._remembered
+        self._known = self._remembered.generation
         self._saved_at: Instant | None = None
         self._saving = False
         self._revisions: list[tuple[Instant, int]] = []      # hourly, for what is a day old
@@ -86,7 +88,10 @@ class ClusterObserver:
             self._note_generation(snapshot.generation)
             if snapshot.revision >= self._revision:
                 self._entries, self._revision = dict(snapshot.entries), snapshot.revision
-            self._renew_view(snapshot, began)
+                self._renew_view(snapshot, began)
+            else:
+                # The watch has told of more meanwhile: the view is newer than this read, which therefore proves nothing of it.
+                self._renew_view(None, began)
 
     def _renew_view(self, snapshot: Snapshot | None, began: Instant) -> None:
         """Parse all entries again. `snapshot` None: the news came by the watch."""
@@ -109,7 +114,7 @@ class ClusterObserver:
         if view.lock is None:
             absent = seen.absent_since or linearizable_since
             return LockSeen(absent_since=absent)
-        if view.lock_revision == seen.revision and seen.record is not None:
+        if view.lock_revision == seen.revision and view.lock_value == seen.value and seen.record is not None:
             return seen
         return LockSeen(record=view.lock, revision=view.lock_revision, value=view.lock_value, since=self._clock.now())
 
@@ -117,22 +122,32 @@ class ClusterObserver:
 
     def _note_generation(self, generation: Generation) -> None:
         """A store that changed its identity, or whose revision went back, was rebuilt or restored."""
-        known = self._remembered.generation
+        known, now = self._known, self._clock.now()
         changed = ""
+        if self._store.regressions != self._regressions:
+            changed = "the store was found to be another or an older one"
+        self._regressions = self._store.regressions
         if known.cluster_id and generation.cluster_id and generation.cluster_id != known.cluster_id:
             changed = f"the store is another one (cluster id {generation.cluster_id}, before {known.cluster_id})"
         elif generation.revision and known.revision > generation.revision:
             changed = f"the store's revision went back from {known.revision} to {generation.revision}"
         self._generation = generation
-        self._remembered = replace(self._remembered, generation=StoreGeneration(cluster_id=generation.cluster_id, revision=generation.revision))
+        self._known = StoreGeneration(cluster_id=generation.cluster_id, revision=generation.revision)
         if changed:
             untrusted_s = wait_s(max(self._remembered.ttl_s, self._settings()[0], UNTRUSTED_S))
             log.error("the store was restored or rebuilt: no record in it is believed for a while", why=changed, for_s=untrusted_s)
             self._revision = 0
-            self.facts = replace(self.facts, trusted_from=self._clock.now().plus_s(untrusted_s), generation_changed=changed)
+            self.facts = replace(self.facts, trusted_from=now.plus_s(untrusted_s), generation_changed=changed)
         trusted_from = self.facts.trusted_from
-        if trusted_from is not None and remaining_s(trusted_from, self._clock.now()) <= 0:
+        if trusted_from is not None and remaining_s(trusted_from, now) <= 0:
             self.facts = replace(self.facts, trusted_from=None, generation_changed="")
+        self._remember_generation()
+
+    def _remember_generation(self) -> None:
+        """What is written down stays the former store until the new one is trusted: an agent that is restarted in between
+        finds the change again, and waits as long."""
+        if self.facts.trusted_from is None:
+            self._remembered = replace(self._remembered, generation=self._known)
 
     def _remember(self, view: ClusterView) -> None:
         now_s = self._clock.wall_s()
@@ -266,6 +281,8 @@ class ClusterObserver:
             else:
                 self._entries[key] = entry
         self._revision = change.revision
+        self._known = replace(self._known, revision=max(self._known.revision, change.revision))
+        self._remember_generation()
         self._renew_view(None, self._clock.now())
 
     def _heard(self, at: Instant) -> None:
@@ -277,7 +294,9 @@ class ClusterObserver:
     def _unreachable(self, why: str) -> None:
         if self.facts.unreachable_since is None:
             log.warning("the store does not answer", why=why)
-            self.facts = replace(self.facts, unreachable_since=self._clock.now(), why=why)
+            # Absence is continuous only by reads that were answered.
+            seen = replace(self.facts.lock_seen, absent_since=None)
+            self.facts = replace(self.facts, unreachable_since=self._clock.now(), why=why, lock_seen=seen)
             self._wake()
         elif why != self.facts.why:
             self.facts = replace(self.facts, why=why)

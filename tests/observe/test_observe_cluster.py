@@ -139,6 +139,7 @@ def test_a_read_that_the_watch_overtook_proves_no_absence(tmp_path: Path):
             scene.delete(LOCK)
         absent_since = scene.facts.lock_seen.absent_since
         assert absent_since is None or absent_since >= at(deleted_at), (absent_since, deleted_at)
+        assert scene.facts.trusted_from is None, "its revision is lower than the watch's, and the store no older one"
 
     observed(tmp_path, main)
 
@@ -206,6 +207,47 @@ def test_a_backup_newer_than_the_last_read_but_older_than_the_watch_is_noticed(t
         scene.world.restore(backup)
         await until(lambda: scene.facts.trusted_from is not None, 10)
         assert scene.facts.view.lock.sequence == 1
+
+    observed(tmp_path, main)
+
+
+def test_an_agent_that_is_restarted_meanwhile_finds_the_change_again(tmp_path: Path):
+    async def first(scene: Scene) -> None:
+        scene.renew(1)
+        await until(lambda: scene.facts.view is not None, 1)
+        await trio.sleep(15)
+        assert load_remembered(tmp_path)[0].generation.cluster_id == "memory"
+        scene.world.restore(scene.world.save(), cluster_id="another")
+        await until(lambda: scene.facts.trusted_from is not None, 2)
+        await trio.sleep(20)                                     # untrusted still: what is written down is the former store
+        assert load_remembered(tmp_path)[0].generation.cluster_id == "memory"
+
+    observed(tmp_path, first, threads=True)
+
+    async def second() -> None:
+        scene = Scene(tmp_path)
+        scene.world.cluster_id = "another"
+        await scene.observer.read()
+        assert scene.facts.trusted_from is not None
+        await trio.sleep(31)
+        await scene.observer.read()
+        assert scene.facts.trusted_from is None
+
+    run(second)
+
+
+def test_absence_is_not_continuous_over_an_outage(tmp_path: Path):
+    async def main(scene: Scene) -> None:
+        await until(lambda: scene.facts.view is not None, 1)
+        assert scene.facts.lock_seen.absent_since == at(0)
+        scene.client.link(requests_pass=False)
+        with pytest.raises(DcsUnreachable):
+            await scene.observer.read()
+        assert scene.facts.lock_seen.absent_since is None, "who knows what stood there meanwhile"
+        scene.client.link()
+        begun = trio.current_time()
+        await scene.observer.read()
+        assert scene.facts.lock_seen.absent_since == at(begun)
 
     observed(tmp_path, main)
 
@@ -345,13 +387,13 @@ def test_members_ttl_and_generation_are_kept_but_not_more_often_than_every_ten_s
     run(later)
 
 
-def test_an_idle_cluster_does_not_write_for_its_members(tmp_path: Path):
+def test_an_idle_store_has_nothing_written_down(tmp_path: Path):
     async def main(scene: Scene) -> None:
         scene.put("members/b", member("b"))
         await trio.sleep(15)
         file = (tmp_path / "memory.json").stat().st_ino
         for _ in range(10):
-            scene.put("members/b", member("b", state="running"))
+            await scene.observer.read()
             await trio.sleep(2)
         assert load_remembered(tmp_path)[0].members["b"].lsn == 100
         assert (tmp_path / "memory.json").stat().st_ino == file
