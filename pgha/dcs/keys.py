@@ -8,6 +8,7 @@ Unknown fields are kept in `raw`, so that what is written back still holds them.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -85,7 +86,7 @@ def parse_lock(value: bytes) -> LockRecord:
     """UNREADABLE_LOCK if it does not parse or makes no sense."""
     try:
         record = msgspec.json.decode(value, type=LockRecord)
-    except (msgspec.DecodeError, msgspec.ValidationError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         return UNREADABLE_LOCK
     return record if 0 < record.ttl_s <= 86400 else UNREADABLE_LOCK
 
@@ -110,10 +111,12 @@ class _Reader:
         if entry is None:
             return None
         try:
-            return json.loads(entry.value)
-        except ValueError:
+            value = json.loads(entry.value)
+            json.dumps(value, ensure_ascii=False).encode()      # a lone surrogate could be neither logged nor served
+        except (ValueError, RecursionError):
             self._problem(key, "is not JSON")
             return None
+        return value
 
     def object(self, key: str) -> dict[str, Any] | None:
         value = self.json(key)
@@ -138,7 +141,7 @@ class _Reader:
             return none
         try:
             return msgspec.json.decode(entry.value, type=Epoch)
-        except (msgspec.DecodeError, msgspec.ValidationError):
+        except (msgspec.DecodeError, ValueError, RecursionError):
             self._problem(EPOCH, "does not parse")
             return none
 
@@ -157,7 +160,7 @@ class _Reader:
         value = self.json("status")
         if value is None and "optime/leader" in self.entries:
             value = self.json("optime/leader")
-        if isinstance(value, int) and not isinstance(value, bool):
+        if _is_integer(value):
             return Status(optime=max(0, value))
         if not isinstance(value, dict):
             if value is not None:
@@ -167,7 +170,7 @@ class _Reader:
         retain = value.get("retain_slots")
         return Status(
             optime=_integer(value.get("optime")),
-            slots={k: v for k, v in slots.items() if isinstance(v, int)} if isinstance(slots, dict) else {},
+            slots={k: v for k, v in slots.items() if _is_integer(v)} if isinstance(slots, dict) else {},
             retain_slots=tuple(x for x in retain if isinstance(x, str)) if isinstance(retain, list) else (),
             raw=value,
         )
@@ -176,7 +179,7 @@ class _Reader:
         entry = self.entries.get("failover")
         if entry is None or not entry.value:
             return FailoverKey()
-        if not entry.value.lstrip().startswith(b"{"):      # the reference's form before JSON: leader:candidate
+        if re.fullmatch(rb"[^\s{}\[\]\",]*:[^\s{}\[\]\",:]*", entry.value):      # the reference's form before JSON: leader:candidate
             leader, _, candidate = entry.value.decode(errors="replace").partition(":")
             return FailoverKey(leader=leader.strip(), candidate=candidate.strip())
         value = self.object("failover") or {}
@@ -195,7 +198,7 @@ class _Reader:
             return None
         rows = []
         for row in value if isinstance(value, list) else [None]:
-            if not isinstance(row, list) or len(row) < 2 or not all(isinstance(x, int) for x in row[:2]):
+            if not isinstance(row, list) or len(row) < 2 or not all(_is_integer(x) for x in row[:2]):
                 self._problem("history", "is not a list of [timeline, lsn, reason, timestamp, leader]")
                 return None
             rest = [x if isinstance(x, str) else "" for x in (*row[2:5], "", "", "")]
@@ -237,12 +240,18 @@ def _string(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+#: No LSN, timeline or count is larger; a longer row of digits is nonsense, and costly to convert.
+_LARGEST = 1 << 63
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
+
+
 def _integer(value: Any) -> int:
-    if isinstance(value, bool):
-        return 0
-    if isinstance(value, int):
-        return max(0, value)
-    if isinstance(value, str) and value.isascii() and value.isdigit():
+    if _is_integer(value):
+        return max(0, int(value))
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
         return int(value)
     return 0
 

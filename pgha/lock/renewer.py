@@ -446,5 +446,5 @@ def _epoch_number(entry: Entry | None) -> int:
         return 0
     try:
         return msgspec.json.decode(entry.value, type=Epoch).number
-    except (msgspec.DecodeError, msgspec.ValidationError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         return 0

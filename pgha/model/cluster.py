@@ -34,7 +34,7 @@ class Tags(Struct, frozen=True, kw_only=True):
             value = raw.get(key, 1)
             try:
                 return int(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 return 1
 
         nofailover = flag("nofailover") if "nofailover" in raw else number("failover_priority") <= 0

@@ -90,15 +90,15 @@ class PeersObserver:
             try:
                 if name not in self._plain:
                     status, body = await self._get(client, f"{_base(url)}/pgha/vote?epoch={epoch}" + (f"&wait={WAIT_S}" if epoch >= 0 else ""))
-                    if status == 200:
+                    if status == 200 and isinstance(body.get("name"), str) and "lsn" in body:
                         return _from_vote(name, body, asked_at)
                     if "role" in body:
                         self._plain.add(name)      # it answers, but knows no votes: a member of another make
                 status, body = await self._get(client, url)
                 return _from_patroni(name, body, asked_at)
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
                 why = str(error) or type(error).__name__
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 why = f"its answer does not parse: {error}"
         return Peer(name=name, asked_at=asked_at, answered=False, why=why)
 
@@ -111,7 +111,7 @@ class PeersObserver:
                     raise ValueError("longer than 1 MiB")
         try:
             value = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = {}
         return response.status_code, value if isinstance(value, dict) else {}
 
