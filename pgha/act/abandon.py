@@ -1,14 +1,15 @@
-"""Set a data directory aside that is nobody's: a bootstrap that another node has won. Nothing is removed."""
+"""Set a data directory aside that is nobody's: a bootstrap that another node has won, or that was cut off. Nothing is removed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from pgha.act.clone import forget_markers
 from pgha.act.context import Context, Progress, log
 from pgha.act.steps import kill_everything, on_disk, while_offline
 from pgha.model.action import AbandonDirectory
-from pgha.postgres import directories, files, pg_rewind
+from pgha.postgres import directories
 
 
 async def abandon(ctx: Context, action: AbandonDirectory, progress: Progress) -> dict[str, Any]:
@@ -20,7 +21,7 @@ async def abandon(ctx: Context, action: AbandonDirectory, progress: Progress) ->
         if await on_disk(directories.content, ctx.data_dir) == "missing":
             return None
         aside = await on_disk(directories.move_to_failed, ctx.data_dir)
-        await on_disk(files.remove_file, pg_rewind.marker(ctx.data_dir))    # it spoke of this directory
+        await on_disk(forget_markers, ctx.data_dir)
         return aside
 
     kept_as = await while_offline(ctx, move)

@@ -3,6 +3,9 @@
 `initialize` = "" is won first, create-only, under a short lease: a bootstrap that was abandoned frees itself. It keeps
 two nodes from doing the work twice; what makes a second cluster impossible is the last write, one transaction, which
 the next pass decides (AcquireLock with `initialize_revision`).
+
+From before initdb on a marker beside the data directory says that what is there is nobody's: were the agent killed, a
+half-made cluster would look like a whole one. It says "made" at the end, and goes at the first start.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from urllib.parse import quote
 
 import trio
 
+from pgha.act.clone import forget_markers, set_aside_unfinished
 from pgha.act.context import Context, Progress, log
 from pgha.act.steps import (
     CLEAN_UP_S,
@@ -54,6 +58,7 @@ async def bootstrap(ctx: Context, action: Bootstrap, progress: Progress) -> dict
     put aside under a numbered name, never removed.
     """
     del action
+    await set_aside_unfinished(ctx)
     found = await on_disk(directories.content, ctx.data_dir)
     if found not in ("missing", "empty"):
         raise OperationFailed(f"{ctx.data_dir} is not empty ({found}): no bootstrap into it")
@@ -105,6 +110,7 @@ async def _give_up(ctx: Context, revision: int, lease: int) -> None:
             if await on_disk(directories.content, ctx.data_dir) not in ("missing", "empty"):
                 aside = await on_disk(directories.move_to_failed, ctx.data_dir)
                 log.error("bootstrap failed; its data directory was put aside", kept_as=aside)
+            await on_disk(forget_markers, ctx.data_dir)
         except (PghaError, OSError) as error:
             log.error("bootstrap failed, and its data directory could not be put aside", why=str(error))
         path = ctx.keys.path("initialize")
@@ -120,6 +126,7 @@ async def _make(ctx: Context, progress: Progress, times: Timeline) -> str:
     """initdb, users, script, stop. Returns the system identifier."""
     local = ctx.wanted.effective().local
     name, password = ctx.wanted.user("superuser")
+    await on_disk(directories.note_bootstrap, ctx.data_dir, "making")
     progress("initdb")
     await initdb(ctx.data_dir, ctx.server.bin_dir, options_of(local.bootstrap.initdb), superuser=name, password=password,
                  deadline_s=INITDB_DEADLINE_S)
@@ -154,6 +161,7 @@ async def _make(ctx: Context, progress: Progress, times: Timeline) -> str:
     if said.state != "shut down":
         raise OperationFailed(f"after the bootstrap PostgreSQL is {said.state!r}, not shut down")
     await be_standby_at_rest(ctx)
+    await on_disk(directories.note_bootstrap, ctx.data_dir, "made")
     times.mark("stop")
     return said.system_identifier
 

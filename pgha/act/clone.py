@@ -4,7 +4,7 @@ streams, unless there is no room and its removal was asked for."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import trio
 
@@ -48,6 +48,7 @@ def in_words(size_bytes: float) -> str:
 async def clone(ctx: Context, action: Clone, progress: Progress) -> dict[str, Any]:
     """Facts: old (path of the data directory that was replaced, "" if there was none), size_bytes, times."""
     times = Timeline()
+    await set_aside_unfinished(ctx)
     nothing_lives(ctx)
     target = directories.clone_directory(ctx.data_dir)
     present = await on_disk(directories.content, ctx.data_dir)
@@ -55,8 +56,9 @@ async def clone(ctx: Context, action: Clone, progress: Progress) -> dict[str, An
         raise OperationFailed(f"{ctx.data_dir} is {present}: it is replaced only if that was asked for")
     await on_disk(ctx.wanted.write_passfile)
     size_bytes = await _source(ctx, action)
+    await _finish_removals(ctx)
     if not await _left_between_renames(ctx, action, target):
-        await _remove_leftover(target)
+        await _remove_leftover(ctx, target)
         await _make_room(ctx, action, present, size_bytes)
         log.info("cloning", source=action.source.name, size_bytes=size_bytes, why=action.why)
         await _copy_whole(ctx, action, target, progress)
@@ -72,7 +74,7 @@ async def clone(ctx: Context, action: Clone, progress: Progress) -> dict[str, An
 
 
 async def _copy_whole(ctx: Context, action: Clone, target: Path, progress: Progress) -> None:
-    """Fill `target`, verified and a standby; on any failure, or a cancel, there is no `target`."""
+    """Fill `target`, verified, a standby, on disk; on any failure, or a cancel, there is no `target`."""
     try:
         await _copy(ctx, action, target, progress)
         progress("verifying the copy")
@@ -80,48 +82,79 @@ async def _copy_whole(ctx: Context, action: Clone, target: Path, progress: Progr
         if said.system_identifier != action.system_identifier:
             raise OperationFailed(f"{action.source.name} has system identifier {said.system_identifier}, expected {action.system_identifier}")
         await on_disk(_make_standby, target)
+        progress("syncing the copy")
+        await directories.complete_clone(ctx.data_dir, said.system_identifier)
     except BaseException:   # also trio.Cancelled: half a copy is of no use to anybody
         with trio.move_on_after(60.0, shield=True):
-            await directories.delete_tree(target)
+            await directories.delete_clone(ctx.data_dir)
         raise
 
 
 async def _left_between_renames(ctx: Context, action: Clone, target: Path) -> bool:
-    """Did an earlier clone end between the two renames of its swap? Then it is whole, and only has to be put in place."""
+    """Did an earlier clone end when it was whole, with nothing in place? Then it only has to be put there."""
     if not await on_disk(directories.unfinished_swap, ctx.data_dir):
         return False
     try:
         said = await read_control(target, ctx.server.bin_dir, deadline_s=CONTROL_DEADLINE_S)
     except PostgresError:
         return False
-    whole = said.system_identifier == action.system_identifier and (target / files.STANDBY_SIGNAL).exists()
+    whole = said.system_identifier == action.system_identifier
     if whole:
         log.info("finishing the swap of an earlier clone", path=target)
     return whole
 
 
 async def _swap_in(ctx: Context) -> Path | None:
-    old = await directories.swap_in_clone(ctx.data_dir)
-    await on_disk(files.remove_file, pg_rewind.marker(ctx.data_dir))    # it spoke of the directory that was replaced
+    old = await on_disk(directories.swap_in_clone, ctx.data_dir)
+    await on_disk(forget_markers, ctx.data_dir)
     return old
 
 
+def forget_markers(data_dir: Path) -> None:
+    """What is beside the data directory and spoke of the one that is not there any more."""
+    files.remove_file(pg_rewind.marker(data_dir))
+    directories.end_bootstrap(data_dir)
+
+
+async def set_aside_unfinished(ctx: Context) -> None:
+    """A bootstrap that was cut off leaves what is nobody's: out of the way with it, under a numbered `.failed`."""
+    if await on_disk(directories.bootstrapping, ctx.data_dir) != "making":
+        return
+    await kill_everything(ctx, "its bootstrap was cut off")
+    if await on_disk(directories.content, ctx.data_dir) not in ("missing", "empty"):
+        aside = await on_disk(directories.move_to_failed, ctx.data_dir)
+        log.warning("a bootstrap was cut off here; its data directory was put aside", kept_as=aside)
+    await on_disk(forget_markers, ctx.data_dir)
+
+
 async def discard_old(ctx: Context) -> list[str]:
-    """Delete what clones have replaced: to be called once the new data directory streams. `.failed` is never touched."""
+    """Delete what clones have replaced: to be called once the new data directory streams, at any later time as well.
+
+    Only what the swap itself has marked: neither `.failed` nor what people moved to `.old` is ever touched.
+    """
+    return await _discard(ctx, "old", "removing")
+
+
+async def _finish_removals(ctx: Context) -> None:
+    """Deletions that were cut off: their space is needed now."""
+    await _discard(ctx, "removing")
+
+
+async def _discard(ctx: Context, *suffixes: Literal["old", "removing"]) -> list[str]:
     gone = []
-    for old in await on_disk(directories.old_directories, ctx.data_dir):
-        if list_of := directories.linked_directories(old):
-            log.warning("the replaced data directory has parts elsewhere, which are kept", old=old, parts=[str(p) for p in list_of])
+    for old in await on_disk(directories.replaced_directories, ctx.data_dir, *suffixes):
+        if elsewhere := await on_disk(directories.linked_directories, old):
+            log.warning("the replaced data directory has parts elsewhere, which are kept", old=old, parts=[str(p) for p in elsewhere])
         await directories.delete_tree(old)
-        log.info("deleted the data directory that a clone replaced", old=old)
+        log.info("deleted a replaced data directory", old=old)
         gone.append(str(old))
     return gone
 
 
-async def _remove_leftover(target: Path) -> None:
+async def _remove_leftover(ctx: Context, target: Path) -> None:
     if await on_disk(directories.content, target) != "missing":
         log.info("removing what an earlier clone left", path=target)
-        await directories.delete_tree(target)
+    await directories.delete_clone(ctx.data_dir)
 
 
 async def _source(ctx: Context, action: Clone) -> int:
@@ -150,14 +183,17 @@ async def _make_room(ctx: Context, action: Clone, present: str, size_bytes: int)
     numbers = f"the clone needs {in_words(needed_bytes)}, {in_words(free_bytes)} are free"
     if action.replace != "remove_first" or present in ("missing", "empty"):
         raise OperationFailed(f"not enough space: {numbers}")
-    freed_bytes = await directories.size_bytes(ctx.data_dir)
+    freed_bytes = await directories.size_bytes(ctx.data_dir, linked=False)    # parts elsewhere are not removed
     if free_bytes + freed_bytes < needed_bytes:
         raise OperationFailed(f"not enough space even without the old data directory ({in_words(freed_bytes)}): {numbers}")
     log.warning("removing the old data directory before the clone", path=ctx.data_dir, why=f"{action.why}; {numbers}")
     await kill_everything(ctx, "its data directory is removed")
 
     async def remove() -> None:
-        await directories.delete_tree(ctx.data_dir)
+        # Half a directory looks like a whole one, or like one that nobody may touch: first the name, then the files.
+        await on_disk(directories.move_to_removing, ctx.data_dir, f"no room for a second copy; {action.why}")
+        await on_disk(forget_markers, ctx.data_dir)
+        await _discard(ctx, "removing")
 
     await while_offline(ctx, remove)
 
@@ -188,3 +224,4 @@ def _make_standby(target: Path) -> None:
     """What the source was is not what the copy is."""
     files.create_standby_signal(target)
     files.clean_auto_conf(target)
+    files.remove_file(target / directories.REPLACED)

@@ -22,7 +22,7 @@ from pgha.act.context import Context, log
 from pgha.errors import OperationFailed, PghaError, PostgresError, PostgresTimeout
 from pgha.lock import recipe
 from pgha.model.wal import Position
-from pgha.postgres import files, pg_rewind
+from pgha.postgres import directories, files, pg_rewind
 from pgha.postgres.connection import Connection, resolve
 from pgha.postgres.controldata import ControlData, read_control
 from pgha.postgres.processes import Postmaster, adopt, read_postmaster_pid, read_stat, remove_dead_pid_file
@@ -181,6 +181,10 @@ async def ready_to_start(ctx: Context) -> None:
     nothing_lives(ctx)
     if await on_disk(pg_rewind.interrupted, ctx.data_dir):
         raise OperationFailed(f"a rewind of {ctx.data_dir} was interrupted: it is not started before it was rewound again, or cloned")
+    if await on_disk(directories.bootstrapping, ctx.data_dir) == "making":
+        raise OperationFailed(f"the bootstrap of {ctx.data_dir} was cut off: it is not started, but set aside")
+    await on_disk(directories.end_bootstrap, ctx.data_dir)     # who starts has the lock, or follows who has
+    await on_disk(files.remove_file, ctx.data_dir / directories.REPLACED)  # a swap that did not happen
     if await on_disk(remove_dead_pid_file, ctx.data_dir):
         log.info("removed the pid file of a dead postmaster")
 

@@ -118,6 +118,9 @@ class DataDirectoryFacts(Struct, frozen=True, kw_only=True):
     end_of_wal_timeline: int = 0
     history: tuple[HistoryRow, ...] = ()  # of the own timeline
     major_version: int = 0
+    rewind_interrupted: bool = False     # a rewind was begun and not ended: rewound again, or cloned; never started
+    abandoned_bootstrap: bool = False    # a bootstrap was begun and not ended: unless one runs now, it is nobody's
+    bootstrap_unregistered: bool = False  # a bootstrap ended, and nothing was started since: the cluster's only if `initialize` says so
 
 
 class GuardFacts(Struct, frozen=True, kw_only=True):

@@ -22,6 +22,7 @@ from pgha.errors import PostgresError
 from pgha.model.node import Control, DataDirectoryFacts
 from pgha.model.wal import HistoryRow, parse_history_file
 from pgha.postgres.controldata import ControlData, read_control
+from pgha.postgres.directories import Bootstrapping, bootstrapping
 from pgha.postgres.pg_rewind import interrupted
 
 #: (inode, mtime, size) of a file that is rewritten in place.
@@ -47,6 +48,7 @@ class _Looked(Struct, frozen=True, kw_only=True):
     control_stamp: Stamp | None = None
     major_version: int = 0
     rewind_interrupted: bool = False
+    bootstrapping: Bootstrapping = ""
 
 
 def _stamp_of(path: Path) -> Stamp | None:
@@ -65,7 +67,8 @@ def _look(data_dir: Path) -> _Looked:
         return _Looked(exists=False)
     version = (data_dir / "PG_VERSION").read_text(errors="replace").strip() if "PG_VERSION" in names else ""
     return _Looked(exists=True, names=names, control_stamp=_stamp_of(data_dir / "global" / "pg_control") if names else None,
-                   major_version=int(version) if version.isdigit() else 0, rewind_interrupted=interrupted(data_dir))
+                   major_version=int(version) if version.isdigit() else 0, rewind_interrupted=interrupted(data_dir),
+                   bootstrapping=bootstrapping(data_dir))
 
 
 def _read_history(path: Path) -> tuple[HistoryRow, ...]:
@@ -117,9 +120,13 @@ class DataDirectoryReader:
             return DataDirectoryFacts(state="missing", why=f"{self._data_dir} does not exist")
         if not looked.names:
             return DataDirectoryFacts(state="empty", why=f"{self._data_dir} is empty")
-        facts = DataDirectoryFacts(state="partial", standby_signal="standby.signal" in looked.names,
-                                   major_version=looked.major_version)
+        facts = DataDirectoryFacts(
+            state="partial", standby_signal="standby.signal" in looked.names, major_version=looked.major_version,
+            rewind_interrupted=looked.rewind_interrupted, abandoned_bootstrap=looked.bootstrapping == "making",
+            bootstrap_unregistered=looked.bootstrapping == "made")
         stamp = looked.control_stamp
+        if looked.bootstrapping == "making" and not running:     # also when it looks whole: users, script, configuration may lack
+            return replace(facts, why=f"{self._data_dir}: a bootstrap was begun here and has not ended")
         if not looked.major_version or stamp is None:
             missing = "global/pg_control" if looked.major_version else "PG_VERSION"
             return replace(facts, why=f"{self._data_dir} is not empty, but has no {missing}")

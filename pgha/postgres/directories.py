@@ -1,8 +1,12 @@
 """Whole data directories: what is there, how big, put aside, swapped in, deleted. The only copy is never removed here
 by accident: deletion is its own call, with the path spelt out.
 
-Names beside `<data_dir>`: `.clone` (being filled), `.old`, `.old.1`, … (replaced by a clone; the caller deletes it once
-the new one streams), `.failed`, `.failed.1`, … (kept for people, never removed).
+Names beside `<data_dir>`: `.clone` (being filled; the file `.clone.whole` says that it is whole and on disk), `.old`,
+`.old.1`, … (replaced by a clone; the caller deletes it once the new one streams), `.removing`, … (being deleted),
+`.failed`, `.failed.1`, … (kept for people, never removed), the file `.bootstrapping` (a cluster is being made there).
+
+A name alone gives nobody the right to delete: people move directories to `.old`, too. What may go carries the file
+`pgha.replaced`, which was written before the rename and names the directory that it was to become.
 
 Rules of this file:
 * Renames happen within one parent directory and are fsynced.
@@ -13,6 +17,7 @@ Rules of this file:
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,18 +26,52 @@ from typing import Literal
 import trio
 
 from pgha.errors import PostgresError
-from pgha.postgres.files import sync_directory
+from pgha.postgres.files import remove_file, sync_directory, write_file
 from pgha.postgres.processes import living_processes
 
 #: How many entries a thread handles before the loop may cancel.
 _PIECE_ENTRIES = 500
 
+#: In a directory that may be deleted: its first line is the name which we gave the directory, its second says why.
+REPLACED = "pgha.replaced"
+
 Content = Literal["missing", "empty", "valid", "partial"]
+#: How far a bootstrap came that was not seen through to the first start: "" is no bootstrap.
+Bootstrapping = Literal["", "making", "made"]
 
 
 def clone_directory(data_dir: Path) -> Path:
     """Where a clone is filled, until it is whole."""
     return data_dir.with_name(data_dir.name + ".clone")
+
+
+def whole_marker(data_dir: Path) -> Path:
+    """A file beside the clone, since what is in the clone comes with the copy: it is whole, and on disk."""
+    return data_dir.with_name(data_dir.name + ".clone.whole")
+
+
+def bootstrap_marker(data_dir: Path) -> Path:
+    """A file beside the data directory (initdb wants an empty one), from before initdb until the first start."""
+    return data_dir.with_name(data_dir.name + ".bootstrapping")
+
+
+def note_bootstrap(data_dir: Path, stage: Literal["making", "made"]) -> None:
+    """"making": what is there is nobody's if we die. "made": whole, but the store has not been told of it."""
+    write_file(bootstrap_marker(data_dir), stage + "\n", mode=0o600)
+
+
+def bootstrapping(data_dir: Path) -> Bootstrapping:
+    """How far a bootstrap of this directory came. What cannot be read counts as "making"."""
+    try:
+        text = bootstrap_marker(data_dir).read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return ""
+    return "made" if text == "made" else "making"
+
+
+def end_bootstrap(data_dir: Path) -> None:
+    """The directory is in use now, or is gone."""
+    remove_file(bootstrap_marker(data_dir))
 
 
 def content(data_dir: Path) -> Content:
@@ -69,12 +108,19 @@ def _free_name(data_dir: Path, suffix: str) -> Path:
     return candidate
 
 
-def _put_aside(data_dir: Path, suffix: str) -> Path:
+def _put_aside(data_dir: Path, suffix: str, *, to_be_deleted: str = "") -> Path:
+    """Rename within the parent, durably. `to_be_deleted`: why it may be, later (the mark is on disk before the rename)."""
     if living := living_processes(data_dir):
         raise PostgresError(f"{data_dir} is in use by processes {living}")
     if data_dir.is_mount():
         raise PostgresError(f"{data_dir} is a mount point and cannot be renamed: use a directory inside it")
+    if data_dir.is_symlink() and to_be_deleted:
+        raise PostgresError(f"{data_dir} is a symbolic link: name the directory itself")
     aside = _free_name(data_dir, suffix)
+    if to_be_deleted:
+        write_file(data_dir / REPLACED, f"{aside.name}\n{to_be_deleted}\n")
+    else:
+        remove_file(data_dir / REPLACED)    # of a swap that was cut off before its rename
     data_dir.rename(aside)
     sync_directory(data_dir.parent)
     return aside
@@ -88,36 +134,78 @@ def move_to_failed(data_dir: Path) -> Path:
     return _put_aside(data_dir, "failed")
 
 
-async def swap_in_clone(data_dir: Path) -> Path | None:
-    """`<data_dir>.clone` becomes the data directory; where the old one is now, or None if there was none.
+def move_to_removing(data_dir: Path, why: str) -> Path:
+    """The first step of deleting a data directory: from here on it is never taken for one. Its new name."""
+    return _put_aside(data_dir, "removing", to_be_deleted=why)
 
-    The clone is fsynced first. Between the two renames there is no data directory: whoever starts then finds the clone,
-    whole, under its own name (`unfinished_swap`).
-    """
+
+async def complete_clone(data_dir: Path, identity: str) -> None:
+    """The clone is filled: bring all of it to disk, then say so. `identity` is its system identifier."""
     clone = clone_directory(data_dir)
     if content(clone) != "valid":
         raise PostgresError(f"{clone} is {content(clone)}, not a whole data directory")
     await sync_tree(clone)
-    old = _put_aside(data_dir, "old") if content(data_dir) in ("valid", "partial") else None
+    write_file(whole_marker(data_dir), identity + "\n", mode=0o600)
+
+
+async def delete_clone(data_dir: Path) -> None:
+    """Whatever an earlier clone left that is not in place: first the word that it is whole, then itself."""
+    remove_file(whole_marker(data_dir))
+    await delete_tree(clone_directory(data_dir))
+
+
+def completed_clone(data_dir: Path) -> str:
+    """The system identifier of a whole clone that was not swapped in; "" if there is none."""
+    try:
+        identity = whole_marker(data_dir).read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return ""
+    return identity if content(clone_directory(data_dir)) == "valid" else ""
+
+
+def swap_in_clone(data_dir: Path) -> Path | None:
+    """`<data_dir>.clone`, completed, becomes the data directory; where the old one is now, or None if there was none.
+
+    Between the two renames there is no data directory: whoever starts then finds the clone, whole, under its own name
+    (`unfinished_swap`).
+    """
+    clone = clone_directory(data_dir)
+    if not (identity := completed_clone(data_dir)):
+        raise PostgresError(f"{clone} is not a whole data directory")
+    old = None
+    if content(data_dir) in ("valid", "partial"):
+        why = "" if data_dir.is_symlink() else f"replaced by a clone of system {identity}"     # only the link moves: keep it
+        old = _put_aside(data_dir, "old", to_be_deleted=why)
     clone.rename(data_dir)  # also over an empty directory
     sync_directory(data_dir.parent)
+    remove_file(whole_marker(data_dir))
     return old
 
 
 def unfinished_swap(data_dir: Path) -> bool:
-    """Was a swap interrupted between its two renames? Then `swap_in_clone` finishes it."""
-    return content(data_dir) == "missing" and content(clone_directory(data_dir)) == "valid" and bool(old_directories(data_dir))
+    """Was a swap interrupted before its last rename, with nothing in place? Then `swap_in_clone` finishes it."""
+    return content(data_dir) == "missing" and bool(completed_clone(data_dir))
 
 
-def old_directories(data_dir: Path) -> list[Path]:
-    """Directories that a clone replaced and that nobody has deleted yet."""
-    prefix = f"{data_dir.name}.old"
+def _may_be_deleted(path: Path) -> bool:
+    """Is it a directory that we put aside under this very name, to be deleted?"""
+    if path.is_symlink():
+        return False
     try:
-        names = [entry.name for entry in os.scandir(data_dir.parent)]
+        text = (path / REPLACED).read_text(errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return text.split("\n")[0] == path.name
+
+
+def replaced_directories(data_dir: Path, *suffixes: Literal["old", "removing"]) -> list[Path]:
+    """What we put aside under these suffixes, and nobody has deleted yet. Never what others moved there."""
+    names = re.compile(rf"{re.escape(data_dir.name)}\.(?:{'|'.join(suffixes)})(?:\.\d+)?")
+    try:
+        found = [data_dir.with_name(entry.name) for entry in os.scandir(data_dir.parent) if names.fullmatch(entry.name)]
     except FileNotFoundError:
         return []
-    return sorted(data_dir.with_name(n) for n in names
-                  if n == prefix or (n.startswith(prefix + ".") and n[len(prefix) + 1:].isdigit()))
+    return sorted(path for path in found if _may_be_deleted(path))
 
 
 def _walk(top: Path) -> Iterator[os.DirEntry[str]]:
@@ -157,10 +245,10 @@ def linked_directories(data_dir: Path) -> list[Path]:
     return [path.resolve() for path in links if path.is_symlink()]
 
 
-async def size_bytes(data_dir: Path) -> int:
-    """Bytes used by the directory, its WAL and its tablespaces. Files that vanish while counted count as nothing."""
+async def size_bytes(data_dir: Path, *, linked: bool = True) -> int:
+    """Bytes used by the directory and, if `linked`, its WAL and tablespaces elsewhere. Files that vanish count as nothing."""
     def sizes() -> Iterator[int]:
-        for top in (data_dir, *linked_directories(data_dir)):
+        for top in (data_dir, *(linked_directories(data_dir) if linked else ())):
             for entry in _walk(top):
                 try:
                     yield entry.stat(follow_symlinks=False).st_blocks * 512
@@ -200,14 +288,21 @@ async def delete_tree(top: Path, *, also: Iterable[Path] = ()) -> None:
     """Delete a directory tree. PostgresError while a server runs in it; OSError if something cannot be removed.
 
     `also`: targets of its links (from `linked_directories`) whose *content* is deleted, too; other link targets stay.
+    The mark that says it may be deleted goes last: what was cut off can be finished.
     """
+    if top.is_symlink():
+        raise PostgresError(f"{top} is a symbolic link: name the directory itself")
     if living := living_processes(top):
         raise PostgresError(f"{top} is in use by processes {living}")
     outside = list(also)
     assert all(path in linked_directories(top) for path in outside), outside
 
+    mark = str(top / REPLACED)
+
     def steps(root: Path) -> Iterator[int]:
         for entry in _walk(root):
+            if entry.path == mark:
+                continue
             if entry.is_dir(follow_symlinks=False):
                 os.rmdir(entry.path)  # noqa: PTH106  (entry.path is a str)
             else:
@@ -216,9 +311,8 @@ async def delete_tree(top: Path, *, also: Iterable[Path] = ()) -> None:
 
     for path in outside:
         await _in_pieces(steps(path))
-    if top.is_symlink():
-        raise PostgresError(f"{top} is a symbolic link: name the directory itself")
     await _in_pieces(steps(top))
     if top.exists():
+        remove_file(top / REPLACED)
         top.rmdir()
         sync_directory(top.parent)

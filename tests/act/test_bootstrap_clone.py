@@ -8,7 +8,7 @@ import pytest
 import trio
 from act_bed import as_source
 
-from pgha.dcs import Put
+from pgha.dcs import Delete, Put
 from pgha.errors import CommandFailed, OperationFailed, Refused
 from pgha.model import action as a
 from pgha.postgres import directories
@@ -105,7 +105,12 @@ def test_clone_replaces_only_when_asked_and_keeps_the_old_one(bed):
             assert two.standby_signal and await two.guard_state() == "standby"
             await two.operate(a.StartStandby(upstream=as_source(one)))
             await two.until(two.streaming)
+            by_hand = two.data_dir.with_name("data.old.1")
+            by_hand.mkdir()
+            (by_hand / "precious").write_text("x")
+            two.data_dir.with_name("data.old.2").mkdir()
             assert await two.actor.discard_old() == [facts["old"]]
+            assert (by_hand / "precious").exists() and two.data_dir.with_name("data.old.2").exists()
             assert not os.path.exists(facts["old"]) and two.data_dir.with_name("data.failed").exists()
     trio.run(main)
 
@@ -123,6 +128,64 @@ def test_clone_without_room_is_refused_with_both_numbers(bed):
                 await two.clone_of(one)
             assert not two.data_dir.exists()
             sparse.unlink()
+    trio.run(main)
+
+
+def test_removal_before_the_clone_goes_by_another_name(bed, monkeypatch):
+    from pgha.act import clone
+
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.clone_of(one)
+            (two.data_dir / "of_the_old").write_text("")
+            left = two.data_dir.with_name("data.removing")
+            two.data_dir.rename(left)
+            (left / directories.REPLACED).write_text("data.removing\n")     # a deletion that was cut off
+            await two.clone_of(one)
+            assert not left.exists()
+            # room for one copy only, counted without what is deleted already
+            (two.data_dir / "of_the_old").write_text("")
+            free = [0, 0]
+            monkeypatch.setattr(directories, "free_bytes", lambda _: free.pop())
+            monkeypatch.setattr(clone, "SPACE_EXTRA_BYTES", 0)
+            assert (await two.clone_of(one, replace="remove_first"))["old"] == ""
+            assert free == [0] and not (two.data_dir / "of_the_old").exists() and not left.exists()
+            await two.operate(a.StartStandby(upstream=as_source(one)))
+            await two.until(two.streaming)
+    trio.run(main)
+
+
+@pytest.mark.parametrize("when", ["partial", "runs", "whole"])
+def test_bootstrap_that_was_killed_is_nobodys(bed, when):
+    """The files as kill -9 leaves them at these points."""
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            assert not directories.bootstrap_marker(one.data_dir).exists()
+            await two.clone_of(one)
+            if when == "partial":
+                (two.data_dir / "global" / "pg_control").unlink()
+            elif when == "runs":
+                await two.operate(a.StartStandby(upstream=as_source(one)))
+            directories.note_bootstrap(two.data_dir, "making")
+            facts = await two.reader.read_facts(running=when == "runs")
+            assert facts.abandoned_bootstrap and (when == "runs" or facts.state == "partial")
+            if when == "whole":
+                with pytest.raises(OperationFailed, match="cut off"):
+                    await two.operate(a.StartStandby(upstream=as_source(one)))
+            await two.standby_of(one)
+            assert two.data_dir.with_name("data.failed").exists()
+            assert not (await two.reader.read_facts(running=True)).abandoned_bootstrap
+        async with bed.node("c") as three:
+            three.bed.world.transact([], [Delete(key=three.keys.path("initialize"))])
+            three.data_dir.mkdir(mode=0o700)
+            (three.data_dir / "PG_VERSION").write_text("15\n")
+            directories.note_bootstrap(three.data_dir, "making")
+            await three.operate(a.Bootstrap())
+            assert three.data_dir.with_name("data.failed").exists()
+            facts = await three.reader.read_facts(running=False)
+            assert facts.state == "valid" and facts.bootstrap_unregistered and not facts.abandoned_bootstrap
     trio.run(main)
 
 
@@ -156,9 +219,17 @@ def test_swap_that_ended_between_its_renames_is_finished_without_a_copy(bed):
             await one.primary()
             await two.clone_of(one)
             (two.data_dir / "marker").write_text("")
-            two.data_dir.rename(two.data_dir.with_name("data.clone"))
+            target = two.data_dir.with_name("data.clone")
+            two.data_dir.rename(target)
+            (target / "standby.signal").touch()     # comes with the copy of a standby: no word on whether that is whole
             two.data_dir.with_name("data.old").mkdir()
             await two.clone_of(one)
+            assert not (two.data_dir / "marker").exists()
+            (two.data_dir / "marker").write_text("")
+            two.data_dir.rename(target)
+            await directories.complete_clone(two.data_dir, (await one.control()).system_identifier)
+            await two.clone_of(one)
+            assert not directories.whole_marker(two.data_dir).exists()
             assert (two.data_dir / "marker").exists() and two.standby_signal
             await two.operate(a.StartStandby(upstream=as_source(one)))
             await two.until(two.streaming)

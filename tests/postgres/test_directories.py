@@ -52,22 +52,50 @@ def test_clone_is_swapped_in_and_the_old_one_stays(make_node, base):
         (a.data_dir / "mark").write_text("old")
         clone = directories.clone_directory(a.data_dir)
         with pytest.raises(PostgresError, match="missing"):
-            await directories.swap_in_clone(a.data_dir)
+            await directories.complete_clone(a.data_dir, "7")
         make_node("a.clone")
         assert clone.is_dir()
+        with pytest.raises(PostgresError, match="not a whole"):     # nobody said that it is whole
+            directories.swap_in_clone(a.data_dir)
+        await directories.complete_clone(a.data_dir, "7")
         # Interrupted between the renames, then finished.
         a.data_dir.rename(base / "a.old")
         assert directories.unfinished_swap(a.data_dir)
-        assert await directories.swap_in_clone(a.data_dir) is None
-        assert not directories.unfinished_swap(a.data_dir)
+        assert directories.completed_clone(a.data_dir) == "7"
+        assert directories.swap_in_clone(a.data_dir) is None
+        assert not directories.unfinished_swap(a.data_dir) and not directories.whole_marker(a.data_dir).exists()
         make_node("a.clone")
-        assert (await directories.swap_in_clone(a.data_dir)).name == "a.old.1"
-        assert [p.name for p in directories.old_directories(a.data_dir)] == ["a.old", "a.old.1"]
+        await directories.complete_clone(a.data_dir, "7")
+        assert directories.swap_in_clone(a.data_dir).name == "a.old.1"
+        # a.old was moved there by hand: it is not ours
+        assert [p.name for p in directories.replaced_directories(a.data_dir, "old")] == ["a.old.1"]
         assert (base / "a.old/mark").read_text() == "old"
-        for path in directories.old_directories(a.data_dir):
-            await directories.delete_tree(path)
-        assert directories.old_directories(a.data_dir) == []
+        (base / "a.old.1").rename(base / "a.old.2")                 # as is what was renamed since
+        assert directories.replaced_directories(a.data_dir, "old", "removing") == []
         await a.start()
+    trio.run(main)
+
+
+def test_removal_that_was_cut_off_can_be_finished(make_node, base):
+    async def main():
+        a = make_node()
+        aside = directories.move_to_removing(a.data_dir, "test")
+        assert directories.content(a.data_dir) == "missing" and aside.name == "a.removing"
+        (aside / "global/pg_control").unlink()
+        (aside / "keeps").mkdir()
+        (aside / "keeps").chmod(0)                                  # the deletion ends in the middle
+        with pytest.raises(PermissionError):
+            await directories.delete_tree(aside)
+        (aside / "keeps").chmod(0o700)
+        assert directories.replaced_directories(a.data_dir, "removing") == [aside]
+        await directories.delete_tree(aside)
+        assert not aside.exists()
+        # a link's target is not ours
+        b = make_node("b")
+        b.data_dir.rename(base / "elsewhere")
+        b.data_dir.symlink_to(base / "elsewhere")
+        with pytest.raises(PostgresError, match="symbolic link"):
+            directories.move_to_removing(b.data_dir, "test")
     trio.run(main)
 
 
