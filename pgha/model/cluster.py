@@ -30,6 +30,8 @@ class Tags(Struct, frozen=True, kw_only=True):
         def flag(key: str) -> bool:
             return raw.get(key) in (True, 1, "true", "True", "on", "yes", "1")
 
+        raw = {k: v for k, v in raw.items() if not isinstance(v, float) or abs(v) < 1e15}      # JSON has no infinity
+
         def number(key: str) -> int:
             value = raw.get(key, 1)
             try:

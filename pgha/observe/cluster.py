@@ -78,14 +78,14 @@ class ClusterObserver:
     async def read(self) -> None:
         """A linearizable read; its result is in `facts` when it returns. DcsError if there was none."""
         async with self._reading:
-            began = self._clock.now()
+            began, known = self._clock.now(), self._known       # a revision below what was known *before* the read went back
             try:
                 snapshot = await self._store.read(self._keys.root, deadline_s=min(READ_S, self._settings()[2]))
             except DcsError as error:
                 self._unreachable(str(error))
                 raise
             self._heard(self._clock.now())
-            self._note_generation(snapshot.generation)
+            self._note_generation(snapshot.generation, known)
             if snapshot.revision >= self._revision:
                 self._entries, self._revision = dict(snapshot.entries), snapshot.revision
                 self._renew_view(snapshot, began)
@@ -120,9 +120,9 @@ class ClusterObserver:
 
     # --- generation and memory -----------------------------------------------------------------------------------------
 
-    def _note_generation(self, generation: Generation) -> None:
+    def _note_generation(self, generation: Generation, known: StoreGeneration) -> None:
         """A store that changed its identity, or whose revision went back, was rebuilt or restored."""
-        known, now = self._known, self._clock.now()
+        now = self._clock.now()
         changed = ""
         if self._store.regressions != self._regressions:
             changed = "the store was found to be another or an older one"
@@ -132,7 +132,8 @@ class ClusterObserver:
         elif generation.revision and known.revision > generation.revision:
             changed = f"the store's revision went back from {known.revision} to {generation.revision}"
         self._generation = generation
-        self._known = StoreGeneration(cluster_id=generation.cluster_id, revision=generation.revision)
+        revision = generation.revision if changed else max(self._known.revision, generation.revision)
+        self._known = StoreGeneration(cluster_id=generation.cluster_id, revision=revision)
         if changed:
             untrusted_s = wait_s(max(self._remembered.ttl_s, self._settings()[0], UNTRUSTED_S))
             log.error("the store was restored or rebuilt: no record in it is believed for a while", why=changed, for_s=untrusted_s)
