@@ -224,7 +224,12 @@ CHANGES: tuple[tuple[str, Any], ...] = (
     ("memory__bootstrap_revision", one_of(7)),
     ("memory__stand_back_until", _soon),
     ("memory__upstream_asked_at", _sometime),
-    ("memory__handover_judged", _bool),
+    ("memory__handover_judged_at", _sometime),
+    ("memory__holding_since", _sometime),
+    ("memory__demoted_sequence", one_of(0, 6, 7)),
+    ("memory__rewind_failures", one_of(0, 1, 40)),
+    ("memory__last_rewind_failed_at", _sometime),
+    ("memory__rewind_failed_for", one_of("", "a/3")),
     ("memory__last_status_at", _sometime),
     ("memory__last_ended_id", one_of(0, 1, 2, 3, 4)),
 )

@@ -51,12 +51,18 @@ LEADERS = [
         does="InspectEndOfWal", summary="looking for the end of WAL"),
     row("away too long, b and c have everything", **LATE, **END, refuses="", says=("b, c have everything up to 0/4000000", "writes away for 3.5 s, handed over after 3 s"), does="Demote",
         summary="handing over after a crash"),
-    row("away too long, looked at before", **LATE, **END, memory__handover_judged=True, does="StartPrimary"),
+    row("away too long, looked at before", **LATE, **END, memory__handover_judged_at=ago(14), does="StartPrimary"),
+    row("away too long, looked at long before", **LATE, **END, memory__handover_judged_at=ago(15), does="Demote"),
+    row("away for as long as a start may take", memory__crash_seen_at=ago(300), memory__handover_judged_at=ago(1), refuses="broken.start_is_overdue broken.handover_loses_nothing",
+        says=("no primary for 300 s, primary_start_timeout 300 s", "b, c"), does="Demote", summary="giving the lock to those who can use it"),
+    row("… and nobody could take over", memory__crash_seen_at=ago(300), memory__handover_judged_at=ago(1), peers={"c": peer("c", candidate=False)}, does="StartPrimary"),
+    row("demoted because its licence was ending", memory__demoted_sequence=7, refuses="broken.licence_was_renewed_since", says="demoted under sequence 7, now 7", does=""),
+    row("demoted under a former licence", memory__demoted_sequence=6, does="StartPrimary"),
     row("the end of WAL cannot be read", **LATE, does="", summary="cannot be read: not handing over",
         ended=Operation(kind="InspectEndOfWal", id=1, started_at=ago(2), ended_at=ago(1), why="x")),
     row("not yet long enough", memory__crash_seen_at=ago(2.9), **END, refuses="broken.handover_is_due", does="StartPrimary"),
     row("no start is to be waited for", settings__primary_start_timeout_s=0.0, **END, refuses="", does="Demote", says="handed over after 0 s"),
-    row("never started by this agent, away too long", **LATE, **END, postgres__ever_started=False, refuses="broken.handover_is_due", does="StartPrimary"),
+    row("never started by this agent, away too long", **LATE, **END, postgres__ever_started=False, refuses="", does="Demote"),
 ]
 
 
@@ -70,7 +76,7 @@ def test_nothing_is_handed_over_to_a_peer_who_would_lose_something_or_cannot_lea
     decision = CRASHED.but(**LATE, **END, peers={"c": peer("c", **changes)}).decide()
     assert decision.actions == ()
     assert decision.summary == "handing over would lose acknowledged writes: starting in place"
-    assert decision.memory.handover_judged
+    assert decision.memory.handover_judged_at == ago(0)
 
 
 def test_a_hand_over_kills_and_gives_back():
@@ -147,9 +153,12 @@ STANDBYS = [
         summary="stays down"),
     row("… and was not prepared for", **REWINDABLE, directory__control__checksums=False, refuses="rejoin.judge rejoin.rewind_is_possible rejoin.clone_is_allowed", says="neither wal_log_hints", does=""),
     row("… prepared for by wal_log_hints", **REWINDABLE, directory__control__checksums=False, directory__control__wal_log_hints=True, does="Rewind"),
-    row("… and has failed", **REWINDABLE, memory__rewind_failed="no common ancestor", refuses="rejoin.judge rejoin.rewind_has_not_failed rejoin.clone_is_allowed", says="no common ancestor", does=""),
-    row("… and has failed, a copy is allowed then", **REWINDABLE, memory__rewind_failed="x", settings__remove_data_directory_on_rewind_failure=True,
+    row("… and has failed", **REWINDABLE, memory__rewind_failed="no common ancestor", memory__rewind_failed_for="a/4", refuses="rejoin.judge rejoin.rewind_has_not_failed rejoin.clone_is_allowed", says="no common ancestor", does=""),
+    row("… and has failed, a copy is allowed then", **REWINDABLE, memory__rewind_failed="x", memory__rewind_failed_for="a/4", settings__remove_data_directory_on_rewind_failure=True,
         refuses="rejoin.judge rejoin.rewind_has_not_failed", does="Clone"),
+    row("… has failed for another leader", **REWINDABLE, memory__rewind_failed="x", memory__rewind_failed_for="c/4", does="Rewind"),
+    row("… could not connect a moment ago", **REWINDABLE, memory__rewind_failures=2, memory__last_rewind_failed_at=ago(1.5), does="", summary="pg_rewind failed 2 times, next try in 0.5 s"),
+    row("… could not connect, tried again", **REWINDABLE, memory__rewind_failures=2, memory__last_rewind_failed_at=ago(2), does="Rewind"),
     row("… has not failed, a copy would be allowed then", **REWINDABLE, settings__remove_data_directory_on_rewind_failure=True, refuses="rejoin.judge rejoin.clone_is_allowed",
         says="remove_data_directory_on_diverged_timelines is off", does="Rewind"),
     row("… has not failed, a copy is allowed anyway", **REWINDABLE, settings__remove_data_directory_on_diverged_timelines=True, refuses="rejoin.judge", does="Rewind"),

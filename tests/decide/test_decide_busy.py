@@ -66,7 +66,7 @@ STARTING = CRASHED.but(operation=operation("StartPrimary"), memory__crash_seen_a
 HAND_OVERS = [
     row("b and c have what was published", refuses="busy.crash_is_not_handed_over", says=("writes away for 3.5 s (limit 3 s)", "b, c may take over"), does="CancelOperation"),
     row("not long enough", memory__crash_seen_at=ago(2.9), refuses="", says="writes away for 2.9 s, handed over after 3 s", does=""),
-    row("looked at before", memory__handover_judged=True, refuses="", does=""),
+    row("looked at before", memory__handover_judged_at=ago(1), refuses="", does=""),
     row("no crash", memory__crash_seen_at=None, refuses="", does=""),
     row("nobody has it all", peers={"c": peer("c", lsn=LSN - 1)}, refuses="", says="no peer has what was published", does=""),
     row("nobody may lead", peers={"c": peer("c", tags=Tags(nofailover=True))}, refuses="", does=""),
@@ -107,9 +107,9 @@ def noted(kind, *, ok, why="x", facts=None, **memory):
     ("Bootstrap", False, {}, {"clone_failures": 1, "last_clone_failed_at": ago(1)}),
     ("Promote", True, {"election": Election(epoch=1, lock_revision=1, began_at=NOW), "promotion_failed_at": NOW}, {}),
     ("Promote", False, {}, {"promotion_failed_at": ago(1), "stand_back_until": ahead(10), "stand_back_why": "its promotion failed: x"}),
-    ("Demote", True, {"election": Election(epoch=1, lock_revision=1, began_at=NOW), "promotion_failed_at": NOW}, {}),
-    ("Rewind", False, {"upstream_asked_at": NOW}, {"rewind_failed": "x"}),
-    ("Rewind", True, {"rewind_failed": "y", "upstream_asked_at": NOW}, {}),
+    ("Demote", True, {"election": Election(epoch=1, lock_revision=1, began_at=NOW), "promotion_failed_at": NOW, "holding_since": NOW}, {}),
+    ("Rewind", False, {"upstream_asked_at": NOW}, {"rewind_failures": 1, "last_rewind_failed_at": ago(1)}),
+    ("Rewind", True, {"rewind_failed": "y", "rewind_failed_for": "a/3", "rewind_failures": 3, "last_rewind_failed_at": ago(9), "upstream_asked_at": NOW}, {}),
     ("Sweep", True, {}, {}),
 ])
 def test_what_is_remembered_of_an_operation(kind, ok, before, after):
@@ -117,7 +117,8 @@ def test_what_is_remembered_of_an_operation(kind, ok, before, after):
 
 
 def test_a_rewind_that_failed_without_a_word_has_failed_all_the_same():
-    assert noted("Rewind", ok=False, why="").rewind_failed == "unknown"
+    assert noted("Rewind", ok=False, why="", facts={"final": True}).rewind_failed == "unknown"
+    assert noted("Rewind", ok=False, facts={"final": True}).rewind_failed == "x"
 
 
 def test_a_demotion_that_gave_the_lock_back_leaves_the_field_to_others():
@@ -137,7 +138,7 @@ def test_each_end_is_noted_once_and_none_in_flight():
 
 
 def test_a_server_that_answers_ends_crash_and_failures():
-    memory = Memory(crash_seen_at=NOW, handover_judged=True, handover_why="x", start_failures=2, last_start_failed_at=NOW)
+    memory = Memory(crash_seen_at=NOW, handover_judged_at=NOW, handover_why="x", start_failures=2, last_start_failed_at=NOW)
     assert note_ended(LEADER.seen, memory) == Memory()
     assert note_ended(LEADER.but(postgres__answer="starting").seen, memory) == memory
 

@@ -127,10 +127,8 @@ def test_whoever_was_slower_sets_its_directory_aside(changed):
     assert decision.memory.bootstrap_revision == 0
 
 
-@pytest.mark.xfail(strict=True, reason="who has lost its claim on initialize tries to complete its bootstrap for ever")
-@pytest.mark.parametrize("view", [ClusterView(revision=9), ClusterView(revision=9, initialize="", revisions={"initialize": 9})])
-def test_whose_claim_is_gone_sets_its_directory_aside_too(view):
-    assert "AcquireLock" not in names(MADE.but(dcs__view=view).decide())
+def test_a_claim_whose_lease_ran_out_is_won_in_the_same_transaction():
+    assert only(MADE.but(dcs__view=ClusterView(revision=9)).decide(), AcquireLock).initialize_revision == 0
 
 
 def test_a_bootstrap_that_has_just_ended_is_completed_in_the_same_pass():

@@ -25,6 +25,7 @@ from decide_world import (
     with_lock,
 )
 
+from pgha.decide.standing import Whose, standing
 from pgha.model.action import AcquireLock, Freeze
 from pgha.model.cluster import ClusterView
 from pgha.model.decision import Election
@@ -41,6 +42,12 @@ ELECTION = [
     row("frozen for this epoch's former record", memory__election__lock_revision=99, refuses="", does="AcquireLock"),
     row("the walreceiver still lives", postgres__row__receiver=WalReceiver(status="streaming"), refuses="leaderless.position_is_final", says="walreceiver is streaming", does=""),
     row("the settings are not empty yet", postgres__row__primary_conninfo="host=a", refuses="leaderless.position_is_final", says="primary_conninfo is still set", does=""),
+    row("nothing was received since it started, replay stands", postgres__row__received_lsn=0, memory__election__standing_lsn=LSN, memory__election__standing_since=ago(0.75), refuses="", does="AcquireLock"),
+    row("nothing was received since it started, replay goes on", postgres__row__received_lsn=0, memory__election__standing_lsn=LSN - 1, memory__election__standing_since=ago(9),
+        refuses="leaderless.position_is_final", says="for 0.00 s, 0.5 s needed"),
+    row("an upstream is set a second after the freeze", postgres__row__primary_conninfo="host=a", memory__election__frozen_at=ago(1.2), refuses="leaderless.position_is_final", does="Freeze",
+        summary="freezing again"),
+    row("a restore command is set a second after the freeze", postgres__row__restore_command="cp", memory__election__frozen_at=ago(1.2), does="Freeze"),
     row("asked before the freeze", postgres__row_at=ago(1), refuses="leaderless.position_is_final", says=("-0.100 s after the freeze", "0.05 s needed"), does=""),
     row("asked too soon after it", memory__election__frozen_at=ago(0.24), refuses="leaderless.position_is_final", says="0.040 s after the freeze", does=""),
     row("asked just after it", memory__election__frozen_at=ago(0.26), refuses=""),
@@ -58,7 +65,8 @@ def test_election(case):
 def test_the_freeze_is_for_this_epoch_and_remembered():
     decision = CANDIDATE.but(memory__election=None).decide()
     assert only(decision, Freeze).epoch == 5
-    assert decision.memory.election == Election(epoch=5, lock_revision=100, began_at=NOW, frozen_at=NOW)
+    election = decision.memory.election
+    assert (election.epoch, election.lock_revision, election.began_at, election.frozen_at, election.voted_at) == (5, 100, NOW, NOW, None)
     assert decision.vote.epoch == -1
 
 
@@ -105,10 +113,10 @@ def test_an_absent_record_is_taken_by_creating_it():
 
 
 def test_data_in_a_cluster_that_never_was():
-    """An existing standby is given to pgha: it needs no wait, unless somebody is making a cluster at this moment."""
+    """Data is somebody's, and may be being served: only absence for long enough makes the lock free."""
     world = with_lock(CANDIDATE, None).but(dcs__remembered_ttl_s=0.0, dcs__remembered_members={}, dcs__view=ClusterView(revision=1), peers={}, dcs__last_positions={},
                                            memory__election=Election(epoch=0, lock_revision=0, began_at=ago(1), frozen_at=ago(0.9), voted_at=ago(0.5)))
-    assert names(world.decide()) == ("AcquireLock",)
+    assert (names(world.decide()), standing(world.seen).whose) == ((), Whose.ABSENT)
     waits = world.but(dcs__view=ClusterView(revision=2, initialize="")).decide()
     assert (waits.actions, waits.situation) == ((), "leaderless")
     assert BIRTH.but(directory=DIRECTORY).decide().situation == "broken"

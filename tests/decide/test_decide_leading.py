@@ -8,6 +8,7 @@ import pytest
 from decide_world import (
     LEADER,
     LSN,
+    REPLICA,
     STATUS,
     SYSTEM,
     WINNER,
@@ -45,6 +46,11 @@ PROMOTION = [
     row("the claim is of another epoch", licence__epoch=7, does="Demote"),
     row("the claim was used up", postgres__row__timeline=4, does="Demote"),
     row("the claim is not in sight yet", licence__epoch=7, dcs__view__revision=99, does="ReadCluster", summary="reading the claim"),
+    row("held for ten seconds without a primary", memory__holding_since=ago(10), guard__reachable=False, refuses="leading.lock_is_of_use", says="held for 10.0 s without a primary, limit 10 s",
+        does="Demote", summary="giving the lock to those who can use it"),
+    row("held for nearly ten seconds", memory__holding_since=ago(9.9), does="Promote"),
+    row("it starts, and may take its time", memory__holding_since=ago(200), postgres__row=None, postgres__answer="starting", does="", refuses="leading.server_answers"),
+    row("it starts for too long", memory__holding_since=ago(300), postgres__row=None, postgres__answer="starting", does="Demote", refuses="leading.lock_is_of_use", says="limit 300 s"),
     row("PostgreSQL does not answer", postgres__row=None, postgres__answer="silent", postgres__why="no answer in 2 s", refuses="leading.server_answers", says="no answer in 2 s", does=""),
 ]
 
@@ -101,6 +107,12 @@ def test_without_a_view_a_leader_reads():
     """Only a standby: a primary's licence is lease's business first."""
     assert names(LEADER.but(dcs__view=None).decide()) == ()
     assert LEADER.but(dcs__view=None).decide().situation == "blind"
+
+
+@pytest.mark.xfail(strict=True, reason="since when the lock is held is kept when it is lost: the next time it is given back at once")
+def test_since_when_the_lock_is_held_is_forgotten_with_it():
+    assert WINNER.decide().memory.holding_since is not None
+    assert REPLICA.but(memory__holding_since=ago(3600)).decide().memory.holding_since is None
 
 
 def test_what_is_written_carries_epoch_and_revision():

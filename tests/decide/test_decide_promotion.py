@@ -40,7 +40,7 @@ CONDITIONS = [
         refuses="promotion.caught_up"),
     row("behind what /status says, not what the record says", dcs__view__status=Status(optime=LSN + 2 * MiB), refuses="promotion.caught_up", says="lag 2.0 MiB"),
     row("behind what the record says, not what /status says", lock__lsn=LSN + 3 * MiB, refuses="promotion.caught_up", says="lag 3.0 MiB"),
-    row("replay is further than what was received", postgres__row__received_lsn=0, refuses=""),
+    row("replay is further than what was received", postgres__row__received_lsn=LSN - MiB, postgres__row__replayed_lsn=LSN, refuses=""),
     row("a failover to this node was asked for", dcs__view__status=Status(optime=LSN + 8 * MiB), dcs__view__failover=FailoverKey(candidate="b"), refuses="",
         says="lag 8.0 MiB, limit 1.0 MiB, chosen by an operator"),
     row("a scheduled one does not count", dcs__view__status=Status(optime=LSN + 8 * MiB), dcs__view__failover=FailoverKey(candidate="b", scheduled_at="2030-01-01T00:00Z"),

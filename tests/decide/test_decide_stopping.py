@@ -149,7 +149,8 @@ MANDATES = [
     ("restarting", CRASHED.but(operation=in_flight("Restart", for_s=595)), "starting", 5),
     ("stopping", LEADER.but(operation=in_flight("Demote", for_s=303)), "stopping", 2),
     ("stopping with a limit", LEADER.but(operation=in_flight("Stop", for_s=9), settings__primary_stop_timeout_s=10.0), "stopping", 6),
-    ("promoting", LEADER.but(operation=in_flight("Promote", for_s=55)), "operation", 5),
+    ("promoting", LEADER.but(operation=in_flight("Promote", for_s=595)), "starting", 5),
+    ("copying", LEADER.but(operation=in_flight("Clone", for_s=55)), "operation", 5),
     ("a standby with the lock", LEADER.but(postgres__row__in_recovery=True), "starting", 30),
 ]
 
