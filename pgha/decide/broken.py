@@ -73,9 +73,10 @@ def _as_leader(o: Observation, memory: Memory) -> Decision:
     if not conditions[0].holds:
         # A standby's data: the lock was taken, and the server ended before its promotion.
         return _start_standby(o, memory, conditions, None)
-    if not conditions[1].holds:
-        release = Demote(mode="kill", release=True, checkpoint=False, why=conditions[1].because, timeout_s=0.0)
-        return _one(f"giving the lock back: {conditions[1].because}", conditions, release, memory)
+    obstacle = next((c for c in conditions[1:] if not c.holds), None)
+    if obstacle is not None:
+        release = Demote(mode="kill", release=True, checkpoint=False, why=obstacle.because, timeout_s=0.0)
+        return _one(f"giving the lock back: {obstacle.because}", conditions, release, memory)
     wait_s = min(5.0, backed_off(o, failures=memory.start_failures, last=memory.last_start_failed_at))
     if wait_s > 0:
         return Decision(situation="broken", summary=f"start failed {memory.start_failures} times, next try in {wait_s:.1f} s",
@@ -164,7 +165,7 @@ def _rejoin(o: Observation, memory: Memory, now: Standing) -> Decision:
         return Decision(situation="broken", summary="the leader's system identifier differs", reasons=(differs,), memory=memory, wake_in_s=2.0)
     end_known = bool(o.directory.end_of_wal)
     own = _own_end(o)
-    judged = rejoin.judge(own, o.directory.history, upstream, end_is_known=end_known)
+    judged = rejoin.interrupted() if o.directory.rewind_interrupted else rejoin.judge(own, o.directory.history, upstream, end_is_known=end_known)
     if judged.verdict is rejoin.Verdict.UNKNOWN:
         return _one("looking for the end of own WAL", (judged.because,), InspectEndOfWal(), memory)
     if judged.verdict is rejoin.Verdict.FOLLOW:
@@ -220,6 +221,9 @@ def _wait_for_upstream(memory: Memory, reasons: tuple[Reason, ...]) -> Decision:
 
 
 def _start_standby(o: Observation, memory: Memory, reasons: tuple[Reason, ...], leader: Member | None) -> Decision:
+    if o.directory.rewind_interrupted:
+        half = reason("broken.is_whole", False, "a rewind of this data was begun and not ended: it waits for a leader to be rewound from")
+        return Decision(situation="broken", summary=half.because, reasons=(*reasons, half), memory=memory, wake_in_s=1.0, state="stopped")
     wait_s = backed_off(o, failures=memory.start_failures, last=memory.last_start_failed_at)
     if wait_s > 0:
         return Decision(situation="broken", summary=f"start failed {memory.start_failures} times, next try in {wait_s:.1f} s", reasons=reasons,

@@ -17,6 +17,10 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if memory.bootstrap_revision:
         return _finish_bootstrap(o, memory)
     state = o.directory.state
+    if o.directory.abandoned_bootstrap and not o.postgres.alive:
+        abandon = AbandonDirectory(why="a bootstrap of it was begun and not ended")
+        return Decision(situation="empty", summary="setting half a cluster aside: its bootstrap was never ended", actions=(abandon,), memory=memory,
+                        reasons=(reason("empty.bootstrap_was_ended", False, "the bootstrap's mark is still there"),), role="uninitialized")
     if state == "valid":
         return None
     if state in ("unknown", "unreadable", "partial"):

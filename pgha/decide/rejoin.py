@@ -53,6 +53,11 @@ def judge(own: Position, own_history: tuple[HistoryRow, ...], upstream: Upstream
     return verdict(Verdict.FOLLOW, f"own WAL ends at {own}, {upstream.name} left that timeline at {format_lsn(switch)}")
 
 
+def interrupted() -> Judgement:
+    """What a rewind has left half done is neither the one nor the other: only another rewind, or a copy, makes it whole."""
+    return Judgement(verdict=Verdict.REWIND, because=reason("rejoin.judge", False, "a rewind of this data was begun and not ended"))
+
+
 def _branch(history: tuple[HistoryRow, ...]) -> tuple[tuple[int, int], ...]:
     return tuple((row.timeline, row.switch_lsn) for row in history)
 

@@ -71,7 +71,12 @@ def newest_timeline(control: Control) -> int:
 
 def may_start_as_primary(o: Observation) -> tuple[Reason, ...]:
     """Start in place: only data that was a primary's, on the newest timeline that anybody knows of."""
-    return (was_primary(o), timeline_is_current(o))
+    return (was_primary(o), timeline_is_current(o), is_whole(o))
+
+
+def is_whole(o: Observation) -> Reason:
+    half = o.directory.rewind_interrupted
+    return reason("restart.is_whole", not half, "a rewind of this data was begun and not ended" if half else "no rewind was interrupted")
 
 
 def was_primary(o: Observation) -> Reason:
