@@ -102,7 +102,11 @@ class GuardError(PghaError):
 
 
 class OperationFailed(PghaError):
-    """An operation could not be completed; `why` is for people."""
+    """An operation could not be completed; the text is for people. `final`: the same again cannot help, another way must."""
+
+    def __init__(self, message: str = "", *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
 
 
 class Refused(PghaError):

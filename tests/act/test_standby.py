@@ -249,7 +249,11 @@ def test_half_rewound_directory_is_not_started(bed):
             pg_rewind.marker(two.data_dir).write_text("")
             with pytest.raises(OperationFailed, match="rewind .* was interrupted"):
                 await two.operate(a.StartStandby(upstream=as_source(one)))
-            assert "interrupted" in (await two.reader.read_facts(running=False)).why
+            facts = await two.reader.read_facts(running=False)
+            assert facts.rewind_interrupted and "interrupted" in facts.why
+            with pytest.raises(OperationFailed, match="cut off") as caught:
+                await two.operate(a.Rewind(source=as_source(one), why="test"))
+            assert caught.value.final and two.standby_signal
             await two.clone_of(one, replace="keep_old_until_streaming")
             await two.operate(a.StartStandby(upstream=as_source(one)))
             await two.until(two.streaming)

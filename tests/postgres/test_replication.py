@@ -13,7 +13,7 @@ from pgha.errors import CommandFailed, ConfigError, PostgresError, PostgresTimeo
 from pgha.postgres import files, histories, pg_rewind, probe, slots
 from pgha.postgres.basebackup import backup_arguments, base_backup
 from pgha.postgres.controldata import read_control
-from pgha.postgres.directories import clone_directory, content, swap_in_clone
+from pgha.postgres.directories import clone_directory, complete_clone, content, swap_in_clone
 from pgha.postgres.processes import adopt, read_stat, wait_no_process
 
 pytestmark = pytest.mark.postgres
@@ -189,7 +189,8 @@ def test_clone_tells_its_progress_and_replaces_a_directory(make_node):
         assert [p.done_bytes for p in seen] == sorted(p.done_bytes for p in seen)
         with pytest.raises(PostgresError, match="not empty"):
             await base_backup(target, b.server.bin_dir, source_of(a), [], deadline_s=30)
-        assert (await swap_in_clone(b.data_dir)).name == "b.old"
+        await complete_clone(b.data_dir, "7")
+        assert swap_in_clone(b.data_dir).name == "b.old"
         await follow(b, a)
         conn = await caught_up(b, a)
         assert await conn.query("select count(*) from t", deadline_s=5) == [("20000",)]
@@ -270,12 +271,12 @@ def test_a_crashed_old_primary_is_recovered_rewound_and_streams(make_node):
             return await read_control(a.data_dir, bin_dir, deadline_s=5)
 
         with pytest.raises(PostgresError, match="in production"):
-            await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), await control(), deadline_s=30)
+            await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), await control(), source_timeline=2, deadline_s=30)
         await a.server.single_user_recovery(a.parameters, deadline_s=30)
         files.create_standby_signal(a.data_dir)  # pg_rewind of a cleanly stopped target does not mind it
         seen = []
         done = await pg_rewind.rewind(
-            a.data_dir, bin_dir, source_of(b), await control(), deadline_s=30, on_progress=seen.append)
+            a.data_dir, bin_dir, source_of(b), await control(), source_timeline=2, deadline_s=30, on_progress=seen.append)
         assert done.outcome == "rewound", done.output
         assert not pg_rewind.interrupted(a.data_dir)
         assert seen[-1].done_bytes == seen[-1].total_bytes > 0
@@ -294,21 +295,54 @@ def test_a_rewind_that_cannot_is_told_apart(make_node):
         bin_dir = a.server.bin_dir
         await a.server.single_user_recovery(a.parameters, deadline_s=30)
         control = await read_control(a.data_dir, bin_dir, deadline_s=5)
-        done = await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b, port=1), control, deadline_s=30)
+        done = await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b, port=1), control, source_timeline=2, deadline_s=30)
         assert (done.outcome, done.target_changed) == ("failed", False)
         assert not pg_rewind.interrupted(a.data_dir)
         for path in sorted((a.data_dir / "pg_wal").glob("0000000100000000*"))[:-1]:
             path.rename(a.data_dir.parent / path.name)
-        done = await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), control, deadline_s=30)
+        done = await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), control, source_timeline=2, deadline_s=30)
         assert done.outcome == "missing_wal", done.output
         (a.data_dir.parent / done.missing_segment).rename(a.data_dir / "pg_wal" / done.missing_segment)
+        assert not pg_rewind.interrupted(a.data_dir)
         # Interrupted in the middle: a marker says so.
         (a.data_dir / "big").write_bytes(b"")
         with pytest.raises(PostgresTimeout):
-            await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), control, deadline_s=0.0005)
+            await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), control, source_timeline=2, deadline_s=0.0005)
         assert pg_rewind.interrupted(a.data_dir)
+        # It may be done again only from the same source on the same timeline; to have failed before that changes nothing.
+        for port, timeline, outcome in ((1, 2, "hopeless"), (b.port, 3, "hopeless")):
+            done = await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b, port=port), control, source_timeline=timeline, deadline_s=30)
+            assert (done.outcome, done.target_changed) == (outcome, True) and pg_rewind.interrupted(a.data_dir)
         with pytest.raises(ConfigError):
-            await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), control, deadline_s=30, options=["dry-run"])
+            await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), control, source_timeline=2, deadline_s=30, options=["dry-run"])
+    trio.run(main)
+
+
+@pytest.mark.parametrize("since", ["killed", "machine went down"])
+def test_a_rewind_that_lacked_only_its_sync_is_finished(make_node, since):
+    async def main():
+        a, b = await diverged(make_node)
+        bin_dir = a.server.bin_dir
+        await a.server.single_user_recovery(a.parameters, deadline_s=30)
+        before = await read_control(a.data_dir, bin_dir, deadline_s=5)
+        with pytest.raises(PostgresTimeout):
+            await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), before, source_timeline=2, deadline_s=0.0005)
+        marker = pg_rewind.marker(a.data_dir).read_text()
+        done = await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), before, source_timeline=2, deadline_s=30)
+        assert done.outcome == "rewound", done.output
+        # as kill -9 leaves it in the last sync
+        if since == "machine went down":
+            marker = "another boot\n" + marker.split("\n", 1)[1]
+        pg_rewind.marker(a.data_dir).write_text(marker)
+        after = await read_control(a.data_dir, bin_dir, deadline_s=5)
+        assert after.state == "in archive recovery" and not after.clean
+        done = await pg_rewind.rewind(a.data_dir, bin_dir, source_of(b), after, source_timeline=2, deadline_s=30)
+        if since == "killed":
+            assert done.outcome == "rewound" and not pg_rewind.interrupted(a.data_dir)
+            await follow(a, b)
+            (await caught_up(a, b)).close()
+        else:
+            assert done.outcome == "hopeless" and pg_rewind.interrupted(a.data_dir)
     trio.run(main)
 
 
@@ -322,6 +356,6 @@ def test_no_rewind_required(make_node):
         await standby.wait_exit()
         control = await read_control(b.data_dir, b.server.bin_dir, deadline_s=5)
         assert control.state == "shut down in recovery"
-        done = await pg_rewind.rewind(b.data_dir, b.server.bin_dir, source_of(a), control, deadline_s=30)
+        done = await pg_rewind.rewind(b.data_dir, b.server.bin_dir, source_of(a), control, source_timeline=2, deadline_s=30)
         assert done.outcome == "not_needed", done.output
     trio.run(main)
