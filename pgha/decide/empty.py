@@ -13,7 +13,14 @@ from pgha.model.decision import Decision, Memory, Reason
 from pgha.model.observation import Observation
 
 
+#: Stands for a claim on `initialize` of which no revision is known.
+NO_CLAIM = 1
+
+
 def decide(o: Observation, memory: Memory) -> Decision | None:
+    if not memory.bootstrap_revision and o.directory.bootstrap_unregistered and o.directory.control is not None and not o.postgres.alive:
+        # The agent ended between the making of a cluster and its last write: go on from there, under no claim.
+        memory = replace(memory, bootstrap_identifier=o.directory.control.system_identifier, bootstrap_revision=NO_CLAIM)
     if memory.bootstrap_revision:
         return _finish_bootstrap(o, memory)
     state = o.directory.state
@@ -83,10 +90,14 @@ def _finish_bootstrap(o: Observation, memory: Memory) -> Decision:
     if view.lock is not None or (view.initialize is not None and view.initialize != ""):
         abandon = AbandonDirectory(why="another node has initialised the cluster meanwhile")
         return Decision(situation="empty", summary=abandon.why, reasons=(because(now),), actions=(abandon,), memory=done)
+    if view.initialize is None and now.whose is not Whose.FREE:
+        # The claim is gone, its lease ended while the store or this agent was away. The store may also have been emptied
+        # under a living cluster: absence is waited for as ever.
+        return Decision(situation="empty", summary=f"completing the bootstrap once nobody speaks up: {now.because}", reasons=(because(now),),
+                        actions=() if restart.read_in_this_pass(o).holds else (ReadCluster(),), memory=memory, ask_peers=ask_others(o), wake_in_s=1.0)
     control = o.directory.control
     acquire = AcquireLock(
         lock_revision=0, lock_value=b"", epoch_revision=view.revision_of("pgha/epoch"), epoch_number=view.epoch.number,
-        # The claim's lease may have run out while the store was away: then nobody has it, and it is won in the same transaction.
         initialize_revision=memory.bootstrap_revision if view.initialize is not None else 0, initialize_value=memory.bootstrap_identifier,
         lsn=control.checkpoint_lsn if control else 0, timeline=control.timeline if control else 1,
         claim_timeline=control.timeline if control else 1,
