@@ -12,7 +12,6 @@ from pgha.model.cluster import Member
 from pgha.model.decision import Decision, Memory, Reason
 from pgha.model.observation import Observation
 
-
 #: Stands for a claim on `initialize` of which no revision is known.
 NO_CLAIM = 1
 
