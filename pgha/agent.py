@@ -173,6 +173,7 @@ class Agent:
         self._held: tuple[object, ...] = ()
         self._looking_at_directory = trio.Lock()
         self._doubted_revision = 0
+        self._failing: set[str] = set()
         self._watchdog_news = trio.Event()
         self._app: App | None = None
         self._rest_tls: ssl.SSLContext | None = None
@@ -455,8 +456,15 @@ class Agent:
                 with trio.fail_after(max(QUICK_S, self.settings.retry_timeout_s) + 1.0):
                     await self._quick(action)
             except OPERATING_ERRORS as error:
-                log.warning("action failed", action=type(action).__name__, why=str(error) or type(error).__name__)
+                # Said when it begins and when it ends, not at every pass of a long outage.
+                name = type(action).__name__
+                say = log.debug if name in self._failing else log.warning
+                say("action failed", action=name, why=str(error) or type(error).__name__)
+                self._failing.add(name)
                 return True
+            if type(action).__name__ in self._failing:
+                self._failing.discard(type(action).__name__)
+                log.info("action succeeds again", action=type(action).__name__)
         return False
 
     async def _quick(self, action: Action) -> None:

@@ -101,7 +101,7 @@ def _look(o: Observation, memory: Memory, leader: Member | None) -> tuple[list[A
     """A standby that does not stream: has it diverged from the leader?"""
     since, row = memory.not_streaming_since, o.postgres.row
     assert row is not None
-    if since is None or candidate_age_s(since, o.now) < LOOK_AFTER_S or leader is None or leader.role != "primary" or not leader.host:
+    if leader is None or leader.role != "primary" or not leader.host:
         return None
     upstream = o.upstream
     known = upstream is not None and upstream.name == leader.name and candidate_age_s(upstream.asked_at, o.now) < LOOK_EVERY_S * 2
@@ -111,6 +111,8 @@ def _look(o: Observation, memory: Memory, leader: Member | None) -> tuple[list[A
         if judged.verdict is not rejoin.Verdict.FOLLOW:
             stop = Stop(why=judged.because.because, timeout_s=60.0)
             return [stop], memory, (judged.because,), f"cannot follow {leader.name} as it is: {judged.because.because}"
+    if since is None or candidate_age_s(since, o.now) < LOOK_AFTER_S:
+        return None
     asked = memory.upstream_asked_at
     if asked is None or candidate_age_s(asked, o.now) >= LOOK_EVERY_S:
         return [InspectUpstream(source=source_of(leader))], replace(memory, upstream_asked_at=o.now), (), f"not streaming, asking {leader.name} for its timeline"
