@@ -260,12 +260,9 @@ def test_after_the_fence_a_standby_is_left_alone(node: Node, guard: GuardProcess
     with_agent(node, guard, main)
 
 
-ORDERLY_LAPSE = pytest.mark.xfail(strict=True, reason="BUG fence.py _lapse: _kill finds everything dead and forgets the licence as if expired, so release() does nothing: the lock is not given back")
-
 # --- the mandate -----------------------------------------------------------------------------------------------------
 
 
-@ORDERLY_LAPSE
 def test_a_lapsed_mandate_ends_writes_in_order_and_gives_the_lock_back(node: Node, guard: GuardProcess):
     node.start()
 
@@ -305,7 +302,6 @@ def test_a_lapsed_mandate_ends_a_server_that_hangs_within_two_seconds(node: Node
     with_agent(node, guard, main, ttl_s=12.0)
 
 
-@ORDERLY_LAPSE
 def test_a_lapse_in_an_outage_ends_writes_and_the_record_expires(node: Node, guard: GuardProcess):
     node.start()
 
@@ -391,7 +387,6 @@ def test_without_the_guards_word_the_licence_is_not_shortened(node: Node, guard:
     with_agent(node, guard, main, ttl_s=30.0)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fence.py narrow: `mode` is read outside `_speaking`; while `armed` is on its way to the guard a shorter licence is confirmed unseen")
 def test_a_licence_shortened_while_it_is_being_armed_is_known_to_the_guard(node: Node, guard: GuardProcess):
     async def main(agent: Agent) -> None:
         await agent.acquire()

@@ -50,6 +50,10 @@ class Link:
     def generation(self) -> Generation:
         return self._store.generation
 
+    @property
+    def regressions(self) -> int:
+        return self._store.regressions
+
     async def read(self, prefix: str, *, deadline_s: float) -> Snapshot:
         self.reads += 1
         snapshot = await self._store.read(prefix, deadline_s=deadline_s)

@@ -139,7 +139,22 @@ def test_a_read_that_the_watch_overtook_proves_no_absence(tmp_path: Path):
             scene.delete(LOCK)
         absent_since = scene.facts.lock_seen.absent_since
         assert absent_since is None or absent_since >= at(deleted_at), (absent_since, deleted_at)
-        assert scene.facts.trusted_from is None, "its revision is lower than the watch's, and the store no older one"
+
+    observed(tmp_path, main)
+
+
+def test_a_read_that_the_watch_overtook_is_no_older_store(tmp_path: Path):
+    async def main(scene: Scene) -> None:
+        scene.renew(1)
+        await until(lambda: scene.facts.view is not None, 1)
+        await scene.seen()
+        scene.link.late_s = 1.0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(scene.observer.read)
+            await trio.sleep(0.5)
+            scene.renew(2)
+        assert (scene.facts.trusted_from, scene.facts.generation_changed) == (None, "")
+        assert scene.facts.view.lock.sequence == 2
 
     observed(tmp_path, main)
 
