@@ -124,6 +124,11 @@ class Actor:
         """The checkpoint after a promotion, in the agent's own time: rewinds of others wait for it. True if it is done."""
         return await steps.checkpoint(self.ctx, deadline_s=CHECKPOINT_DEADLINE_S)
 
+    async def be_standby_at_rest(self) -> bool:
+        """standby.signal is there if a whole data directory is at rest; True if it was missing. A few `stat` calls, and
+        /proc. OSError, OperationFailed."""
+        return await steps.rest_as_found(self.ctx)
+
     async def discard_old(self) -> list[str]:
-        """Delete the data directories that clones have replaced: once the new one streams."""
+        """Delete the data directories that clones have replaced and marked: once the new one streams, also by a later agent."""
         return await clone.discard_old(self.ctx)

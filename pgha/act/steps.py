@@ -78,6 +78,22 @@ async def be_standby_at_rest(ctx: Context) -> bool:
     return await on_disk(files.create_standby_signal, ctx.data_dir)
 
 
+async def rest_as_found(ctx: Context) -> bool:
+    """`be_standby_at_rest`, if nothing of the data directory lives and there is a whole one. True if it was missing.
+
+    A kill of the agent between the removal and the start as primary leaves none: whatever starts PostgreSQL next, a
+    person's pg_ctl for one, would start a primary.
+    """
+    if recipe.processes_of(ctx.directory) or await on_disk(directories.bootstrapping, ctx.data_dir) == "making":
+        return False
+    if await on_disk(directories.content, ctx.data_dir) != "valid":
+        return False
+    new = await be_standby_at_rest(ctx)
+    if new:
+        log.warning("standby.signal was missing at rest: an earlier start as primary was cut off", data_dir=ctx.data_dir)
+    return new
+
+
 # --- processes -------------------------------------------------------------------------------------------------------
 
 @contextmanager

@@ -260,6 +260,23 @@ def test_half_rewound_directory_is_not_started(bed):
     trio.run(main)
 
 
+def test_standby_signal_comes_back_to_a_directory_at_rest_only(bed):
+    async def main():
+        async with bed.node("a") as node:
+            assert not await node.actor.be_standby_at_rest()    # nothing there
+            assert not node.data_dir.exists()
+            await node.operate(a.Bootstrap())
+            assert not await node.actor.be_standby_at_rest()
+            (node.data_dir / "standby.signal").unlink()
+            assert await node.actor.be_standby_at_rest() and node.standby_signal
+            view = await node.view()
+            await node.take_lock(initialize_revision=view.revision_of("initialize"), initialize_value=(await node.control()).system_identifier)
+            await node.operate(a.StartPrimary(timeout_s=30, first_start=True))
+            (node.data_dir / "standby.signal").unlink()
+            assert not await node.actor.be_standby_at_rest() and not node.standby_signal    # the agent's own business
+    trio.run(main)
+
+
 def test_shutdown_does_not_wait_for_a_standby_that_hangs(bed):
     async def main():
         async with bed.node("a") as one, bed.node("b") as two:
