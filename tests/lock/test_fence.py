@@ -382,7 +382,9 @@ def test_without_the_guards_word_the_licence_is_not_shortened(node: Node, guard:
         thawed(guard)
         await until(lambda: agent.record.ttl_s == 5.0, 3)
         await trio.sleep(0.1)
-        assert (await told(agent)).fence_at == agent.fence_at
+        status = await told(agent)
+        assert status.fence_at is not None
+        assert late_s(agent.fence_at, status.fence_at) <= 0, "never later than ours"
 
     with_agent(node, guard, main, ttl_s=30.0)
 
@@ -408,6 +410,23 @@ def test_a_licence_shortened_while_it_is_being_armed_is_known_to_the_guard(node:
         assert confirmed_at[0] >= thawed_at, "nobody has confirmed it: the guard was frozen"
 
     with_agent(node, guard, main, ttl_s=30.0, loop_wait_s=10.0)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG fence.py _pass_on: the deadline is taken before waiting for `_speaking`, the sequence after: "
+                                       "the guard gets an old deadline under the new sequence, and may not widen it until the next renewal")
+def test_a_deadline_is_told_under_its_own_sequence(node: Node, guard: GuardProcess):
+    async def main(agent: Agent) -> None:
+        await agent.acquire()
+        await agent.fence.armed()
+        sequence = agent.renewer.licence.sequence
+        async with agent.fence._speaking:                        # something else is being said to the guard
+            await until(lambda: agent.renewer.licence.sequence == sequence + 2, 3)
+        await trio.sleep(0.1)
+        status = await told(agent)
+        assert agent.renewer.licence.sequence == sequence + 2
+        assert (status.sequence, status.fence_at) == (sequence + 2, agent.fence_at)
+
+    with_agent(node, guard, main, loop_wait_s=0.5)
 
 
 def test_a_dead_guard_is_noticed_and_the_next_one_told(node: Node, guard: GuardProcess):
