@@ -127,8 +127,13 @@ def test_whoever_was_slower_sets_its_directory_aside(changed):
     assert decision.memory.bootstrap_revision == 0
 
 
-def test_a_claim_whose_lease_ran_out_is_won_in_the_same_transaction():
-    assert only(MADE.but(dcs__view=ClusterView(revision=9)).decide(), AcquireLock).initialize_revision == 0
+def test_a_claim_whose_lease_ran_out_is_won_in_the_same_transaction_once_nobody_speaks_up():
+    """The store may also have been emptied under a living cluster: absence is waited for as ever."""
+    gone = MADE.but(dcs__view=ClusterView(revision=9))
+    for absent_s in (0, 30):
+        assert with_lock(gone, None, absent_since=ago(absent_s)).decide().actions == ()
+    assert only(with_lock(gone, None, absent_since=ago(31)).decide(), AcquireLock).initialize_revision == 0
+    assert names(gone.but(dcs__read_at=ago(1)).decide()) == ("ReadCluster",)
 
 
 def test_a_bootstrap_that_has_just_ended_is_completed_in_the_same_pass():

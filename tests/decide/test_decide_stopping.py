@@ -59,7 +59,6 @@ def test_a_leader_stops_in_order_and_gives_back_with_its_last_position():
     assert only(CRASHED.but(shutting_down=True, directory__control=None).decide(), ReleaseLock).lsn == 0
 
 
-@pytest.mark.xfail(strict=True, reason="an agent that stops gives the lock back beside orphaned backends (the executor refuses) and leaves them behind")
 @pytest.mark.parametrize("licence", [CRASHED.seen.licence, Licence()])
 def test_orphans_are_killed_before_an_agent_stops(licence):
     assert names(CRASHED.but(shutting_down=True, postgres__orphans=True, licence=licence).decide()) == ("Sweep",)
