@@ -15,12 +15,26 @@ from typing import Any, TextIO
 
 _SECRET = re.compile(r"passw|secret|token|private", re.IGNORECASE)
 #: Credentials inside connection strings and URLs, whoever put them into a text.
-_EMBEDDED = re.compile(r"(password=)('(?:[^'\\]|\\.)*'|\S+)|(://[^:/@\s]*:)[^@/\s]+(@)", re.IGNORECASE)
+#: conninfo (spaces around "=", quotes doubled or escaped), JSON and repr, URLs (a password may hold "/" and "@"), headers.
+_EMBEDDED = re.compile(
+    r"""(passw(?:or)?d["']?\s*[=:]\s*)('(?:[^'\\]|\\.|'')*'|"(?:[^"\\]|\\.|"")*"|[^\s&,}]+)"""
+    r"""|(://[^:/@\s]*:)[^\s"']+(@)"""
+    r"""|(authorization["']?\s*[:=]\s*["']?(?:basic|bearer)?\s*)([^\s"',]+)""",
+    re.IGNORECASE)
 
 
 def scrub(text: str) -> str:
     """`text` without passwords in conninfo strings or URLs."""
-    return _EMBEDDED.sub(lambda m: f"{m[1]}***" if m[1] else f"{m[3]}***{m[4]}", text)
+    return _EMBEDDED.sub(lambda m: f"{m[1]}***" if m[1] else f"{m[3]}***{m[4]}" if m[3] else f"{m[5]}***", text)
+
+
+def _clean(value: Any) -> Any:
+    """`value` without what a key calls secret, and without credentials inside texts, however deep."""
+    if isinstance(value, dict):
+        return {k: "***" if _SECRET.search(str(k)) else _clean(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(v) for v in value]
+    return scrub(value) if isinstance(value, str) else value
 
 
 def _format_value(value: Any) -> str:
@@ -54,7 +68,7 @@ class Log:
 
     def _emit(self, level: int, event: str, facts: dict[str, Any], *, exc_info: bool = False) -> None:
         if self._logger.isEnabledFor(level):
-            clean = {k: "***" if _SECRET.search(k) else v for k, v in facts.items()}
+            clean = _clean(facts)
             self._logger.log(level, "%s", scrub(event), extra={"facts": clean}, exc_info=exc_info)
 
 
@@ -66,7 +80,7 @@ class PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         facts: dict[str, Any] = getattr(record, "facts", {})
         tail = "".join(f" {k}={_format_value(v)}" for k, v in facts.items())
-        line = f"{self.formatTime(record)} {record.levelname} {record.getMessage()}{tail}"
+        line = f"{self.formatTime(record)} {record.levelname} {scrub(record.getMessage())}{tail}"
         if record.exc_info:
             line += "\n" + scrub(self.formatException(record.exc_info))
         return line
@@ -81,7 +95,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         facts: dict[str, Any] = getattr(record, "facts", {})
-        out = {"time": self.formatTime(record), "level": record.levelname, "event": record.getMessage(), **self._static}
+        out = {"time": self.formatTime(record), "level": record.levelname, "event": scrub(record.getMessage()), **self._static}
         out.update({k: v if isinstance(v, (int, float, bool)) or v is None else scrub(str(v)) for k, v in facts.items()})
         if record.exc_info:
             out["traceback"] = scrub(self.formatException(record.exc_info))

@@ -57,6 +57,9 @@ def _one(summary: str, reasons: tuple[Reason, ...], action: LongAction, memory: 
 
 def _as_leader(o: Observation, memory: Memory) -> Decision:
     """PostgreSQL died under a leader: start it in place at once, no new timeline; hand over only where that loses nothing."""
+    held = restart.lock_seen_held(o)
+    if not held.holds:
+        return Decision(situation="broken", summary=held.because, reasons=(held,), memory=memory, wake_in_s=0.0)
     ending = licence_was_renewed_since(o, memory)
     if not ending.holds:
         return Decision(situation="broken", summary=f"waiting for a renewal before starting again: {ending.because}", reasons=(ending,), memory=memory,

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from pgha.decide import restart
 from pgha.decide.common import ask_others, backed_off, leader_member, others, reason, source_of, view_of
-from pgha.decide.standing import Whose, because, standing
+from pgha.decide.standing import Whose, because, licensed, standing
 from pgha.model.action import AbandonDirectory, AcquireLock, Action, Bootstrap, Clone, ReadCluster, Stop
 from pgha.model.cluster import Member
 from pgha.model.decision import Decision, Memory, Reason
@@ -17,9 +17,11 @@ NO_CLAIM = 1
 
 
 def decide(o: Observation, memory: Memory) -> Decision | None:
-    if not memory.bootstrap_revision and o.directory.bootstrap_unregistered and o.directory.control is not None and not o.postgres.alive:
+    control = o.directory.control
+    ours = control is not None and view_of(o).initialize == control.system_identifier
+    if control is not None and not ours and not licensed(o) and not memory.bootstrap_revision and o.directory.bootstrap_unregistered and not o.postgres.alive:
         # The agent ended between the making of a cluster and its last write: go on from there, under no claim.
-        memory = replace(memory, bootstrap_identifier=o.directory.control.system_identifier, bootstrap_revision=NO_CLAIM)
+        memory = replace(memory, bootstrap_identifier=control.system_identifier, bootstrap_revision=NO_CLAIM)
     if memory.bootstrap_revision:
         return _finish_bootstrap(o, memory)
     state = o.directory.state
@@ -36,7 +38,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
         stop = Stop(why="its data directory is gone", timeout_s=5.0)
         return Decision(situation="empty", summary="stopping a server whose data directory is gone", actions=(stop,), memory=memory)
     if restart.read_in_this_pass(o).holds is False:
-        return Decision(situation="empty", summary="no data: reading the cluster", reasons=(restart.read_in_this_pass(o),), actions=(ReadCluster(),),
+        return Decision(situation="empty", summary="waiting for leader to bootstrap", reasons=(restart.read_in_this_pass(o),), actions=(ReadCluster(),),
                         memory=memory, wake_in_s=0.5)
     if may_bootstrap(o)[0].holds:
         return _bootstrap(o, memory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from pgha.decide.standing import licensed
 from pgha.model.decision import Memory
 from pgha.model.observation import Observation, Operation
 
@@ -23,7 +24,9 @@ def note_ended(o: Observation, memory: Memory) -> Memory:
 
 
 def _note_life(o: Observation, memory: Memory) -> Memory:
-    """What PostgreSQL's state says by itself."""
+    """What PostgreSQL's state, and the licence's, say by themselves."""
+    if memory.holding_since is not None and not licensed(o):
+        memory = replace(memory, holding_since=None)
     if o.postgres.process == "running" and o.postgres.answer == "sql" and (memory.crash_seen_at or memory.start_failures):
         memory = replace(memory, crash_seen_at=None, handover_why="", handover_judged_at=None, start_failures=0, last_start_failed_at=None)
     row = o.postgres.row

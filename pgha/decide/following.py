@@ -92,7 +92,7 @@ def _conninfo_target(conninfo: str) -> tuple[str, int]:
         value = value.strip("'")
         if key == "host":
             host = value
-        elif key == "port" and value.isdigit():
+        elif key == "port" and value.isascii() and value.isdigit() and len(value) < 6:
             port = int(value)
     return host, port
 

@@ -7,7 +7,7 @@ import json
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
-from pgha.decide import capacity, slots, switchover
+from pgha.decide import capacity, restart, slots, switchover
 from pgha.decide.common import ask_others, fence_in_s, others, reason, stop_timeout_s, view_of
 from pgha.decide.standing import left_s, licensed
 from pgha.model.action import (
@@ -86,7 +86,7 @@ def _promote(o: Observation, memory: Memory) -> Decision:
 
 def promotion_conditions(o: Observation) -> tuple[Reason, ...]:
     """Promotion is decided in a later pass than the one that acquired the lock, with enough of the licence left."""
-    return (lock_seen_held(o), licence_lasts_long_enough(o), guard_knows(o), watchdog_is_ready(o))
+    return (restart.lock_seen_held(o), licence_lasts_long_enough(o), guard_knows(o), watchdog_is_ready(o))
 
 
 def lock_is_of_use(o: Observation, memory: Memory) -> Reason:
@@ -96,11 +96,6 @@ def lock_is_of_use(o: Observation, memory: Memory) -> Reason:
     starting = o.postgres.row is None and o.postgres.answer == "starting"
     limit_s = (o.settings.primary_start_timeout_s or 300.0) if starting else PROMOTE_WITHIN_S
     return reason(rule, held_s < limit_s, f"held for {held_s:.1f} s without a primary, limit {limit_s:g} s" + (f" ({o.postgres.why})" if o.postgres.why else ""))
-
-
-def lock_seen_held(o: Observation) -> Reason:
-    acquired = o.licence.acquired_pass
-    return reason("leading.lock_seen_held", acquired < o.number, f"acquired in pass {acquired}, this is pass {o.number}")
 
 
 def licence_lasts_long_enough(o: Observation) -> Reason:
@@ -164,7 +159,8 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
     compact = capacity.compaction(o)
     if compact is not None:
         actions.append(compact)
-    actions += operator_requests(o, as_primary=True)
+    if restart.lock_seen_held(o).holds:
+        actions += operator_requests(o, as_primary=True)
     reasons = (reason("leading.licence", True, f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"), capacity.store_has_room(o))
     return Decision(situation="leading", summary=f"no action. I am ({o.me.name}), the leader with the lock", reasons=reasons, actions=tuple(actions), memory=memory,
                     wake_in_s=o.settings.loop_wait_s)

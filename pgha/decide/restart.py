@@ -74,6 +74,12 @@ def may_start_as_primary(o: Observation) -> tuple[Reason, ...]:
     return (was_primary(o), timeline_is_current(o), is_whole(o))
 
 
+def lock_seen_held(o: Observation) -> Reason:
+    """Whatever begins a primary is decided in a later pass than the one that acquired the lock."""
+    acquired = o.licence.acquired_pass
+    return reason("restart.lock_seen_held", acquired < o.number, f"acquired in pass {acquired}, this is pass {o.number}")
+
+
 def is_whole(o: Observation) -> Reason:
     half = o.directory.rewind_interrupted
     return reason("restart.is_whole", not half, "a rewind of this data was begun and not ended" if half else "no rewind was interrupted")

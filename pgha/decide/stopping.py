@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from pgha.decide.common import may_write, reason, stop_timeout_s
 from pgha.decide.standing import licensed
-from pgha.model.action import Demote, ReleaseLock, Stop
+from pgha.model.action import Demote, ReleaseLock, Stop, Sweep
 from pgha.model.decision import Decision, Memory
 from pgha.model.observation import Observation
 
@@ -22,6 +22,8 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
             else Stop(why="agent stops", timeout_s=stop_timeout_s(o))
         )
         return Decision(situation="stopping", summary="stopping PostgreSQL", reasons=because, actions=(action,), memory=memory)
+    if o.postgres.orphans:
+        return Decision(situation="stopping", summary="killing what is left of a dead server", reasons=because, actions=(Sweep(),), memory=memory)
     if licensed(o):
         lsn, timeline = (o.directory.control.checkpoint_lsn, o.directory.control.timeline) if o.directory.control else (0, 0)
         release = ReleaseLock(lsn=lsn, timeline=timeline, why="agent stops")

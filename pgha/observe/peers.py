@@ -44,6 +44,7 @@ class PeersObserver:
         """Whom to ask from now on; an empty question ends the asking and forgets the answers."""
         if question != self._question:
             self._question = question
+            self._plain.clear()     # a member of another make may have been converted since
             if not question.names:
                 self.facts = {}
             else:

@@ -24,6 +24,7 @@ from pgha.model.action import (
     Restart,
     RestoreStandbySignal,
     StartPrimary,
+    StartStandby,
     WriteKey,
 )
 from pgha.model.cluster import Tags
@@ -61,6 +62,8 @@ def test_every_decision_is_whole_and_safe(seed):
                 assert licensed(case), because
                 assert o.licence.acquired_pass < o.number or o.number == 1, because
                 assert decision.mandate.until is not None, because
+            if isinstance(action, StartPrimary | StartStandby) and decision.situation != "blind":
+                assert not o.directory.rewind_interrupted, because
             if isinstance(action, AcquireLock):
                 _may_acquire(case, action, because)
             if isinstance(action, ReleaseLock):

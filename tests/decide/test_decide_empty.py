@@ -91,6 +91,12 @@ def test_a_copy_is_of_the_clusters_system_and_replaces_nothing():
     assert (clone.source.name, clone.source.host, clone.system_identifier, clone.replace) == ("a", "a", SYSTEM, "nothing_there")
 
 
+def test_half_a_cluster_is_set_aside():
+    decision = BIRTH.but(directory=DIRECTORY, directory__abandoned_bootstrap=True).decide()
+    assert names(decision) == ("AbandonDirectory",)
+    assert [(r.rule, r.holds) for r in decision.reasons] == [("empty.bootstrap_was_ended", False)]
+
+
 @pytest.mark.parametrize("state", ["unknown", "unreadable", "partial"])
 def test_what_cannot_be_read_is_never_taken_for_empty(state):
     for world in (BIRTH, EMPTY):

@@ -215,7 +215,6 @@ def test_a_member_of_another_make_is_asked_its_way(which: str, in_recovery: bool
     with_servers(main, b=of_another_make(body))
 
 
-@pytest.mark.xfail(strict=True, reason="BUG peers.py _plain: a member that is converted to pgha is never asked for its vote by agents that knew it before")
 def test_a_member_that_changes_its_make_is_asked_for_votes_again():
     async def main(scene: Scene, b: Server) -> None:
         scene.observer.ask(question(b=b))
