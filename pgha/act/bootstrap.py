@@ -192,7 +192,7 @@ async def _script(ctx: Context, where: Conninfo, command: str, progress: Progres
     url = (f"postgres://{quote(str(where['user']), safe='')}@/{quote(str(where['dbname']), safe='')}"
            f"?host={quote(str(where['host']), safe='')}&port={where['port']}")
     env = clean_environment({"PGPASSFILE": str(ctx.wanted.passfile)})
-    done = await run_checked([*shlex.split(command), url], deadline_s=SCRIPT_DEADLINE_S, env=env)
+    done = await run_checked([*shlex.split(command), url], deadline_s=SCRIPT_DEADLINE_S, env=env, dies_with_us=True)
     log.info("post_bootstrap script has ended", exit_code=done.exit_code)
 
 

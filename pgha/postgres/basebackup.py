@@ -70,7 +70,7 @@ async def base_backup(
     done = await run(
         [binary(bin_dir, "pg_basebackup"), f"--pgdata={target_dir}", "--wal-method=stream", "--progress", "--no-password",
          f"--dbname={conninfo_text(conninfo)}", *arguments],
-        deadline_s=deadline_s, env=clean_environment(messages_in_english=True),
+        deadline_s=deadline_s, dies_with_us=True, env=clean_environment(messages_in_english=True),
         on_error_output=progress_reader(on_progress) if on_progress else None)
     if done.exit_code != 0:
         raise CommandFailed("pg_basebackup", done.exit_code, _without_progress(done.stderr))

@@ -56,7 +56,7 @@ async def initdb(data_dir: Path, bin_dir: Path | str, options: Options, *, super
             with os.fdopen(fd, "w", encoding="utf-8") as f:
                 f.write(password + "\n")
             argv.append(f"--pwfile={passwords}")
-        done = await run(argv, deadline_s=deadline_s, env=clean_environment())
+        done = await run(argv, deadline_s=deadline_s, env=clean_environment(), dies_with_us=True)
     finally:
         if passwords is not None:
             Path(passwords).unlink(missing_ok=True)

@@ -156,7 +156,7 @@ async def rewind(
     done = await run(
         [binary(bin_dir, "pg_rewind"), f"--target-pgdata={data_dir}", f"--source-server={conninfo_text(source)}",
          "--progress", "--no-ensure-shutdown", *arguments],
-        deadline_s=deadline_s, env=clean_environment(messages_in_english=True),
+        deadline_s=deadline_s, dies_with_us=True, env=clean_environment(messages_in_english=True),
         on_output=progress_reader(on_progress) if on_progress else None,
         on_error_output=progress_reader(on_progress) if on_progress else None)
     result = _read(done.exit_code, done.stdout + "\n" + done.stderr)

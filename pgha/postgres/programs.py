@@ -4,6 +4,10 @@ Rules of this file:
 * A program runs in its own session, so that a signal reaches its children too (pg_rewind starts `postgres --single`,
   pg_basebackup forks a WAL receiver), and so that a terminal's Ctrl-C does not.
 * Deadline and cancellation end alike: SIGTERM to the whole group, `GRACE_S` to comply, then SIGKILL, and it is reaped.
+* What changes a data directory dies with us (`dies_with_us`), however we die: a pg_rewind that nobody knows of must not
+  work beside the next agent. The kernel does it (PR_SET_PDEATHSIG), when the *thread* that forked has ended: therefore
+  a thread of its own starts the program and stays until its end. A wrapper asks for it, not `preexec_fn`, which may
+  hang in a process with threads.
 * Output is streamed to `on_output` if asked; of each stream only the last `TAIL_BYTES` are kept.
 """
 
@@ -11,9 +15,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import trio
@@ -48,6 +56,18 @@ def clean_environment(extra: Mapping[str, str] | None = None, *, messages_in_eng
         env.pop("LANGUAGE", None)
         env |= {"LC_ALL": "C", "LANG": "C"}
     return env | dict(extra or {})
+
+
+#: argv: our process id, the program, its arguments. Python ignores SIGPIPE, which an exec would hand on.
+_DIE_WITH = """\
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+for number in (signal.SIGPIPE, signal.SIGXFSZ):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.argv[2], sys.argv[3:])
+"""
 
 
 class Completed(Struct, frozen=True, kw_only=True):
@@ -87,15 +107,60 @@ async def _exited(pid: int) -> None:
         os.close(pidfd)
 
 
-async def _end(process: trio.Process) -> None:
+class _Child(Struct, frozen=True, kw_only=True):
+    """A program that was started, and how to let the thread go that holds it."""
+
+    process: subprocess.Popen[bytes]
+    stdout: trio.abc.ReceiveStream
+    stderr: trio.abc.ReceiveStream
+    ended: threading.Event
+
+
+async def _start(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path | None, dies_with_us: bool) -> _Child:
+    """OSError if it cannot be started. Not left half-way when cancelled."""
+    if dies_with_us:
+        program = shutil.which(argv[0], path=env.get("PATH"))
+        if program is None:
+            raise FileNotFoundError(2, os.strerror(2), argv[0])
+        argv = [sys.executable, "-I", "-S", "-c", _DIE_WITH, str(os.getpid()), program, *argv]
+    begun: Future[subprocess.Popen[bytes]] = Future()
+    ended = threading.Event()
+
+    def hold() -> None:
+        try:
+            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       bufsize=0, env=env, cwd=cwd, start_new_session=True)
+        except OSError as error:
+            begun.set_exception(error)
+            return
+        begun.set_result(process)
+        ended.wait()
+
+    def begin() -> subprocess.Popen[bytes]:
+        threading.Thread(target=hold, name=f"holds {Path(argv[0]).name}", daemon=True).start()
+        return begun.result()
+
+    process = await trio.to_thread.run_sync(begin)   # exec reads from disk; cancelled before it: nothing is begun
+    assert process.stdout is not None
+    assert process.stderr is not None
+    streams = [trio.lowlevel.FdStream(os.dup(pipe.fileno())) for pipe in (process.stdout, process.stderr)]
+    process.stdout.close()
+    process.stderr.close()
+    return _Child(process=process, stdout=streams[0], stderr=streams[1], ended=ended)
+
+
+async def _end(child: _Child) -> None:
     """SIGTERM to the group, a grace, SIGKILL, reap. Shielded; bounded by the grace and the kernel's kill."""
+    pid = child.process.pid
     with trio.CancelScope(shield=True):
-        _signal_group(process.pid, signal.SIGTERM)
+        _signal_group(pid, signal.SIGTERM)
         with trio.move_on_after(GRACE_S):
-            await _exited(process.pid)
+            await _exited(pid)
         # Also when it ended by itself: nothing that it started may outlive it.
-        _signal_group(process.pid, signal.SIGKILL)
-        await process.wait()
+        _signal_group(pid, signal.SIGKILL)
+        await _exited(pid)
+        child.process.wait()
+        child.ended.set()
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:
@@ -108,6 +173,7 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
 async def run(
     argv: Sequence[str | Path], *, deadline_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None,
     on_output: Callable[[bytes], None] | None = None, on_error_output: Callable[[bytes], None] | None = None,
+    dies_with_us: bool = False,
 ) -> Completed:
     """Run `argv` with stdin closed. `env` is complete, or None for `clean_environment(messages_in_english=True)`.
 
@@ -118,31 +184,27 @@ async def run(
     out, err = _Tail(on_output), _Tail(on_error_output)
     with trio.move_on_after(max(0.0, deadline_s)):
         try:
-            process = await trio.lowlevel.open_process(
-                [str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                env=dict(env) if env is not None else clean_environment(messages_in_english=True), cwd=cwd,
-                start_new_session=True)
+            child = await _start([str(a) for a in argv], cwd=cwd, dies_with_us=dies_with_us,
+                                 env=dict(env) if env is not None else clean_environment(messages_in_english=True))
         except OSError as e:
             raise PostgresUnreachable(f"cannot start {argv[0]}: {e.strerror}") from e
-        assert process.stdout is not None, name
-        assert process.stderr is not None, name
         async with trio.open_nursery() as nursery:
             try:
-                nursery.start_soon(out.fill, process.stdout)
-                nursery.start_soon(err.fill, process.stderr)
-                await _exited(process.pid)
+                nursery.start_soon(out.fill, child.stdout)
+                nursery.start_soon(err.fill, child.stderr)
+                await _exited(child.process.pid)
             finally:
-                await _end(process)
-        assert process.returncode is not None, name
-        return Completed(exit_code=process.returncode, stdout=out.text(), stderr=err.text())
+                await _end(child)
+        return Completed(exit_code=child.process.returncode, stdout=out.text(), stderr=err.text())
     raise PostgresTimeout(f"{name} had not ended after {deadline_s:g} s: {err.text().strip()[-500:]}")
 
 
 async def run_checked(
     argv: Sequence[str | Path], *, deadline_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None,
+    dies_with_us: bool = False,
 ) -> Completed:
     """`run`, with CommandFailed for a non-zero exit code."""
-    done = await run(argv, deadline_s=deadline_s, env=env, cwd=cwd)
+    done = await run(argv, deadline_s=deadline_s, env=env, cwd=cwd, dies_with_us=dies_with_us)
     if done.exit_code != 0:
         raise CommandFailed(Path(argv[0]).name, done.exit_code, done.stderr or done.stdout)
     return done

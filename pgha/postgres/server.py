@@ -147,7 +147,7 @@ class Server:
                 raise PostgresError(f"{name} must be absent for recovery in single-user mode")
         keep_wal = {"archive_mode": "on", "archive_command": "false"}
         argv = [*self.command_line({**parameters, **keep_wal}, single_user=True), "template1"]
-        done = await run(argv, deadline_s=deadline_s, cwd=self.data_dir, env=clean_environment(messages_in_english=True))
+        done = await run(argv, deadline_s=deadline_s, dies_with_us=True, cwd=self.data_dir, env=clean_environment(messages_in_english=True))
         if done.exit_code != 0:
             raise CommandFailed("postgres --single", done.exit_code, done.stderr)
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import select
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
 import pytest
 import trio
 
@@ -92,4 +99,40 @@ def test_a_program_is_ended_with_everything_that_it_started(base, bin_dir):
         assert done.stderr == "end\n"
         with pytest.raises(PostgresUnreachable):
             await programs.run([base / "none"], deadline_s=1)
+    trio.run(main)
+
+
+def test_a_program_dies_with_the_agent_however_that_dies(base):
+    code = """if True:
+        import trio
+        from pgha.postgres import programs
+        async def main():
+            await programs.run(["sh", "-c", "echo $$; exec sleep 60"], deadline_s=60, dies_with_us=True,
+                               on_output=lambda b: print(b.decode().strip(), flush=True))
+        trio.run(main)
+    """
+    agent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    pid = int(agent.stdout.readline())
+    pidfd = os.pidfd_open(pid)
+    # trio ends a thread that was idle for 10 s: the one that has started the program must not be such a one
+    assert not select.select([pidfd], [], [], 12)[0]
+    agent.kill()
+    agent.wait()
+    assert select.select([pidfd], [], [], 2)[0]
+    os.close(pidfd)
+    agent.stdout.close()
+
+
+def test_a_program_that_dies_with_us_is_run_as_any_other(base):
+    async def main():
+        done = await programs.run(["sh", "-c", "yes | head -n 1; echo $0 >&2; exit 3"], deadline_s=10, dies_with_us=True)
+        assert (done.exit_code, done.stdout, done.stderr) == (3, "y\n", "sh\n")
+        with pytest.raises(PostgresUnreachable, match="cannot start .*none"):
+            await programs.run([base / "none"], deadline_s=1, dies_with_us=True)
+        with pytest.raises(PostgresTimeout):
+            await programs.run(["sleep", "60"], deadline_s=0.3, dies_with_us=True)
+        for thread in threading.enumerate():
+            if thread.name.startswith("holds"):
+                thread.join(1)
+                assert not thread.is_alive()
     trio.run(main)
