@@ -152,6 +152,8 @@ async def _discard(ctx: Context, *suffixes: Literal["old", "removing"]) -> list[
 
 
 async def _remove_leftover(ctx: Context, target: Path) -> None:
+    if killed := await on_disk(basebackup.kill_leftovers, target):
+        log.info("killed what an earlier pg_basebackup left", pids=killed)
     if await on_disk(directories.content, target) != "missing":
         log.info("removing what an earlier clone left", path=target)
     await directories.delete_clone(ctx.data_dir)

@@ -21,6 +21,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     actions: tuple[Action, ...] = ()
     control = o.directory.control
     was_standby = control is not None and "recovery" in control.state
-    if not o.postgres.alive and not o.postgres.orphans and was_standby and silent_s > START_ANYWAY_AFTER_S and not memory.start_failures:
+    startable = was_standby and not o.directory.rewind_interrupted
+    if not o.postgres.alive and not o.postgres.orphans and startable and silent_s > START_ANYWAY_AFTER_S and not memory.start_failures:
         actions = (StartStandby(upstream=None),)
     return Decision(situation="blind", summary="waiting for the configuration store", reasons=reasons, actions=actions, memory=memory, wake_in_s=1.0)

@@ -170,8 +170,10 @@ class Fence:
             return
         try:
             async with self._speaking:
-                # An `arm` that came after `standby` would have the guard fence a healthy standby at that moment.
-                if self.mode == "armed":
+                # An `arm` that came after `standby` would have the guard fence a healthy standby at that moment. And read
+                # again what is licensed: told under a newer sequence, an older deadline would stay until the next renewal.
+                deadline = self._licensed_until()
+                if self.mode == "armed" and deadline is not None and remaining_s(deadline, self._clock.now()) > 0:
                     await self._tell(deadline)
         except GuardError as error:
             self.unanswered(str(error))
@@ -222,9 +224,12 @@ class Fence:
             await trio.sleep(0.02)
         if self.mode != "armed":
             return
-        report = recipe.kill_all(self._directory)
-        log.error("fenced", why="the mandate has lapsed", killed=len(report.killed), took_s=report.took_s)
-        while recipe.processes_of(self._directory):  # noqa: ASYNC110  (as above)
+        while recipe.processes_of(self._directory):
+            report = recipe.kill_all(self._directory)
+            if report.killed:
+                log.error("fenced", why="the mandate has lapsed", killed=len(report.killed), took_s=report.took_s)
+            if deadline is not None and remaining_s(deadline, self._clock.now()) <= 0:
+                return      # what cannot be ended in time keeps the lock from being released; the guard goes on
             await trio.sleep(0.02)
         try:
             async with self._speaking:

@@ -307,6 +307,8 @@ def _remembered(member: Member, before: RememberedMember | None, now_s: float) -
     """Positions and times are refreshed coarsely, so that an idle cluster writes nothing."""
     if before is not None and before.api_url == member.api_url and now_s - before.seen_at_wall_s < 60 and before.lsn == member.lsn:
         return before
+    if not member.lsn and before is not None:       # stopped: what it had stays what it has (safety model 6.4)
+        return RememberedMember(api_url=member.api_url, seen_at_wall_s=now_s, timeline=before.timeline, lsn=before.lsn)
     return RememberedMember(api_url=member.api_url, seen_at_wall_s=now_s, timeline=member.timeline, lsn=member.lsn)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import Callable
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httpx
@@ -106,10 +107,12 @@ class PeersObserver:
     async def _get(self, client: httpx.AsyncClient, url: str) -> tuple[int, dict[str, Any]]:
         async with client.stream("GET", url, auth=self._auth) as response:
             body = b""
-            async for chunk in response.aiter_bytes():
-                body += chunk
-                if len(body) > LARGEST_ANSWER_BYTES:
-                    raise ValueError("longer than 1 MiB")
+            chunks_of = cast("AsyncGenerator[bytes, None]", response.aiter_bytes())     # it is one; closed here, not by the collector
+            async with aclosing(chunks_of) as chunks:
+                async for chunk in chunks:
+                    body += chunk
+                    if len(body) > LARGEST_ANSWER_BYTES:
+                        raise ValueError("longer than 1 MiB")
         try:
             value = json.loads(body)
         except (ValueError, RecursionError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +55,32 @@ def progress_reader(on_progress: Callable[[Progress], None]) -> Callable[[bytes]
             on_progress(Progress(done_bytes=now[0], total_bytes=now[1]))
 
     return read
+
+
+def kill_leftovers(target_dir: Path) -> list[int]:
+    """SIGKILL what an earlier pg_basebackup into `target_dir` left; their process ids.
+
+    Its WAL receiver is a fork with the same arguments, which outlives a killed parent until it has a segment to tell it
+    of (measured: for 20 s and more on an idle source), and would write into the next copy.
+    """
+    killed = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            fd = os.pidfd_open(int(entry.name))     # before the look: what is killed is what was looked at
+        except OSError:
+            continue
+        try:
+            argv = (entry / "cmdline").read_bytes().split(b"\0")
+            if Path(os.fsdecode(argv[0])).name == "pg_basebackup" and os.fsencode(f"--pgdata={target_dir}") in argv:
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+                killed.append(int(entry.name))
+        except (ProcessLookupError, FileNotFoundError, PermissionError):
+            pass    # gone, or another user's
+        finally:
+            os.close(fd)
+    return killed
 
 
 async def base_backup(

@@ -126,7 +126,6 @@ def test_without_a_store(case):
     check(BLIND, case)
 
 
-@pytest.mark.xfail(strict=True, reason="without a store a standby is started on what an interrupted rewind has left")
 def test_what_a_rewind_left_half_done_is_not_started_without_a_store():
     assert BLIND.but(directory__rewind_interrupted=True).decide().actions == ()
 

@@ -412,8 +412,6 @@ def test_a_licence_shortened_while_it_is_being_armed_is_known_to_the_guard(node:
     with_agent(node, guard, main, ttl_s=30.0, loop_wait_s=10.0)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fence.py _pass_on: the deadline is taken before waiting for `_speaking`, the sequence after: "
-                                       "the guard gets an old deadline under the new sequence, and may not widen it until the next renewal")
 def test_a_deadline_is_told_under_its_own_sequence(node: Node, guard: GuardProcess):
     async def main(agent: Agent) -> None:
         await agent.acquire()
