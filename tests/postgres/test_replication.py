@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import trio
 
 from pgha.errors import CommandFailed, ConfigError, PostgresError, PostgresTimeout, QueryFailed
 from pgha.postgres import files, histories, pg_rewind, probe, slots
-from pgha.postgres.basebackup import backup_arguments, base_backup
+from pgha.postgres.basebackup import backup_arguments, base_backup, kill_leftovers
 from pgha.postgres.controldata import read_control
 from pgha.postgres.directories import clone_directory, complete_clone, content, swap_in_clone
 from pgha.postgres.processes import adopt, read_stat, wait_no_process
@@ -358,4 +360,23 @@ def test_no_rewind_required(make_node):
         assert control.state == "shut down in recovery"
         done = await pg_rewind.rewind(b.data_dir, b.server.bin_dir, source_of(a), control, source_timeline=2, deadline_s=30)
         assert done.outcome == "not_needed", done.output
+    trio.run(main)
+
+
+def test_what_a_killed_base_backup_leaves_is_found_and_killed(make_node, base):
+    async def main():
+        a = make_node()
+        await a.start()
+        target = base / "copy"
+        backup = subprocess.Popen(
+            [a.server.bin_dir / "pg_basebackup", f"--pgdata={target}", "-h", base, "-p", str(a.port), "-U", "postgres", "-X", "stream", "-c", "fast",
+             "-r", "1M"], stderr=subprocess.DEVNULL)
+        children = Path(f"/proc/{backup.pid}/task/{backup.pid}/children")
+        with trio.fail_after(10):
+            while not (receiver := children.read_text().split()):
+                await trio.sleep(0.02)
+        backup.kill()
+        backup.wait()
+        assert kill_leftovers(base / "cop") == []
+        assert kill_leftovers(target) == [int(receiver[0])]
     trio.run(main)
