@@ -169,7 +169,7 @@ class Agent:
         self._said: tuple[str, ...] = ()
         self._refusal = ""
         self._upstream: Upstream | None = None
-        self._cloned = False
+        self._cloned = True         # a former agent may have left a replaced directory: only what the swap has marked is deleted
         self._held: tuple[object, ...] = ()
         self._looking_at_directory = trio.Lock()
         self._doubted_revision = 0
@@ -227,6 +227,7 @@ class Agent:
     async def run(self) -> None:
         """Until the agent has been told to stop, and has. Raises what a task cannot go on from."""
         await self._meet_guard()
+        await self._rest_as_standby()
         headers = _rest_headers(self.local)
         app = self._app = App(self.board, self.inbox, clock=self.clock, access=await _access(self.local), headers=headers)
         self._rest_tls = _rest_context(self.local)
@@ -256,6 +257,14 @@ class Agent:
         primary = status.state in ("armed", "latched") and bool(recipe.processes_of(self.directory))
         self.fence.adopt(status, primary=primary)
         log.info("guard", state=status.state, pid=status.pid, why=status.why)
+
+    async def _rest_as_standby(self) -> None:
+        """A former agent may have been killed between taking standby.signal away and starting the primary."""
+        if not recipe.processes_of(self.directory):
+            try:
+                await self.actor.be_standby_at_rest()
+            except OPERATING_ERRORS as error:
+                log.warning("standby.signal could not be written", why=str(error))
 
     async def _guard_there(self) -> GuardStatus:
         """The guard's status; one that systemd starts is waited for, any other is started. GuardError if there is none."""
