@@ -115,7 +115,8 @@ def handover_conditions(o: Observation, memory: Memory) -> tuple[Reason, ...]:
     own_end, timeline = o.directory.end_of_wal, o.directory.end_of_wal_timeline
     able = sorted(
         p.name for p in fresh_peers(o).values()
-        if p.in_recovery and p.running and not p.tags.nofailover and p.timeline == timeline and own_end and p.lsn >= own_end
+        if p.in_recovery and p.running and p.candidate and not p.tags.nofailover and not p.watchdog_failed
+        and p.timeline == timeline and own_end and p.lsn >= own_end
     )
     return (
         reason("broken.handover_is_due", due, f"writes away for {crash_age_s:.1f} s, handed over after {limit_s:g} s"),

@@ -14,6 +14,8 @@ from pgha.model.observation import Observation
 
 READ_ABSENCE_EVERY_S = 1.0
 FREEZE_SETTLES_S = 0.05
+#: Every number up to the claimed one is blocked by a file: a claim this far ahead was never a timeline.
+NONSENSE_AHEAD = 1000
 FREEZE_AGAIN_S = 1.0
 REPLAY_STANDS_S = 0.5
 
@@ -129,7 +131,8 @@ def _acquire(o: Observation) -> AcquireLock:
     """Take exactly the record that was judged, with a timeline number that nobody can have claimed."""
     view = view_of(o)
     own = promotion.own_position(o)
-    highest = max([own.timeline, view.timeline, view.epoch.timeline, *(number for number, _ in view.epoch.claims)])
+    told = [view.timeline, view.epoch.timeline, *(number for number, _ in view.epoch.claims)]
+    highest = max([own.timeline, *(number for number in told if number <= own.timeline + NONSENSE_AHEAD)])
     claims = view.epoch.claims
     if view.epoch.timeline > view.timeline and view.epoch.holder:
         # The last claim is not in /history: it may have been carried out by a node that nobody hears of.

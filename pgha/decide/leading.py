@@ -93,8 +93,11 @@ def lock_is_of_use(o: Observation, memory: Memory) -> Reason:
     """A holder that does not become a primary keeps everybody else from it: bounded."""
     rule, since = "leading.lock_is_of_use", memory.holding_since
     held_s = candidate_age_s(since, o.now) if since else 0.0
-    starting = o.postgres.row is None and o.postgres.answer == "starting"
-    limit_s = (o.settings.primary_start_timeout_s or 300.0) if starting else PROMOTE_WITHIN_S
+    sign_of_life = o.postgres.answered_at or o.postgres.since
+    if o.postgres.row is None and sign_of_life is not None and candidate_age_s(sign_of_life, o.now) < PROMOTE_WITHIN_S:
+        limit_s = o.settings.primary_start_timeout_s or 300.0     # it starts or recovers, and says so
+    else:
+        limit_s = PROMOTE_WITHIN_S
     return reason(rule, held_s < limit_s, f"held for {held_s:.1f} s without a primary, limit {limit_s:g} s" + (f" ({o.postgres.why})" if o.postgres.why else ""))
 
 

@@ -173,7 +173,7 @@ def peers_were_waited_for(o: Observation, election: Election) -> Reason:
     # Silence counts from when a member was first asked in vain: probing begins before the record expires.
     silent_s = min((_silent_s(o, n) for n in pending), default=0.0)
     waited_s = max(waited_s, silent_s) if voted_at else 0.0
-    ahead = [n for n in pending if _last_known(o, n, answered.get(n)) > own.lsn]
+    ahead = [n for n in pending if _last_known(o, n) > own.lsn]
     if ahead:
         return reason(rule, waited_s >= SILENT_AHEAD_S, f"{', '.join(ahead)} last known ahead of {format_lsn(own.lsn)}, "
                       f"waited {waited_s:.2f} s of {SILENT_AHEAD_S} s")
@@ -203,7 +203,9 @@ def _is_final(peer: Peer | None, election: Election) -> bool:
     return peer.frozen_epoch == election.epoch or (peer.tags.nofailover and peer.in_recovery is not False)
 
 
-def _last_known(o: Observation, name: str, peer: Peer | None) -> int:
+def _last_known(o: Observation, name: str) -> int:
+    """However long ago: a member that told its position and froze is as far as it was."""
+    peer = o.peers.get(name)
     published = o.dcs.last_positions.get(name)
     member = view_of(o).members.get(name)
     return max(peer.lsn if peer else 0, published.lsn if published else 0, member.lsn if member else 0)

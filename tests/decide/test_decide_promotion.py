@@ -97,7 +97,7 @@ PEERS = [
     row("c has more, but no watchdog", peers__c=peer("c", lsn=LSN + KiB, frozen_epoch=5, watchdog_failed=True), refuses=""),
     row("c has more, but would not", peers__c=peer("c", lsn=LSN + KiB, frozen_epoch=5, candidate=False), refuses=""),
     row("c has more, but it is not known as what", peers__c=peer("c", lsn=LSN + KiB, frozen_epoch=5, in_recovery=None), refuses=""),
-    row("c had more, two seconds ago", peers__c=peer("c", lsn=LSN + KiB, asked_at=ago(1.5), frozen_epoch=5), refuses="", says="a, c without a final position"),
+    row("c had more, two seconds ago", peers__c=peer("c", lsn=LSN + KiB, asked_at=ago(1.5), frozen_epoch=5), refuses="promotion.peers_were_waited_for", says="c last known ahead"),
     row("c has more, an operator asked for this node", peers__c=peer("c", lsn=LSN + KiB, frozen_epoch=5), dcs__view__failover=FailoverKey(candidate="b"), refuses=""),
     row("c has less", peers__c=peer("c", lsn=LSN - KiB, frozen_epoch=5), refuses="", does="AcquireLock"),
     row("equal, c has the higher priority", peers__c=peer("c", frozen_epoch=5, tags=Tags(failover_priority=5)), refuses="promotion.no_peer_is_ahead", says=("priority 5", "priority 1")),
