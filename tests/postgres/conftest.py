@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 from _pytest.reports import TestReport
-from _pytest.runner import runtestprotocol
+from _pytest.runner import SetupState, runtestprotocol
 
 BIN = Path(os.environ.get("PGHA_TEST_PG_BIN", "/usr/lib/postgresql/15/bin"))
 PR_SET_CHILD_SUBREAPER = 36
@@ -70,6 +70,8 @@ def _in_child(item):
             os.setuid(user.pw_uid)
             os.chdir(_base)
             os.environ |= {"HOME": str(_base), "USER": "postgres", "TMPDIR": str(_base)}
+            # What was set up so far is the parent's: the child must not tear it down (it ends with everything torn down).
+            item.session._setupstate = SetupState()
             reports = runtestprotocol(item, log=False)
             data = [item.config.hook.pytest_report_to_serializable(config=item.config, report=r) for r in reports]
             with os.fdopen(write_fd, "wb") as f:
