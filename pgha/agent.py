@@ -235,7 +235,7 @@ class Agent:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             await nursery.start(self._take_signals)
-            await nursery.start(serve, Listen(addresses=[(host, listen.port) for host in listen.hosts], headers=headers, ssl_context=self._rest_tls), app)
+            await nursery.start(serve, Listen(addresses=[(host, listen.port) for host in listen.hosts], headers=headers, backlog=self.local.restapi.request_queue_size or 128, ssl_context=self._rest_tls), app)
             await nursery.start(self.fence.run)
             await nursery.start(self.renewer.run)
             await nursery.start(self.postgres.run)
@@ -443,10 +443,14 @@ class Agent:
         view = seen.dcs.view
         if view is not None and self.me.name not in view.members:
             self.announcer.gone()
-        local = self.local
+        self._announce(seen, decision)
+
+    def _announce(self, seen: Observation, decision: Decision) -> None:
+        local, proxy = self.local, self.local.postgresql.proxy_address
+        database = self.effective.postgresql.database
         self.announcer.announce(member_value(
             seen, decision, api_url=f"{local.restapi.base_url}/patroni", checkpoint_pending=self._checkpoint_pending,
-            conn_url=f"postgres://{local.postgresql.connect_address}/{self.effective.postgresql.database}"))
+            conn_url=f"postgres://{local.postgresql.connect_address}/{database}", proxy_url=f"postgres://{proxy}/{database}" if proxy else ""))
 
     def _done(self, decision: Decision) -> bool:
         if self.shutting_down and decision.memory.shutdown_done and self._operation is None and not self.postgres.facts.alive:
@@ -642,9 +646,8 @@ class Agent:
         with trio.move_on_after(1.0):
             try:
                 seen = self._assemble()
-                self.announcer.announce(member_value(
-                    seen, replace(Decision(situation="stopping", summary=""), state="stopped", role="replica"), api_url=f"{self.local.restapi.base_url}/patroni",
-                    conn_url=f"postgres://{self.local.postgresql.connect_address}/{self.effective.postgresql.database}", checkpoint_pending=False))
+                self._checkpoint_pending = False
+                self._announce(seen, Decision(situation="stopping", summary="", state="stopped", role="replica"))
                 await self.announcer.settle()
             except DcsError as error:
                 log.warning("member key could not be written", why=str(error))

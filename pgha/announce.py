@@ -28,10 +28,12 @@ UNSEEN_S = 3.0
 POSITIONS = ("xlog_location", "receive_lsn", "replay_lsn")
 
 
-def member_value(seen: Observation, decision: Decision, *, api_url: str, conn_url: str, checkpoint_pending: bool) -> dict[str, Any]:
+def member_value(seen: Observation, decision: Decision, *, api_url: str, conn_url: str, checkpoint_pending: bool, proxy_url: str = "") -> dict[str, Any]:
     """The object of compatibility spec 1.2, in the order of fields that it is written in."""
     row = seen.postgres.row if seen.postgres.alive else None
     value: dict[str, Any] = {"conn_url": conn_url, "api_url": api_url, "state": decision.state, "role": decision.role, "version": COMPATIBLE_VERSION}
+    if proxy_url:
+        value["proxy_url"] = proxy_url
     if checkpoint_pending and decision.role == "primary":
         value["checkpoint_after_promote"] = False
     if seen.settings.tags.raw:

@@ -24,8 +24,6 @@ from pgha.postgres.startup import answers_startup
 
 #: A standby that needs longer until it accepts sessions is recovering: the observer tells the rest.
 STANDBY_READY_S = 2.0
-#: No answer at all in this time: something is wrong with it.
-STANDBY_ANSWER_S = 30.0
 
 
 async def start_standby(ctx: Context, action: StartStandby, progress: Progress) -> dict[str, Any]:
@@ -71,8 +69,9 @@ async def forget_blocked_timelines(ctx: Context) -> None:
 async def _wait_answers(ctx: Context) -> None:
     """It recovers. That it does is seen from its refusals."""
     where = ctx.wanted.local_conninfo()
-    if not await answers_startup(str(where["host"]), int(where["port"]), deadline_s=STANDBY_ANSWER_S):
-        raise OperationFailed(f"PostgreSQL runs, but has not answered within {STANDBY_ANSWER_S:g} s: {ctx.server.log_tail()[-500:]}")
+    limit_s = ctx.wanted.effective().postgresql.pg_ctl_timeout_s      # no answer at all in this time: something is wrong with it
+    if not await answers_startup(str(where["host"]), int(where["port"]), deadline_s=limit_s):
+        raise OperationFailed(f"PostgreSQL runs, but has not answered within {limit_s:g} s (pg_ctl_timeout): {ctx.server.log_tail()[-500:]}")
 
 
 async def start_primary(ctx: Context, action: StartPrimary, progress: Progress) -> dict[str, Any]:
