@@ -70,7 +70,8 @@ def _elect(o: Observation, memory: Memory, now: Standing, read: Reason) -> Decis
         election = replace(election, voted_at=o.now)
         memory = replace(memory, election=election)
     at = promotion.own_position(o)
-    vote = Vote(epoch=election.epoch if election.voted_at else -1, timeline=at.timeline, lsn=at.lsn, candidate=all(r.holds for r in own))
+    vote = Vote(epoch=election.epoch if election.voted_at else -1, timeline=at.timeline, lsn=at.lsn, candidate=all(r.holds for r in own),
+                history=o.directory.history)
     ask = ask_others(o, epoch=election.epoch, every_s=0.05)
     decision = Decision(situation="leaderless", summary="", reasons=(because(now), read, *own, receiver_gone), memory=memory, ask_peers=ask, vote=vote,
                         wake_in_s=0.05)

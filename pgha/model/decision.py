@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from pgha.clock import Deadline, Instant
 from pgha.model.action import Action
+from pgha.model.wal import HistoryRow
 
 
 class Reason(Struct, frozen=True, kw_only=True):
@@ -91,6 +92,7 @@ class Vote(Struct, frozen=True, kw_only=True):
     timeline: int = 0
     lsn: int = 0
     candidate: bool = True
+    history: tuple[HistoryRow, ...] = ()    # of `timeline`: what it contains of the others' (safety model 6.3)
 
 
 class Decision(Struct, frozen=True, kw_only=True):

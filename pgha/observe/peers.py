@@ -14,6 +14,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httpx
+import msgspec
 import trio
 from msgspec.structs import replace
 
@@ -21,6 +22,7 @@ from pgha.clock import Clock
 from pgha.model.cluster import Tags
 from pgha.model.decision import PeerQuestion
 from pgha.model.observation import Peer
+from pgha.model.wal import HistoryRow
 
 #: A member that answers at all does so in this time; what it holds back waits WAIT_S of it.
 ANSWER_S = 0.6
@@ -100,7 +102,7 @@ class PeersObserver:
                 return _from_patroni(name, body, asked_at)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 why = str(error) or type(error).__name__
-            except (ValueError, TypeError, OverflowError) as error:
+            except (ValueError, TypeError, OverflowError, msgspec.ValidationError) as error:
                 why = f"its answer does not parse: {error}"
         return Peer(name=name, asked_at=asked_at, answered=False, why=why)
 
@@ -133,7 +135,7 @@ def _from_vote(name: str, body: dict[str, Any], asked_at: Any) -> Peer:
         timeline=int(body.get("timeline", 0)), lsn=int(body.get("lsn", 0)), frozen_epoch=int(body.get("epoch", -1)), running=state == "running",
         candidate=body.get("candidate") is not False,
         tags=Tags.of(tags if isinstance(tags, dict) else {}), watchdog_failed=body.get("watchdog_failed") is True,
-        system_identifier=str(body.get("system_identifier", "")),
+        system_identifier=str(body.get("system_identifier", "")), history=msgspec.convert(body.get("history", []), tuple[HistoryRow, ...]),
     )
 
 
