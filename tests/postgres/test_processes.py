@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -161,8 +162,10 @@ def test_the_server_outlives_the_agent(make_node, base):
     assert trio.run(a.sql, "select 1") == [("1",)]
 
 
-def test_an_empty_pid_file_of_a_postmaster_killed_while_it_wrote_it_is_removed(tmp_path):
-    (tmp_path / "postmaster.pid").touch()
-    assert remove_dead_pid_file(tmp_path)
-    assert not (tmp_path / "postmaster.pid").exists()
-    assert not remove_dead_pid_file(tmp_path)
+def test_an_empty_pid_file_of_a_postmaster_killed_while_it_wrote_it_is_removed():
+    with tempfile.TemporaryDirectory() as name:      # pytest's own belongs to root
+        data_dir = Path(name)
+        (data_dir / "postmaster.pid").touch()
+        assert remove_dead_pid_file(data_dir)
+        assert not (data_dir / "postmaster.pid").exists()
+        assert not remove_dead_pid_file(data_dir)
