@@ -32,7 +32,7 @@ from pgha.act import Actor
 from pgha.act.context import Context
 from pgha.act.wanted import Wanted
 from pgha.announce import Announcer, member_value
-from pgha.clock import Clock, Deadline, Instant, SystemClock, remaining_s
+from pgha.clock import Clock, Deadline, Instant, SystemClock, candidate_age_s, remaining_s
 from pgha.config.cluster import normalised
 from pgha.config.directories import agent_lock, data_directory_lock, pgpass, prepare_runtime_dir, prepare_state_dir
 from pgha.config.load import Effective, Loaded, effective, load, needs_new_agent
@@ -102,6 +102,8 @@ GUARD_SERVICE_S = 30.0
 WATCHDOG_LOOK_S = 10.0
 #: Once the agent has settled, what starting it has used up goes back to the system.
 SETTLED_AFTER_S = 20.0
+#: A long operation says how far it is this often.
+PROGRESS_EVERY_S = 10.0
 #: What operations and quick actions may end with; anything else is our own mistake, and ends the agent loudly.
 OPERATING_ERRORS = (OperationFailed, PostgresError, DcsError, GuardError, Refused, ConfigError, OSError, trio.TooSlowError)
 
@@ -174,6 +176,7 @@ class Agent:
         self._looking_at_directory = trio.Lock()
         self._doubted_revision = 0
         self._failing: set[str] = set()
+        self._progress_said_at: Instant | None = None
         self._watchdog_news = trio.Event()
         self._app: App | None = None
         self._rest_tls: ssl.SSLContext | None = None
@@ -552,6 +555,11 @@ class Agent:
     def _progress(self, text: str) -> None:
         if self._operation is not None and self._operation.progress != text:
             self._operation = replace(self._operation, progress=text)
+            now = self.clock.now()
+            began = self._progress_said_at or self._operation.started_at
+            if candidate_age_s(max(began, self._operation.started_at), now) >= PROGRESS_EVERY_S:
+                self._progress_said_at = now
+                log.info("operation goes on", operation=self._operation.kind, progress=text)
             self.wake()
 
     def _note_operation(self, action: LongAction, facts: dict[str, Any], *, ok: bool, why: str) -> None:
