@@ -22,6 +22,8 @@ from pgha.model.observation import Observation
 
 log = Log("pgha.dcs")
 
+#: A lease is renewed after this share of its time: another try fits in before it ends.
+RENEWED_AFTER = 0.4
 #: A write is seen by the watch long before this.
 UNSEEN_S = 3.0
 #: Fields that change with every write to the database: published once every loop_wait, not at once.
@@ -123,7 +125,7 @@ class Announcer:
             self._lease_ttl_s = self._ttl_s()
             self._lease = await self._store.grant(self._lease_ttl_s, deadline_s=deadline_s)
             self._renewed_at, self._written = now, None
-        elif self._renewed_at is None or candidate_age_s(self._renewed_at, now) >= self._lease_ttl_s / 3:
+        elif self._renewed_at is None or candidate_age_s(self._renewed_at, now) >= self._lease_ttl_s * RENEWED_AFTER:
             await self._store.renew(self._lease, deadline_s=deadline_s)
             self._renewed_at = now
         if self._wanted is not None and self._due(now):
@@ -140,7 +142,7 @@ class Announcer:
 
     def _next_in_s(self) -> float:
         now = self._clock.now()
-        renewal = self._lease_ttl_s / 3 - (candidate_age_s(self._renewed_at, now) if self._renewed_at else 0.0)
+        renewal = self._lease_ttl_s * RENEWED_AFTER - (candidate_age_s(self._renewed_at, now) if self._renewed_at else 0.0)
         if self._wanted != self._written and self._written_at is not None:
             return max(0.01, min(renewal, self._loop_wait_s() - candidate_age_s(self._written_at, now)))
         return max(0.01, renewal)
