@@ -28,7 +28,7 @@ def _note_life(o: Observation, memory: Memory) -> Memory:
     if memory.holding_since is not None and not licensed(o):
         memory = replace(memory, holding_since=None)
     if o.postgres.process == "running" and o.postgres.answer == "sql" and (memory.crash_seen_at or memory.start_failures):
-        memory = replace(memory, crash_seen_at=None, handover_why="", handover_judged_at=None, start_failures=0, last_start_failed_at=None)
+        memory = replace(memory, crash_seen_at=None, handover_judged_at=None, start_failures=0, last_start_failed_at=None)
     row = o.postgres.row
     streaming = row is not None and row.receiver is not None and row.receiver.status == "streaming"
     if row is None or not row.in_recovery or not o.postgres.alive or streaming:

@@ -22,7 +22,7 @@ from pgha.model.action import (
     WriteInitialize,
     WriteKey,
 )
-from pgha.model.cluster import HistoryEntry, is_system_identifier
+from pgha.model.cluster import HistoryEntry, is_system_identifier, slot_name
 from pgha.model.decision import Decision, Memory, Reason
 from pgha.model.observation import Observation
 from pgha.model.wal import format_lsn
@@ -188,7 +188,7 @@ def _status(o: Observation, memory: Memory) -> tuple[WriteKey | None, Memory]:
     published = slots.published_slots(o)
     if published:
         value["slots"] = published
-        retained = sorted({slots.slot_name(n) for n in (*view.members, *others(o))})
+        retained = sorted({slot_name(n) for n in (*view.members, *others(o))})
         value["retain_slots"] = retained
     if value == view.status.raw:
         return None, memory

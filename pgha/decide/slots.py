@@ -4,17 +4,8 @@ from __future__ import annotations
 
 from pgha.decide.common import view_of
 from pgha.model.action import MaintainSlots
+from pgha.model.cluster import slot_name
 from pgha.model.observation import Observation
-
-
-def slot_name(member_name: str) -> str:
-    """A member's slot name: lower case, `-` and `.` to `_`, anything else to its code point; 63 characters at most."""
-    def mapped(char: str) -> str:
-        if char in "-.":
-            return "_"
-        return char if char in "abcdefghijklmnopqrstuvwxyz0123456789_" else f"u{ord(char):04d}"
-
-    return "".join(mapped(c) for c in member_name.lower())[:63]
 
 
 def own_slot_name(o: Observation) -> str:

@@ -185,3 +185,21 @@ class ClusterView(Struct, frozen=True, kw_only=True):
 def is_system_identifier(text: str | None) -> bool:
     """At least ten characters, all digits: anything else counts as "not initialised" (compatibility spec 1.1)."""
     return text is not None and len(text) >= 10 and text.isascii() and text.isdigit()
+
+
+#: NAMEDATALEN - 1, which PostgreSQL cuts a slot's name to.
+_LIMIT = 63
+_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
+
+
+def slot_name(member_name: str) -> str:
+    """The slot of a member (compatibility spec 2.4; every agent of a cluster must map alike).
+
+    "Node-1.a" → "node_1_a", "é" → "u0233". Two names may map to one slot: the caller looks out for that.
+    """
+    def plain(character: str) -> str:
+        if character in _PLAIN:
+            return character
+        return "_" if character in "-." else f"u{ord(character):04d}"
+
+    return "".join(plain(c) for c in member_name.lower())[:_LIMIT]

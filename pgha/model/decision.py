@@ -46,7 +46,6 @@ class Memory(Struct, frozen=True, kw_only=True):
     election: Election | None = None
     promotion_failed_at: Instant | None = None
     crash_seen_at: Instant | None = None       # PostgreSQL died while this node was leader
-    handover_why: str = ""
     start_failures: int = 0
     last_start_failed_at: Instant | None = None
     clone_failures: int = 0
@@ -58,12 +57,9 @@ class Memory(Struct, frozen=True, kw_only=True):
     demoted_sequence: int = 0                   # demoted in order because this sequence's licence was ending
     holding_since: Instant | None = None        # the lock is held, and PostgreSQL is no primary yet
     not_streaming_since: Instant | None = None
-    upstream_wanted: str = ""
     switchover_revision: int = 0                # the failover key's revision being carried out
     last_ended_id: int = 0                      # the last operation whose end was taken note of
     last_status_at: Instant | None = None
-    last_capacity_at: Instant | None = None
-    history_written_for: int = 0
     bootstrap_identifier: str = ""              # this node made a new cluster's directory: its system identifier …
     bootstrap_revision: int = 0                 # … and the revision of its own claim on `initialize`
     switchover_asked_at: Instant | None = None

@@ -80,7 +80,6 @@ class DcsFacts(Struct, frozen=True, kw_only=True):
     remembered_ttl_s: float = 0.0         # largest ttl seen in a record, persisted
     remembered_members: dict[str, str] = {}   # name → api_url of members seen within member_slots_ttl
     last_positions: dict[str, Position] = {}  # last position that each member published, also if its key is gone
-    remembered_history: tuple[HistoryRow, ...] = ()
 
 
 class Peer(Struct, frozen=True, kw_only=True):

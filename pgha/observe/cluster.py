@@ -69,7 +69,7 @@ class ClusterObserver:
             log.warning("remembered facts could not be read", why=problem)
         self.facts = DcsFacts(
             unreachable_since=clock.now(), remembered_ttl_s=self._remembered.ttl_s,
-            remembered_members=self._known_members(), remembered_history=self._remembered.history,
+            remembered_members=self._known_members(),
             last_positions={n: Position(timeline=m.timeline, lsn=m.lsn) for n, m in self._remembered.members.items()},
         )
 

@@ -1,26 +1,9 @@
-"""Replication slots: the name of a member's, and making, moving and dropping them by SQL."""
+"""Replication slots: making, moving and dropping them by SQL. (A member's slot name: pgha.model.cluster.slot_name.)"""
 
 from __future__ import annotations
 
 from pgha.model.wal import format_lsn, parse_lsn
 from pgha.postgres.connection import Connection
-
-#: NAMEDATALEN - 1.
-_LIMIT = 63
-_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
-
-
-def slot_name(member_name: str) -> str:
-    """The slot of a member (compatibility spec 2.4; every agent of a cluster must map alike).
-
-    "Node-1.a" → "node_1_a", "é" → "u0233". Two names may map to one slot: the caller looks out for that.
-    """
-    def plain(character: str) -> str:
-        if character in _PLAIN:
-            return character
-        return "_" if character in "-." else f"u{ord(character):04d}"
-
-    return "".join(plain(c) for c in member_name.lower())[:_LIMIT]
 
 
 async def create_physical(conn: Connection, name: str, *, deadline_s: float) -> None:

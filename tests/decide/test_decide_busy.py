@@ -138,7 +138,7 @@ def test_each_end_is_noted_once_and_none_in_flight():
 
 
 def test_a_server_that_answers_ends_crash_and_failures():
-    memory = Memory(crash_seen_at=NOW, handover_judged_at=NOW, handover_why="x", start_failures=2, last_start_failed_at=NOW)
+    memory = Memory(crash_seen_at=NOW, handover_judged_at=NOW, start_failures=2, last_start_failed_at=NOW)
     assert note_ended(LEADER.seen, memory) == Memory()
     assert note_ended(LEADER.but(postgres__answer="starting").seen, memory) == memory
 

@@ -21,9 +21,9 @@ from decide_world import (
     with_lock,
 )
 
-from pgha.decide.slots import maintenance, published_slots, slot_name
+from pgha.decide.slots import maintenance, published_slots
 from pgha.model.action import Follow, MaintainSlots, Restart, Source, Stop, WriteInitialize
-from pgha.model.cluster import Tags
+from pgha.model.cluster import Tags, slot_name
 from pgha.model.node import WalReceiver
 from pgha.model.observation import Request, Upstream
 from pgha.model.wal import HistoryRow

@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from pgha.errors import CommandFailed, ConfigError, PostgresError, PostgresTimeout, QueryFailed
+from pgha.model.cluster import slot_name
 from pgha.postgres import files, histories, pg_rewind, probe, slots
 from pgha.postgres.basebackup import backup_arguments, base_backup, kill_leftovers
 from pgha.postgres.controldata import read_control
@@ -174,7 +175,7 @@ def test_slots(make_node):
     ("Node-1.a", "node_1_a"), ("n_2", "n_2"), ("é", "u0233"), ("a b", "au0032b"), ("x" * 70, "x" * 63), ("数", "u25968"),
 ])
 def test_slot_name(member, slot):
-    assert slots.slot_name(member) == slot
+    assert slot_name(member) == slot
 
 
 def test_clone_tells_its_progress_and_replaces_a_directory(make_node):
