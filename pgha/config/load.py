@@ -161,6 +161,8 @@ def effective(local: LocalConfig, dynamic: Any, *, patroni_member_present: bool 
         primary_start_timeout_s=cluster.primary_start_timeout_s, primary_stop_timeout_s=cluster.primary_stop_timeout_s,
         primary_hang_timeout_s=cluster.primary_hang_timeout_s, crash_handover_after_s=cluster.pgha.crash_handover_after_s,
         member_slots_ttl_s=cluster.member_slots_ttl_s, max_timelines_history=cluster.max_timelines_history, pause=cluster.pause,
+        failsafe_mode=cluster.failsafe_mode, synchronous_mode=cluster.synchronous_mode, synchronous_mode_strict=cluster.synchronous_mode_strict,
+        synchronous_node_count=cluster.synchronous_node_count, maximum_lag_on_syncnode_bytes=cluster.maximum_lag_on_syncnode_bytes,
         use_pg_rewind=postgresql.use_pg_rewind, use_slots=cluster.postgresql.use_slots,
         remove_data_directory_on_rewind_failure=postgresql.remove_data_directory_on_rewind_failure,
         remove_data_directory_on_diverged_timelines=postgresql.remove_data_directory_on_diverged_timelines,

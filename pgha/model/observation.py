@@ -28,6 +28,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     member_slots_ttl_s: float = 1800.0
     max_timelines_history: int = 0
     pause: bool = False
+    failsafe_mode: bool = False
+    synchronous_mode: Literal["off", "on", "quorum"] = "off"
+    synchronous_mode_strict: bool = False
+    synchronous_node_count: int = 1
+    maximum_lag_on_syncnode_bytes: int = -1   # -1: no limit
     use_pg_rewind: bool = False
     use_slots: bool = True
     remove_data_directory_on_rewind_failure: bool = False
