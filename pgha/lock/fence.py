@@ -143,9 +143,7 @@ class Fence:
             return 0.05
         left_s = remaining_s(deadline, self._clock.now())
         points = [left_s - SIGINT_BEFORE_S, left_s - SIGQUIT_BEFORE_S, left_s]
-        mandate = self._renewer.mandate.until
-        if mandate is not None:
-            points.append(remaining_s(mandate, self._clock.now()))
+        points += [remaining_s(at, self._clock.now()) for at in (self._renewer.mandate.until, self._renewer.confirm_by) if at is not None]
         waits = [p for p in points if p > 0]
         return min(waits) if waits else 0.02
 
