@@ -73,6 +73,8 @@ class PeersObserver:
             began = self._clock.now()
             before = self.facts.get(name)
             peer = await self._answer(client, name, url, question.epoch)
+            if self._question != question:      # asked anew meanwhile, and not yet cancelled: this answers nobody's question
+                return
             if not peer.answered:
                 silent_since = before.silent_since if before is not None and before.silent_since is not None else peer.asked_at
                 peer = replace(peer, silent_since=silent_since)
