@@ -27,6 +27,7 @@ from pgha.model.cluster import ClusterView, LockSeen, Member
 from pgha.model.lock import wait_s
 from pgha.model.observation import DcsFacts, StoreCapacity
 from pgha.model.wal import Position
+from pgha.postgres.threads import InThread, in_thread
 
 log = Log("pgha.dcs")
 
@@ -46,7 +47,7 @@ class ClusterObserver:
     """Owner of the view. `settings()` → (ttl_s, loop_wait_s, retry_timeout_s, member_slots_ttl_s)."""
 
     def __init__(self, *, store: Store, keys: Keys, clock: Clock, state_dir: Path, settings: Callable[[], tuple[float, float, float, float]],
-                 wake: Callable[[], None], me: str) -> None:
+                 wake: Callable[[], None], me: str, in_thread: InThread = in_thread) -> None:
         self._store = store
         self._keys = keys
         self._clock = clock
@@ -54,6 +55,7 @@ class ClusterObserver:
         self._settings = settings
         self._wake = wake
         self._me = me
+        self._in_thread = in_thread
         self._entries: dict[str, Entry] = {}
         self._revision = 0
         self._generation = Generation()
@@ -190,7 +192,7 @@ class ClusterObserver:
 
         try:
             with trio.move_on_after(2.0):
-                await trio.to_thread.run_sync(save, abandon_on_cancel=True)
+                await self._in_thread(save, abandon_on_cancel=True)
                 self._saved = facts
         except OSError as error:
             log.warning("remembered facts could not be written", why=f"{error.filename}: {error.strerror}")
