@@ -20,8 +20,8 @@ import trio
 
 from pgha.clock import NEVER, Clock, Deadline, Instant, earlier, remaining_s
 from pgha.errors import DcsError, GuardError
-from pgha.lock import recipe
 from pgha.lock.guard_client import GuardClient, GuardStatus
+from pgha.lock.processes import Processes
 from pgha.lock.renewer import Renewer
 from pgha.log import Log
 from pgha.model.lock import LicenceState, fence_at
@@ -40,7 +40,7 @@ GUARD_DEADLINE_S = 0.5
 class Fence:
     """Owner of the guard's knowledge, and the agent's own hand at the deadline."""
 
-    def __init__(self, *, renewer: Renewer, guard: GuardClient, directory: recipe.DataDirectory, clock: Clock, wake: Callable[[], None]) -> None:
+    def __init__(self, *, renewer: Renewer, guard: GuardClient, directory: Processes, clock: Clock, wake: Callable[[], None]) -> None:
         self._renewer = renewer
         self._guard = guard
         self._directory = directory
@@ -148,9 +148,7 @@ class Fence:
             return 60.0
         left_s = remaining_s(deadline, self._clock.now())
         points = [left_s - SIGINT_BEFORE_S, left_s - SIGQUIT_BEFORE_S, left_s]
-        mandate = self._renewer.mandate.until
-        if mandate is not None:
-            points.append(remaining_s(mandate, self._clock.now()))
+        points += [remaining_s(at, self._clock.now()) for at in (self._renewer.mandate.until, self._renewer.confirm_by) if at is not None]
         waits = [p for p in points if p > 0]
         return min(waits) if waits else 0.02
 
@@ -216,7 +214,7 @@ class Fence:
 
     async def _lapse(self) -> None:
         """The loop has given no mandate for too long: end writes in order, then give the lock back (safety model 10)."""
-        if not recipe.processes_of(self._directory):
+        if not self._directory.processes():
             return
         log.error("the mandate has lapsed: ending writes", kind=self._renewer.mandate.kind, why=self._renewer.mandate.why)
         self._lapsing = True
@@ -232,12 +230,12 @@ class Fence:
         deadline = self._deadline()
         if deadline is not None:
             limit = earlier(limit, deadline)
-        while recipe.processes_of(self._directory) and remaining_s(limit, self._clock.now()) > 0:  # noqa: ASYNC110  (processes send no events)
+        while self._directory.processes() and remaining_s(limit, self._clock.now()) > 0:  # noqa: ASYNC110  (processes send no events)
             await trio.sleep(0.02)
         if self.mode != "armed":
             return
-        while recipe.processes_of(self._directory):
-            report = recipe.kill_all(self._directory)
+        while self._directory.processes():
+            report = self._directory.kill_all()
             if report.killed:
                 log.error("fenced", why="the mandate has lapsed", killed=len(report.killed), took_s=report.took_s)
             if deadline is not None and remaining_s(deadline, self._clock.now()) <= 0:
@@ -257,17 +255,17 @@ class Fence:
         if number in self._signalled:
             return
         self._signalled.add(number)
-        sent_to = recipe.signal_postmaster(self._directory, number)
+        sent_to = self._directory.signal_postmaster(number)
         if sent_to:
             log.error("the licence is about to end: stopping PostgreSQL", signal=number.name, pid=sent_to)
         self._wake_loop()
 
     def _kill(self, why: str) -> None:
-        report = recipe.kill_all(self._directory)
+        report = self._directory.kill_all()
         if report.killed:
             log.error("fenced", why=why, killed=len(report.killed), took_s=report.took_s)
             self._wake_loop()
-        if not report.killed and not recipe.processes_of(self._directory):
+        if not report.killed and not self._directory.processes():
             # Everything is dead: nothing is left to enforce here until somebody arms again; the guard stays latched.
             self._settle("unknown")
             if self._renewer.licence.state is LicenceState.HELD:

@@ -421,6 +421,11 @@ class Renewer:
         self._renew_now = True
         self._wake()
 
+    @property
+    def confirm_by(self) -> Deadline | None:
+        """Until when a renewal must have confirmed the lock after a clock jump; None if none is owed."""
+        return self._confirm_by
+
     def confirm_failed(self) -> bool:
         """Was a confirming renewal due after a clock jump, and is it overdue?"""
         return self._confirm_by is not None and remaining_s(self._confirm_by, self._clock.now()) <= 0
