@@ -7,18 +7,17 @@ one of another make for `/patroni`. Each has its own deadline, so that a silent 
 from __future__ import annotations
 
 import json
-import ssl
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from typing import Any, cast
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import msgspec
 import trio
 from msgspec.structs import replace
 
 from pgha.clock import Clock
+from pgha.machine import HttpClient
 from pgha.model.cluster import Tags
 from pgha.model.decision import PeerQuestion
 from pgha.model.observation import Peer
@@ -31,13 +30,12 @@ LARGEST_ANSWER_BYTES = 1 << 20
 
 
 class PeersObserver:
-    """`facts`: the latest answer of each member that was asked. `client()`: see `make_client`."""
+    """`facts`: the latest answer of each member that was asked. `http()`: see machine.Machine."""
 
-    def __init__(self, *, clock: Clock, wake: Callable[[], None], verify: ssl.SSLContext | bool, auth: tuple[str, str] | None = None) -> None:
+    def __init__(self, *, clock: Clock, wake: Callable[[], None], http: Callable[[], AbstractAsyncContextManager[HttpClient]]) -> None:
         self._clock = clock
         self._wake = wake
-        self._verify = verify
-        self._auth = auth
+        self._http = http
         self._question = PeerQuestion()
         self._changed = trio.Event()
         self._plain: set[str] = set()        # members of another make
@@ -64,20 +62,19 @@ class PeersObserver:
                 await self._changed.wait()
                 continue
             # A client for the time of the question: nothing of it is kept while nobody is asked.
-            async with self._client() as client, trio.open_nursery() as nursery:
+            async with self._http() as client, trio.open_nursery() as nursery:
                 for name, url in question.names.items():
                     nursery.start_soon(self._ask_one, client, name, url, question)
                 await self._changed.wait()
                 nursery.cancel_scope.cancel()
 
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(trust_env=False, verify=self._verify, timeout=None, limits=httpx.Limits(max_connections=32, max_keepalive_connections=16))  # noqa: S113  (every request has a trio deadline)
-
-    async def _ask_one(self, client: httpx.AsyncClient, name: str, url: str, question: PeerQuestion) -> None:
+    async def _ask_one(self, client: HttpClient, name: str, url: str, question: PeerQuestion) -> None:
         while True:
             began = self._clock.now()
             before = self.facts.get(name)
             peer = await self._answer(client, name, url, question.epoch)
+            if self._question != question:      # asked anew meanwhile, and not yet cancelled: this answers nobody's question
+                return
             if not peer.answered:
                 silent_since = before.silent_since if before is not None and before.silent_since is not None else peer.asked_at
                 peer = replace(peer, silent_since=silent_since)
@@ -87,7 +84,7 @@ class PeersObserver:
             elapsed_s = (self._clock.now().raw_ns - began.raw_ns) / 1e9
             await trio.sleep(max(0.01, question.every_s - elapsed_s))
 
-    async def _answer(self, client: httpx.AsyncClient, name: str, url: str, epoch: int) -> Peer:
+    async def _answer(self, client: HttpClient, name: str, url: str, epoch: int) -> Peer:
         asked_at = self._clock.now()
         why = f"no answer within {ANSWER_S} s"
         with trio.move_on_after(ANSWER_S):
@@ -100,26 +97,19 @@ class PeersObserver:
                         self._plain.add(name)      # it answers, but knows no votes: a member of another make
                 status, body = await self._get(client, url)
                 return _from_patroni(name, body, asked_at)
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+            except OSError as error:
                 why = str(error) or type(error).__name__
             except (ValueError, TypeError, OverflowError, msgspec.ValidationError) as error:
                 why = f"its answer does not parse: {error}"
         return Peer(name=name, asked_at=asked_at, answered=False, why=why)
 
-    async def _get(self, client: httpx.AsyncClient, url: str) -> tuple[int, dict[str, Any]]:
-        async with client.stream("GET", url, auth=self._auth) as response:
-            body = b""
-            chunks_of = cast("AsyncGenerator[bytes, None]", response.aiter_bytes())     # it is one; closed here, not by the collector
-            async with aclosing(chunks_of) as chunks:
-                async for chunk in chunks:
-                    body += chunk
-                    if len(body) > LARGEST_ANSWER_BYTES:
-                        raise ValueError("longer than 1 MiB")
+    async def _get(self, client: HttpClient, url: str) -> tuple[int, dict[str, Any]]:
+        status, body = await client.request("GET", url, largest_bytes=LARGEST_ANSWER_BYTES)
         try:
             value = json.loads(body)
         except (ValueError, RecursionError):
             value = {}
-        return response.status_code, value if isinstance(value, dict) else {}
+        return status, value if isinstance(value, dict) else {}
 
 
 def _base(api_url: str) -> str:
