@@ -180,10 +180,6 @@ def _draw_config(random: Random, names: list[str], ttl_s: float) -> dict[str, An
     return {"change": change}
 
 
-def _mode(*changes: dict[str, Any]) -> Callable[[Random, list[str], float], dict[str, Any]]:
-    return lambda random, names, ttl_s: {"change": changes[int(random.random() * len(changes))]}
-
-
 def _restart(sim: Any, with_: dict[str, Any]) -> None:
     agent = sim.hosts[with_["at"]].agent
     if agent is not None and agent.process.alive:
@@ -303,6 +299,7 @@ KINDS: dict[str, Kind] = {
     "switchover": Kind(6, lambda r, n, t: {"kind": r.choice(("switchover", "switchover", "failover")), "candidate": r.choice((*n, "")) }, _switchover),
     "restart": Kind(2, _node, _restart),
     "configuration": Kind(3, _draw_config, _configure),
+    "pause": Kind(2, _none, lambda sim, w: sim.change_config({"pause": True}), lambda sim, w: sim.change_config({"pause": False}), (5.0, 120.0)),
 }
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pgha.dcs.keys import parse as real_parse
-from pgha.errors import CommandFailed, OperationFailed, PostgresError, PostgresTimeout, PostgresUnreachable, QueryFailed
+from pgha.errors import CommandFailed, PostgresError, PostgresTimeout, PostgresUnreachable, QueryFailed
 from pgha.lock.recipe import Proc, Report
 from pgha.model.wal import HistoryRow, format_lsn, parse_lsn
 from pgha.postgres.connection import System
@@ -22,7 +22,7 @@ from pgha.postgres.pg_rewind import Rewound
 from pgha.postgres.wal_files import ShutdownPositions
 from tests.simulation import kernel
 from tests.simulation.kernel import running
-from tests.simulation.postgres import BLOCK, START_LSN, Branch, DataDir, Instance, Server, common
+from tests.simulation.postgres import BLOCK, START_LSN, Branch, DataDir, Instance, Server
 
 SIGNALS = {signal.SIGHUP: "HUP", signal.SIGINT: "INT", signal.SIGQUIT: "QUIT", signal.SIGTERM: "TERM"}
 
@@ -94,18 +94,9 @@ class Postmaster:
 
 # --- processes -----------------------------------------------------------------------------------------------------------
 
-def adopt(data_dir: ModelDir) -> Postmaster | None:
-    server = data_dir.instance.postmaster
-    return Postmaster(data_dir.instance, server) if server is not None else None
-
-
 def read_postmaster_pid(data_dir: ModelDir) -> Any:
     server = data_dir.instance.server
     return SimpleNamespace(pid=server.pid, status=data_dir.instance.status(), single_user=False, socket_dir="") if server is not None else None
-
-
-def _read_stat(pid: int) -> Any:
-    return SimpleNamespace(parent=pid)      # a session's backend is numbered as its postmaster
 
 
 def _remove_dead_pid_file(data_dir: ModelDir, **_: Any) -> bool:
@@ -116,68 +107,106 @@ def _remove_dead_pid_file(data_dir: ModelDir, **_: Any) -> bool:
 
 
 class Directory:
-    """pgha.lock.recipe.DataDirectory."""
+    """pgha.lock.processes.Processes."""
 
     def __init__(self, instance: Instance) -> None:
-        self.instance = instance
+        self._instance = instance
 
-    def refresh(self) -> None: ...
+    def refresh(self) -> bool:
+        return False
+
+    def processes(self) -> list[Proc]:
+        instance = self._instance
+        if instance.single_user:
+            return [Proc(9, 9, 1, "S", "postgres")]
+        server = instance.server
+        if server is None:
+            return []
+        found = [Proc(server.pid + BACKEND, server.start_ticks, server.pid, "S", "postgres")]
+        return [Proc(server.pid, server.start_ticks, 1, "S", "postgres"), *found] if server.postmaster_alive else found
+
+    def kill_all(self) -> Report:
+        killed = tuple(self.processes())
+        self._instance.kill_all()
+        return Report(killed, 0.002, ())
+
+    def kill_orphans(self, *, seen_ticks: int, keep: frozenset[int] = frozenset()) -> Report:
+        server = self._instance.server
+        return self.kill_all() if server is not None and not server.postmaster_alive else Report((), 0.0, ())
+
+    def signal_postmaster(self, signum: signal.Signals) -> tuple[int, ...]:
+        server = self._instance.postmaster
+        if server is None:
+            return ()
+        self._instance.signal(SIGNALS[signum])
+        return (server.pid,)
 
 
-def processes_of(where: Directory) -> list[Proc]:
-    instance = where.instance
-    if instance.single_user:
-        return [Proc(9, 9, 1, "S", "postgres")]
-    server = instance.server
-    if server is None:
+#: A session's backend has its postmaster's number and this; a walsender has a number that says whose.
+BACKEND, WALSENDER = 100_000, 500_000
+
+
+class SimMachine:
+    """pgha.machine.Machine, as far as operations and observers use it."""
+
+    def __init__(self, host: Any) -> None:
+        self._host = host
+        self._instance: Instance = host.instance
+        self.directory = Directory(host.instance)
+
+    def adopt(self) -> Postmaster | None:
+        server = self._instance.postmaster
+        return Postmaster(self._instance, server) if server is not None else None
+
+    def read_proc(self, pid: int) -> Proc | None:
+        return Proc(pid, 1, pid - BACKEND if BACKEND <= pid < WALSENDER else 1, "S", "postgres")
+
+    def send(self, proc: Proc, number: signal.Signals) -> bool:
+        names: list[str] = self._host.world.names
+        first, second = divmod(proc.pid - WALSENDER, 100)
+        if proc.pid < WALSENDER or first >= len(names) or second >= len(names):
+            return False
+        self._host.world.instances[names[first]].end_walsender(names[second])
+        return True
+
+    def ticks_now(self) -> int:
+        return 0
+
+    async def exited(self, proc: Proc) -> None:
+        await kernel.checkpoint()       # what the model kills is gone
+
+    def kill_copies(self, target: ModelDir) -> list[int]:
         return []
-    found = [Proc(server.pid + 100_000, server.start_ticks, server.pid, "S", "postgres")]
-    return [Proc(server.pid, server.start_ticks, 1, "S", "postgres"), *found] if server.postmaster_alive else found
 
+    async def run(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("the model has a stand-in for each program")
 
-def kill_all(where: Directory, **_: Any) -> Report:
-    killed = tuple(processes_of(where))
-    where.instance.kill_all()
-    return Report(killed, 0.002, ())
+    async def connect(self, where: dict[str, Any], *, deadline_s: float) -> Connection:
+        return await Connection.connect(where, deadline_s=deadline_s)
 
+    async def answers_startup(self, host: str, port: int, *, deadline_s: float) -> bool:
+        await kernel.sleep(0.001)
+        instance = self._host.world.instances.get(host)
+        return instance is not None and instance.refuses()
 
-def kill_orphans(where: Directory, *, seen_ticks: int, keep: frozenset[int] = frozenset()) -> Report:
-    server = where.instance.server
-    if server is not None and not server.postmaster_alive:
-        return kill_all(where)
-    return Report((), 0.0, ())
+    async def shutdown_positions(self, said: ControlData, *, deadline_s: float) -> ShutdownPositions:
+        await kernel.sleep(0.01)
+        return ShutdownPositions(timeline=said.timeline, checkpoint_lsn=said.checkpoint_lsn, end_lsn=self._instance.dir.lsn, published_lsn=said.checkpoint_lsn)
 
+    async def end_of_wal(self, said: ControlData, *, timeline: int, from_lsn: int, deadline_s: float) -> int:
+        await kernel.sleep(0.01)
+        return self._instance.dir.lsn
 
-def signal_postmaster(where: Directory, signum: signal.Signals) -> tuple[int, ...]:
-    server = where.instance.postmaster
-    if server is None:
-        return ()
-    where.instance.signal(SIGNALS[signum])
-    return (server.pid,)
+    def boot_id(self) -> str:
+        return f"boot {self._host.clock.boots}"
 
-
-def _walsender(pid: int) -> tuple[Instance, str] | None:
-    names: list[str] = running().process.host.world.names      # type: ignore[attr-defined]
-    first, second = divmod(pid - 500_000, 100)
-    if pid < 500_000 or first >= len(names) or second >= len(names):
-        return None
-    return running().process.host.world.instances[names[first]], names[second]     # type: ignore[attr-defined]
+    async def in_thread(self, work: Any, *, abandon_on_cancel: bool = False) -> Any:
+        return await kernel.to_thread.run_sync(work, abandon_on_cancel=abandon_on_cancel)
 
 
 def _walsender_pid(instance: Instance, name: str) -> int:
     names: list[str] = running().process.host.world.names      # type: ignore[attr-defined]
-    return 500_000 + 100 * names.index(instance.name) + names.index(name)
-
-
-def read_proc(pid: int) -> Proc | None:
-    return Proc(pid, 1, 1, "S", "postgres")
-
-
-def send(proc: Proc, signum: signal.Signals) -> bool:
-    found = _walsender(proc.pid)
-    if found is not None:
-        found[0].end_walsender(found[1])
-    return found is not None
+    return WALSENDER + 100 * names.index(instance.name) + names.index(name)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------------
@@ -257,12 +286,12 @@ def _put_aside(path: ModelDir) -> ModelDir:
     return ModelDir(instance, "aside", old)
 
 
-async def complete_clone(path: ModelDir, identity: str) -> None:
+async def complete_clone(path: ModelDir, identity: str, **_: Any) -> None:
     await kernel.sleep(0.1)
     path.instance.clone_whole = True
 
 
-async def delete_clone(path: ModelDir) -> None:
+async def delete_clone(path: ModelDir, **_: Any) -> None:
     path.instance.clone_whole = False
     path.instance.clone = None
     await kernel.sleep(0.01)
@@ -356,7 +385,7 @@ def control_data(data: DataDir) -> ControlData:
         max_prepared_transactions=0, max_locks_per_transaction=64, track_commit_timestamp=False)
 
 
-async def read_control(path: ModelDir, bin_dir: Any, *, deadline_s: float) -> ControlData:
+async def read_control(path: ModelDir, bin_dir: Any, *, deadline_s: float, **_: Any) -> ControlData:
     await kernel.sleep(0.004)
     if path.instance.disk_hung:
         await kernel.sleep(deadline_s)
@@ -366,16 +395,6 @@ async def read_control(path: ModelDir, bin_dir: Any, *, deadline_s: float) -> Co
     return control_data(path.data)
 
 
-async def end_of_wal(said: ControlData, path: ModelDir, bin_dir: Any, *, timeline: int, from_lsn: int, deadline_s: float) -> int:
-    await kernel.sleep(0.01)
-    return path.data.lsn
-
-
-async def shutdown_positions(said: ControlData, path: ModelDir, bin_dir: Any, *, deadline_s: float) -> ShutdownPositions:
-    await kernel.sleep(0.01)
-    return ShutdownPositions(timeline=said.timeline, checkpoint_lsn=said.checkpoint_lsn, end_lsn=path.data.lsn, published_lsn=said.checkpoint_lsn)
-
-
 # --- SQL -----------------------------------------------------------------------------------------------------------------
 
 class Connection:
@@ -383,7 +402,7 @@ class Connection:
 
     def __init__(self, client: str, instance: Instance, server: Server) -> None:
         self._client, self._instance, self._server = client, instance, server
-        self.backend_pid = server.pid
+        self.backend_pid = server.pid + BACKEND
         self.closed = False
 
     @classmethod
@@ -474,13 +493,6 @@ async def timeline_history(conn: Connection, timeline: int, *, deadline_s: float
 
 async def resolve(host: str, *, deadline_s: float) -> list[str]:
     return [host]
-
-
-async def answers_startup(host: str, port: int, *, deadline_s: float) -> bool:
-    world = running().process.host.world        # type: ignore[attr-defined]
-    await kernel.sleep(0.001)
-    instance = world.instances.get(host)
-    return instance is not None and instance.refuses()
 
 
 async def _create_slot(conn: Connection, name: str, *, deadline_s: float) -> None:
@@ -598,7 +610,7 @@ async def run_rewind(path: ModelDir, bin_dir: Any, source: dict[str, Any], contr
         return Rewound(outcome="not_needed", output="no rewind required")
     reached = world.network.both_ways(instance.name, theirs.name) and theirs.answers()
     if not reached:
-        data.rewind_marker = "" if not before else before
+        data.rewind_marker = before
         return Rewound(outcome="failed", target_changed=bool(before), output="connection to server failed")
     await kernel.sleep(0.5 + 3.0 * instance._chance.random() + instance.work_s)
     reached = world.network.both_ways(instance.name, theirs.name) and theirs.answers() and theirs.server is not None and theirs.server.primary
@@ -617,7 +629,7 @@ async def run_rewind(path: ModelDir, bin_dir: Any, source: dict[str, Any], contr
     return Rewound(outcome="rewound", target_changed=True)
 
 
-async def base_backup(target: ModelDir, bin_dir: Any, conninfo: dict[str, Any], options: Any, *, deadline_s: float, on_progress: Any = None) -> None:
+async def base_backup(target: ModelDir, bin_dir: Any, conninfo: dict[str, Any], options: Any, *, deadline_s: float, on_progress: Any = None, **_: Any) -> None:
     instance = target.instance
     world = running().process.host.world        # type: ignore[attr-defined]
     theirs: Instance = world.instances[conninfo["host"]]
@@ -777,10 +789,7 @@ def stand_ins() -> dict[str, Any]:
         "pgha.dcs.keys": _module("pgha.dcs.keys", parse=parse),
         "pgha.config.state": _module("pgha.config.state", load_remembered=node.load_remembered, save_remembered=node.save_remembered),
         "pgha.log": SimpleNamespace(Log=StepLog),
-        "pgha.lock.recipe": _module("pgha.lock.recipe", processes_of=processes_of, kill_all=kill_all, kill_orphans=kill_orphans, read_proc=read_proc, send=send,
-                                    signal_postmaster=signal_postmaster, open_pidfd=lambda proc: None, ticks_now=lambda: 0),
-        "pgha.postgres.processes": _module("pgha.postgres.processes", adopt=adopt, read_postmaster_pid=read_postmaster_pid, read_stat=_read_stat,
-                                           remove_dead_pid_file=_remove_dead_pid_file),
+        "pgha.postgres.processes": _module("pgha.postgres.processes", read_postmaster_pid=read_postmaster_pid, remove_dead_pid_file=_remove_dead_pid_file),
         "pgha.postgres.files": _module("pgha.postgres.files", create_standby_signal=create_standby_signal, remove_standby_signal=remove_standby_signal,
                                        remove_file=remove_file, clean_auto_conf=clean_auto_conf, write_file=write_file),
         "pgha.postgres.directories": _module(
@@ -791,10 +800,8 @@ def stand_ins() -> dict[str, Any]:
         "pgha.postgres.histories": _module("pgha.postgres.histories", read_history=read_history, block_timeline=block_timeline, unblock_timeline=unblock_timeline,
                                            unblock_all=unblock_all),
         "pgha.postgres.controldata": _module("pgha.postgres.controldata", read_control=read_control),
-        "pgha.postgres.wal_files": _module("pgha.postgres.wal_files", end_of_wal=end_of_wal, shutdown_positions=shutdown_positions),
         "pgha.postgres.connection": _module("pgha.postgres.connection", Connection=Connection, identify_system=identify_system, timeline_history=timeline_history,
                                             resolve=resolve),
-        "pgha.postgres.startup": SimpleNamespace(answers_startup=answers_startup),
         "pgha.postgres.slots": SimpleNamespace(create_physical=_create_slot, drop=_drop_slot, advance=_advance_slot),
         "pgha.postgres.pg_rewind": _module("pgha.postgres.pg_rewind", rewind=run_rewind, interrupted=lambda path: bool(path.instance.dir.rewind_marker),
                                            marker=lambda path: ModelDir(path.instance, "file:rewind_marker")),
@@ -804,4 +811,4 @@ def stand_ins() -> dict[str, Any]:
     }
 
 
-__all__ = ["Directory", "ModelDir", "ModelServer", "ModelWanted", "OperationFailed", "common", "stand_ins"]
+__all__ = ["Directory", "ModelDir", "SimMachine", "ModelServer", "ModelWanted", "stand_ins"]

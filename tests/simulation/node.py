@@ -17,8 +17,8 @@ from pgha.announce import member_value
 from pgha.clock import Deadline, Instant, candidate_age_s, remaining_s
 from pgha.config.cluster import normalised
 from pgha.config.load import effective
-from pgha.config.rules import finish
 from pgha.config.local import LocalConfig
+from pgha.config.rules import finish
 from pgha.config.schema import Report, read
 from pgha.config.state import Remembered
 from pgha.dcs.keys import Keys, encode
@@ -107,6 +107,9 @@ class SimGuardClient:
 
     async def arm(self, *, sequence: int, fence_at: Deadline, deadline_s: float = 0.3) -> GuardStatus:
         return await self._ask(Request(Op.ARM, self._agent, sequence, fence_at), deadline_s)
+
+    async def pause(self, *, sequence: int, deadline_s: float = 0.3) -> GuardStatus:
+        return await self._ask(Request(Op.PAUSE, self._agent, sequence), deadline_s)
 
     async def narrow(self, fence_at: Deadline, *, sequence: int = 0, deadline_s: float = 0.3) -> GuardStatus:
         return await self._ask(Request(Op.NARROW, self._agent, sequence, fence_at), deadline_s)
@@ -403,13 +406,13 @@ class AgentProcess:
         renewer_store = src.simulation_store.SimStore(world.store, host.name, first=incarnation + 1)
         self.renewer = src.lock_renewer.Renewer(
             store=renewer_store, keys=KEYS, me=self.me, clock=self.clock,
-            timing=lambda: src.lock_renewer.Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s), changed=self._licence_changed)
+            timing=lambda: src.lock_renewer.Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause), changed=self._licence_changed)
         self.guard = SimGuardClient(host, self.me, self.clock.now().boot_ns)
-        self.directory = hands.Directory(host.instance)
-        self.fence = src.lock_fence.Fence(renewer=self.renewer, guard=self.guard, directory=self.directory, clock=self.clock, wake=self.wake)
+        self.machine = hands.SimMachine(host)
+        self.fence = src.lock_fence.Fence(renewer=self.renewer, guard=self.guard, directory=self.machine.directory, clock=self.clock, wake=self.wake)
         self.renewer.narrower = self
         self.cluster = src.observe_cluster.ClusterObserver(
-            store=self.store, keys=KEYS, clock=self.clock, state_dir=host, wake=self.wake, me=self.me.name,
+            store=self.store, keys=KEYS, clock=self.clock, state_dir=host, wake=self.wake, me=self.me.name, in_thread=self.machine.in_thread,
             settings=lambda: (self.settings.ttl_s, self.settings.loop_wait_s, self.settings.retry_timeout_s, self.settings.member_slots_ttl_s))
         self.wanted = hands.ModelWanted(host.instance, lambda: self.effective)
         self.postgres = SimPostgresObserver(self.process, host, lambda: self.settings.loop_wait_s, self._postgres_changed)
@@ -420,7 +423,7 @@ class AgentProcess:
                                                      loop_wait_s=lambda: self.settings.loop_wait_s)
         context = src.act_context.Context(
             clock=self.clock, me=self.me, store=self.store, keys=KEYS, renewer=self.renewer, fence=self.fence, server=hands.ModelServer(host.instance),
-            directory=self.directory, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.configuration_changed,
+            machine=self.machine, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.configuration_changed,
             last_position=self._last_position, bootstrap_config=lambda: encode(normalised(host.first_config)),
             private_dir=hands.ModelDir(host.instance, "private"))
         self.actor = src.pgha_act.Actor(context)
@@ -493,7 +496,7 @@ class AgentProcess:
 
     def _protects(self) -> bool:
         about_to = self._operation is not None and self._operation.kind in ("Promote", "StartPrimary", "Restart") and self.licensed()
-        return (self.fence.mode == "armed" or about_to) and not self.settings.pause
+        return (self.fence.mode == "armed" or about_to) and not self.renewer.licence.endless
 
     def licensed(self) -> bool:
         licence = self.renewer.licence
@@ -512,9 +515,9 @@ class AgentProcess:
 
     async def _run(self) -> None:
         status = await self._guard_there()
-        primary = status.state in ("armed", "latched") and bool(hands.processes_of(self.directory))
+        primary = status.state in ("armed", "paused", "latched") and bool(self.machine.directory.processes())
         self.fence.adopt(status, primary=primary)
-        if not hands.processes_of(self.directory):
+        if not self.machine.directory.processes():
             try:
                 await self.actor.be_standby_at_rest()
             except OPERATING_ERRORS:
@@ -740,7 +743,8 @@ class AgentProcess:
             history=vote.history)
 
     def _done(self, decision: Decision) -> bool:
-        if self.shutting_down and decision.memory.shutdown_done and self._operation is None and not self.postgres.facts.alive:
+        memory = decision.memory
+        if self.shutting_down and memory.shutdown_done and self._operation is None and (memory.left_running or not self.postgres.facts.alive):
             self.finished = True
         return self.finished
 
@@ -861,6 +865,12 @@ class AgentProcess:
             self.host.cached_config = view.config
 
     async def _part(self) -> None:
+        if not self.memory.left_running:
+            await self._say_stopped()
+        self.world.trace(self.host.name, "agent has stopped")
+        self.kill()
+
+    async def _say_stopped(self) -> None:
         with kernel.move_on_after(1.0):
             try:
                 seen = self._assemble()
@@ -874,8 +884,6 @@ class AgentProcess:
             self.host.kill_guard()
         except GuardError:
             pass
-        self.world.trace(self.host.name, "agent has stopped")
-        self.kill()
 
     # --- operators -----------------------------------------------------------------------------------------------------------
 

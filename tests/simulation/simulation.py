@@ -147,6 +147,8 @@ class Simulation(World):
         self.edges += 1
         self.network.heal()
         self.store.heal()
+        if self.config.get("pause"):
+            self.change_config({"pause": False})
         for host in self.hosts.values():
             instance = host.instance
             instance.slow_start_s = instance.slow_stop_s = instance.work_s = 0.0
@@ -317,7 +319,7 @@ def run(options: Options, *, out: TextIO | None = None) -> Outcome:
         return False
 
     outcome = drive(sim, until)
-    kernel.throw_away([p for p in _processes(sim)])
+    kernel.throw_away(_processes(sim))
     return outcome
 
 

@@ -247,7 +247,7 @@ class World:
         return host
 
     def violation(self, checker: str, text: str) -> None:
-        self.trace("checker", "VIOLATION", checker=checker, text=text.split("\n")[0])
+        self.trace("checker", "VIOLATION", checker=checker, text=text.split("\n", maxsplit=1)[0])
         self.violations.append(Violation(checker, self.scheduler.now_s, text))
 
     def exposure(self, checker: str, text: str) -> None:
