@@ -6,7 +6,16 @@ from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
 from pgha.decide import rejoin, restart
-from pgha.decide.common import ask_others, backed_off, fresh_peers, leader_member, own_history, reason, source_of, view_of
+from pgha.decide.common import (
+    ask_others,
+    backed_off,
+    fresh_peers,
+    leader_member,
+    own_history,
+    reason,
+    source_of,
+    view_of,
+)
 from pgha.decide.slots import own_slot_name
 from pgha.decide.standing import Standing, Whose, because, licensed, standing
 from pgha.model.action import (

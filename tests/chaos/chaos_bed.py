@@ -182,7 +182,7 @@ class Device(threading.Thread):
                     signal_all(host.postgres(), signal.SIGKILL)
                     self.fired.append((host.name, time.monotonic_ns() // 1000))
                     host.lose_power()
-                    self._stop(host)
+                    self._reset(host)
 
     def _count(self, host: Host) -> Path:
         return host.watchdog.with_name(f"{host.watchdog.name}.count")
@@ -194,7 +194,7 @@ class Device(threading.Thread):
             return False
         return at_ns != 0 and time.monotonic_ns() >= at_ns
 
-    def _stop(self, host: Host) -> None:
+    def _reset(self, host: Host) -> None:
         """A reset machine's device does not count."""
         self._count(host).write_bytes(struct.pack("q", 0))
 
