@@ -129,7 +129,7 @@ class Agent:
         self._news = trio.Event()
 
         self.renewer = Renewer(store=renewer_store, keys=self.keys, me=self.me, clock=clock,
-                               timing=lambda: Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s), changed=self._licence_changed)
+                               timing=lambda: Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause), changed=self._licence_changed)
         self.guard = GuardClient(self.runtime_dir, incarnation=self.me.incarnation, started_ns=clock.now().boot_ns, data_dir=data_dir,
                                  open_stream=machine.open_guard)
         self.fence = Fence(renewer=self.renewer, guard=self.guard, directory=machine.directory, clock=clock, wake=self.wake)
@@ -207,7 +207,7 @@ class Agent:
 
     def _protects(self) -> bool:
         about_to = self._operation is not None and self._operation.kind in ("Promote", "StartPrimary", "Restart") and self._licensed()
-        return (self.fence.mode == "armed" or about_to) and not self.settings.pause
+        return (self.fence.mode == "armed" or about_to) and not self.renewer.licence.endless
 
     def _licensed(self) -> bool:
         licence = self.renewer.licence
@@ -258,7 +258,7 @@ class Agent:
     async def _meet_guard(self) -> None:
         """Before anything else: no primary runs without a guard, and a restarted agent asks it how long it may."""
         status = await self._guard_there()
-        primary = status.state in ("armed", "latched") and bool(self.machine.directory.processes())
+        primary = status.state in ("armed", "paused", "latched") and bool(self.machine.directory.processes())
         self.fence.adopt(status, primary=primary)
         log.info("guard", state=status.state, pid=status.pid, why=status.why)
 
@@ -450,7 +450,7 @@ class Agent:
         said = _what_is_said(decision)
         if said != self._said and (decision.situation != "busy" or decision.actions):
             self._said = said
-            log.info(decision.summary, situation=decision.situation, **({"pass": self.number}))
+            log.info(f"PAUSE: {decision.summary}" if decision.paused else decision.summary, situation=decision.situation, **({"pass": self.number}))
             self.machine.notify(f"STATUS={decision.summary}")
         view = seen.dcs.view
         if view is not None and self.me.name not in view.members:
@@ -465,7 +465,8 @@ class Agent:
             conn_url=f"postgres://{local.postgresql.connect_address}/{database}", proxy_url=f"postgres://{proxy}/{database}" if proxy else ""))
 
     def _done(self, decision: Decision) -> bool:
-        if self.shutting_down and decision.memory.shutdown_done and self._operation is None and not self.postgres.facts.alive:
+        memory = decision.memory
+        if self.shutting_down and memory.shutdown_done and self._operation is None and (memory.left_running or not self.postgres.facts.alive):
             self.finished = True
         return self.finished
 
@@ -659,7 +660,18 @@ class Agent:
     # --- the end -------------------------------------------------------------------------------------------------------
 
     async def _part(self) -> None:
-        """PostgreSQL is stopped and the lock given back: say so in the member key, let the guard go."""
+        """PostgreSQL is stopped and the lock given back: say so in the member key, let the guard go.
+
+        In pause both go on without the agent, and the guard stays with them.
+        """
+        if not self.memory.left_running:
+            await self._say_stopped()
+        with trio.move_on_after(1.0):
+            await self.guard.aclose()
+            await self.store.aclose()
+        log.info("stopped" if not self.memory.left_running else "stopped; PostgreSQL runs on: pause")
+
+    async def _say_stopped(self) -> None:
         with trio.move_on_after(1.0):
             try:
                 seen = self._assemble()
@@ -673,10 +685,6 @@ class Agent:
                 await self.guard.bye()
             except GuardError as error:
                 log.warning("guard did not take its leave", why=str(error))
-        with trio.move_on_after(1.0):
-            await self.guard.aclose()
-            await self.store.aclose()
-        log.info("stopped")
 
 
 def _store(local: LocalConfig) -> Store:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 from chaos_clients import Exposed, judge, longest_gap
 from chaos_faults import AGENT, FAULTS, GUARD, together
