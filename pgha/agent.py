@@ -384,6 +384,9 @@ class Agent:
     def _assemble(self) -> Observation:
         self.number += 1
         directory = self.reader.facts
+        row = self.postgres.facts.row
+        if row is not None and directory.history_of not in (0, row.timeline):
+            self._directory_news.set()      # it has gone over to another timeline since
         if self._directory_stale:
             directory = DataDirectoryFacts(state="unknown", why="being looked at")
         return Observation(

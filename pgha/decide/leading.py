@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
 from pgha.decide import capacity, restart, slots, switchover
-from pgha.decide.common import ask_others, fence_in_s, others, reason, stop_timeout_s, view_of
+from pgha.decide.common import ask_others, fence_in_s, others, own_history, reason, stop_timeout_s, view_of
 from pgha.decide.standing import left_s, licence_left, licensed
 from pgha.model.action import (
     Action,
@@ -200,7 +200,7 @@ def _history(o: Observation) -> WriteKey | None:
     """`history`: the rows of the own timeline's history file; known rows keep their time and leader."""
     view, row = view_of(o), o.postgres.row
     assert row is not None
-    if row.timeline == view.timeline or (row.timeline > 1 and not o.directory.history):
+    if row.timeline == view.timeline or (row.timeline > 1 and not own_history(o, row.timeline)):
         return None
     if o.directory.history and o.directory.history[-1].timeline >= row.timeline:
         return None     # the directory was looked at before the promotion
