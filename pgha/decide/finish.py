@@ -25,7 +25,8 @@ def finish(o: Observation, decision: Decision) -> Decision:
         memory = replace(memory, ours_to_start=True)
     if memory.paused != pause:
         memory = replace(memory, paused=pause)
-    return replace(decision, mandate=mandate(o), state=decision.state or state(o), role=decision.role or role(o), paused=pause, memory=memory)
+    return replace(decision, mandate=mandate(o), state=decision.state or state(o), role=decision.role or role(o), paused=pause, memory=memory,
+                   leaves_sync=memory.leaving_since is not None)
 
 
 def mandate(o: Observation) -> Mandate:
