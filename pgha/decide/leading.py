@@ -164,13 +164,13 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
     maintenance = slots.maintenance(o)
     if maintenance is not None:
         actions.append(maintenance)
-    compact = capacity.compaction(o)
+    compact, memory = capacity.compaction(o, memory)
     if compact is not None:
         actions.append(compact)
     if restart.lock_seen_held(o).holds:
         actions += operator_requests(o, as_primary=True, synchronous_names=synchronous.primary_names(o, memory))
     lasts = licence_left(o) if o.licence.endless else f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"
-    reasons = (reason("leading.licence", True, lasts), capacity.store_has_room(o), *kept.reasons)
+    reasons = (reason("leading.licence", True, lasts), *capacity.reasons(o), *kept.reasons)
     return Decision(situation="leading", summary=f"no action. I am ({o.me.name}), the leader with the lock", reasons=reasons, actions=tuple(actions), memory=memory,
                     wake_in_s=min(o.settings.loop_wait_s, kept.wake_in_s or o.settings.loop_wait_s))
 
