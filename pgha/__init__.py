@@ -14,8 +14,9 @@ Who may import whom (kept by tests/test_architecture.py):
     dcs/       model, errors, clock
     postgres/  model, errors, clock
     lock/      model, dcs (interface), errors, clock; `guard`, `recipe` and `protocol`: standard library and clock only
-    observe/   dcs, postgres, lock, model, and config.state (what outlives the agent)
-    act/       dcs, postgres, lock, model, and config's values (how PostgreSQL is to be configured)
+    machine.py lock, postgres, rest, systemd: this machine as the agent uses it, the seam for the simulation
+    observe/   machine, dcs, postgres, lock, model, and config.state (what outlives the agent)
+    act/       machine, dcs, postgres, lock, model, and config's values (how PostgreSQL is to be configured)
     rest/      model, decide (for pure health answers), observe's values; never act
     ctl/       model, config, dcs; never the agent
 """

@@ -9,16 +9,14 @@ that a decision asks for, each with a deadline; renewer, fence, REST and watchdo
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import re
-import secrets
 import signal
 import ssl
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +42,12 @@ from pgha.dcs.keys import Keys, encode
 from pgha.decide import decide
 from pgha.errors import ConfigError, DcsError, GuardError, OperationFailed, PghaError, PostgresError, Refused
 from pgha.inbox import Inbox
-from pgha.lock import recipe, watchdog
+from pgha.lock import watchdog
 from pgha.lock.fence import Fence
 from pgha.lock.guard_client import GuardClient, GuardStatus, agent_flock, ensure_running
 from pgha.lock.renewer import Renewer, Timing
-from pgha.lock.watchdog import LinuxDevice, Watchdog
+from pgha.lock.watchdog import Watchdog
+from pgha.machine import LocalMachine, Machine
 from pgha.model.action import (
     AbandonDirectory,
     AcquireLock,
@@ -84,9 +83,8 @@ from pgha.postgres.server import Server
 from pgha.rest.access import Access, resolve_allowlist
 from pgha.rest.published import Board, nothing_yet, publish_pass
 from pgha.rest.routes import App
-from pgha.rest.server import Listen, serve
+from pgha.rest.server import Listen
 from pgha.rest.tls import load_certificate, make_context, server_headers
-from pgha.systemd import notify
 
 log = logging.Log("pgha")
 
@@ -111,13 +109,16 @@ OPERATING_ERRORS = (OperationFailed, PostgresError, DcsError, GuardError, Refuse
 class Agent:
     """One node's parts, and the loop over them."""
 
-    def __init__(self, loaded: Loaded, *, path: str, environ: dict[str, str], clock: Clock, store: Callable[[LocalConfig], Store] | None = None) -> None:
+    def __init__(self, loaded: Loaded, *, path: str, environ: dict[str, str], clock: Clock, store: Callable[[LocalConfig], Store] | None = None,
+                 machine: Machine | None = None) -> None:
         local = loaded.local
         self.path, self.environ, self.clock, self.local = path, environ, clock, local
         self.state_dir = prepare_state_dir(local, environ)
         self.runtime_dir = prepare_runtime_dir(local, environ)
         data_dir = Path(local.postgresql.data_dir)
-        self.me = Identity(name=local.name, node_id=node_id(self.state_dir), incarnation=secrets.token_hex(8))
+        bin_dir = local.postgresql.bin_dir
+        self.machine = machine = machine or LocalMachine(data_dir, bin_dir)
+        self.me = Identity(name=local.name, node_id=node_id(self.state_dir), incarnation=machine.token())
         self.keys = Keys(local.namespace, local.scope)
         make_store = store or _store
         self.store, renewer_store = make_store(local), make_store(local)
@@ -128,31 +129,31 @@ class Agent:
         self._news = trio.Event()
 
         self.renewer = Renewer(store=renewer_store, keys=self.keys, me=self.me, clock=clock,
-                               timing=lambda: Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s), changed=self._licence_changed)
-        self.guard = GuardClient(self.runtime_dir, incarnation=self.me.incarnation, started_ns=clock.now().boot_ns, data_dir=data_dir)
-        self.directory = recipe.DataDirectory(data_dir)
-        self.fence = Fence(renewer=self.renewer, guard=self.guard, directory=self.directory, clock=clock, wake=self.wake)
+                               timing=lambda: Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause), changed=self._licence_changed)
+        self.guard = GuardClient(self.runtime_dir, incarnation=self.me.incarnation, started_ns=clock.now().boot_ns, data_dir=data_dir,
+                                 open_stream=machine.open_guard)
+        self.fence = Fence(renewer=self.renewer, guard=self.guard, directory=machine.directory, clock=clock, wake=self.wake)
         self.renewer.narrower = self
         self.cluster = ClusterObserver(
-            store=self.store, keys=self.keys, clock=clock, state_dir=self.state_dir, wake=self.wake, me=self.me.name,
+            store=self.store, keys=self.keys, clock=clock, state_dir=self.state_dir, wake=self.wake, me=self.me.name, in_thread=machine.in_thread,
             settings=lambda: (self.settings.ttl_s, self.settings.loop_wait_s, self.settings.retry_timeout_s, self.settings.member_slots_ttl_s))
         self.wanted = Wanted(effective=lambda: self.effective, passfile=pgpass(local, environ))
         self.postgres = PostgresObserver(
-            data_dir=data_dir, directory=self.directory, conninfo=self.wanted.local_conninfo, clock=clock,
+            data_dir=data_dir, machine=machine, conninfo=self.wanted.local_conninfo, clock=clock,
             interval_s=lambda: self.settings.loop_wait_s, wake=self._postgres_changed,
             wanted=self.wanted.settings)
-        bin_dir = local.postgresql.bin_dir
-        self.reader = DataDirectoryReader(data_dir, bin_dir)
-        self.peers = PeersObserver(clock=clock, wake=self.wake, verify=_peer_context(local), auth=None)
-        self.watchdog = Watchdog(LinuxDevice(local.watchdog.device), mode=local.watchdog.mode, safety_margin_s=local.watchdog.safety_margin_s, clock=clock)
+        self.reader = DataDirectoryReader(data_dir, bin_dir, in_thread=machine.in_thread, run=machine.run)
+        self.peers = PeersObserver(clock=clock, wake=self.wake, http=partial(machine.http, _peer_context(local)))
+        self.watchdog = Watchdog(machine.device(local.watchdog.device), mode=local.watchdog.mode, safety_margin_s=local.watchdog.safety_margin_s, clock=clock)
         self.announcer = Announcer(store=self.store, keys=self.keys, name=self.me.name, clock=clock, ttl_s=lambda: self.settings.ttl_s,
                                    loop_wait_s=lambda: self.settings.loop_wait_s)
         self.inbox = Inbox(store=self.store, keys=self.keys, clock=clock, view=lambda: self.cluster.facts.view, wake=self.wake)
         self.board = Board(nothing_yet(name=self.me.name, scope=local.scope, at=clock.now(), wall_s=clock.wall_s()))
         context = Context(
             clock=clock, me=self.me, store=self.store, keys=self.keys, renewer=self.renewer, fence=self.fence,
-            server=Server(data_dir, bin_dir, config_file=Path(local.postgresql.config_dir) / "postgresql.conf" if local.postgresql.config_dir else None),
-            directory=self.directory, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.configuration_changed,
+            server=Server(data_dir, bin_dir, config_file=Path(local.postgresql.config_dir) / "postgresql.conf" if local.postgresql.config_dir else None,
+                          run=machine.run, launch=machine.launch),
+            machine=machine, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.configuration_changed,
             last_position=self._last_position, bootstrap_config=self._bootstrap_config, private_dir=self.runtime_dir)
         self.actor = Actor(context)
 
@@ -206,7 +207,7 @@ class Agent:
 
     def _protects(self) -> bool:
         about_to = self._operation is not None and self._operation.kind in ("Promote", "StartPrimary", "Restart") and self._licensed()
-        return (self.fence.mode == "armed" or about_to) and not self.settings.pause
+        return (self.fence.mode == "armed" or about_to) and not self.renewer.licence.endless
 
     def _licensed(self) -> bool:
         licence = self.renewer.licence
@@ -238,7 +239,7 @@ class Agent:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             await nursery.start(self._take_signals)
-            await nursery.start(serve, Listen(addresses=[(host, listen.port) for host in listen.hosts], headers=headers, backlog=self.local.restapi.request_queue_size or 128, ssl_context=self._rest_tls), app)
+            await nursery.start(self.machine.serve, Listen(addresses=[(host, listen.port) for host in listen.hosts], headers=headers, backlog=self.local.restapi.request_queue_size or 128, ssl_context=self._rest_tls), app)
             await nursery.start(self.fence.run)
             await nursery.start(self.renewer.run)
             await nursery.start(self.postgres.run)
@@ -248,7 +249,7 @@ class Agent:
             nursery.start_soon(self._pet_watchdog)
             nursery.start_soon(self._keep_directory_facts)
             nursery.start_soon(self._keep_guard)
-            nursery.start_soon(_give_memory_back)
+            nursery.start_soon(self._give_memory_back)
             nursery.start_soon(self.cluster.keep_capacity, lambda: self.renewer.licence.state is LicenceState.HELD)
             await self._loop()
             nursery.cancel_scope.cancel()
@@ -257,13 +258,13 @@ class Agent:
     async def _meet_guard(self) -> None:
         """Before anything else: no primary runs without a guard, and a restarted agent asks it how long it may."""
         status = await self._guard_there()
-        primary = status.state in ("armed", "latched") and bool(recipe.processes_of(self.directory))
+        primary = status.state in ("armed", "paused", "latched") and bool(self.machine.directory.processes())
         self.fence.adopt(status, primary=primary)
         log.info("guard", state=status.state, pid=status.pid, why=status.why)
 
     async def _rest_as_standby(self) -> None:
         """A former agent may have been killed between taking standby.signal away and starting the primary."""
-        if not recipe.processes_of(self.directory):
+        if not self.machine.directory.processes():
             try:
                 await self.actor.be_standby_at_rest()
             except OPERATING_ERRORS as error:
@@ -272,7 +273,7 @@ class Agent:
     async def _guard_there(self) -> GuardStatus:
         """The guard's status; one that systemd starts is waited for, any other is started. GuardError if there is none."""
         if self.local.pgha.guard == "agent":
-            return await ensure_running(self.guard, self._guard_command(), log=str(self.runtime_dir / "guard.log"))
+            return await ensure_running(self.guard, self._guard_command(), log=str(self.runtime_dir / "guard.log"), spawn=self.machine.spawn)
         with trio.move_on_after(GUARD_SERVICE_S):
             while True:
                 try:
@@ -289,7 +290,7 @@ class Agent:
         """Notice the guard's death, and start another: it resumes from its file."""
         while True:
             with trio.move_on_after(GUARD_ASKED_EVERY_S):
-                await wait_exit(self.fence.facts.pid)
+                await self.machine.wait_exit(self.fence.facts.pid)
             try:
                 self.fence.note(await self.guard.status())
             except GuardError as error:
@@ -305,7 +306,7 @@ class Agent:
                     await trio.sleep(0.5)
 
     async def _take_signals(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
+        with self.machine.signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
             task_status.started()
             async for number in received:
                 if number == signal.SIGHUP:
@@ -313,7 +314,7 @@ class Agent:
                 else:
                     log.info("told to stop", signal=signal.Signals(number).name)
                     self.shutting_down = True
-                    notify("STOPPING=1")
+                    self.machine.notify("STOPPING=1")
                 self.wake()
 
     async def _pet_watchdog(self) -> None:
@@ -347,10 +348,15 @@ class Agent:
                 self._directory_stale = False
                 self.wake()
 
+    async def _give_memory_back(self) -> None:
+        """Imports and the first passes leave a heap full of holes; an agent lives for months beside a database."""
+        await trio.sleep(SETTLED_AFTER_S)
+        self.machine.give_memory_back()
+
     # --- the loop ------------------------------------------------------------------------------------------------------
 
     async def _loop(self) -> None:
-        notify("READY=1")
+        self.machine.notify("READY=1")
         while not self.finished:
             self._news = trio.Event()
             self._take_configuration()
@@ -441,8 +447,8 @@ class Agent:
         said = _what_is_said(decision)
         if said != self._said and (decision.situation != "busy" or decision.actions):
             self._said = said
-            log.info(decision.summary, situation=decision.situation, **({"pass": self.number}))
-            notify(f"STATUS={decision.summary}")
+            log.info(f"PAUSE: {decision.summary}" if decision.paused else decision.summary, situation=decision.situation, **({"pass": self.number}))
+            self.machine.notify(f"STATUS={decision.summary}")
         view = seen.dcs.view
         if view is not None and self.me.name not in view.members:
             self.announcer.gone()
@@ -456,7 +462,8 @@ class Agent:
             conn_url=f"postgres://{local.postgresql.connect_address}/{database}", proxy_url=f"postgres://{proxy}/{database}" if proxy else ""))
 
     def _done(self, decision: Decision) -> bool:
-        if self.shutting_down and decision.memory.shutdown_done and self._operation is None and not self.postgres.facts.alive:
+        memory = decision.memory
+        if self.shutting_down and memory.shutdown_done and self._operation is None and (memory.left_running or not self.postgres.facts.alive):
             self.finished = True
         return self.finished
 
@@ -612,7 +619,7 @@ class Agent:
                 write_dynamic_cache(data_dir, text)
 
         try:
-            await trio.to_thread.run_sync(write, abandon_on_cancel=True)
+            await self.machine.in_thread(write, abandon_on_cancel=True)
         except OSError as error:
             log.warning("configuration could not be cached", why=f"{error.filename}: {error.strerror}")
 
@@ -650,7 +657,18 @@ class Agent:
     # --- the end -------------------------------------------------------------------------------------------------------
 
     async def _part(self) -> None:
-        """PostgreSQL is stopped and the lock given back: say so in the member key, let the guard go."""
+        """PostgreSQL is stopped and the lock given back: say so in the member key, let the guard go.
+
+        In pause both go on without the agent, and the guard stays with them.
+        """
+        if not self.memory.left_running:
+            await self._say_stopped()
+        with trio.move_on_after(1.0):
+            await self.guard.aclose()
+            await self.store.aclose()
+        log.info("stopped" if not self.memory.left_running else "stopped; PostgreSQL runs on: pause")
+
+    async def _say_stopped(self) -> None:
         with trio.move_on_after(1.0):
             try:
                 seen = self._assemble()
@@ -664,10 +682,6 @@ class Agent:
                 await self.guard.bye()
             except GuardError as error:
                 log.warning("guard did not take its leave", why=str(error))
-        with trio.move_on_after(1.0):
-            await self.guard.aclose()
-            await self.store.aclose()
-        log.info("stopped")
 
 
 def _store(local: LocalConfig) -> Store:
@@ -749,30 +763,6 @@ def _upstream_from(action: InspectUpstream, facts: dict[str, Any], why: str, now
         return Upstream(name=action.source.name, asked_at=now, ok=False, why=why)
     return Upstream(name=action.source.name, asked_at=now, ok=True, system_identifier=facts["system_identifier"], timeline=facts["timeline"], lsn=facts["lsn"],
                     in_recovery=facts["in_recovery"], history=msgspec.convert(facts["history"], tuple[HistoryRow, ...]))
-
-
-async def _give_memory_back() -> None:
-    """Imports and the first passes leave a heap full of holes; an agent lives for months beside a database."""
-    await trio.sleep(SETTLED_AFTER_S)
-    gc.collect()
-    gc.freeze()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:      # another C library than glibc
-        log.debug("memory is not given back: the C library has no malloc_trim")
-
-
-async def wait_exit(pid: int) -> None:
-    """Until the process has ended; one that is not there has."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except OSError:
-        await trio.sleep(0.2)
-        return
-    try:
-        await trio.lowlevel.wait_readable(pidfd)
-    finally:
-        os.close(pidfd)
 
 
 def _own_program() -> list[str]:

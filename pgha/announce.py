@@ -57,7 +57,7 @@ def member_value(seen: Observation, decision: Decision, *, api_url: str, conn_ur
         timeline = (row.receiver.timeline if row.in_recovery and row.receiver else 0) or row.timeline
         if timeline:
             value["timeline"] = timeline
-    if seen.settings.pause:
+    if decision.paused:
         value["pause"] = True
     value["pgha"] = {"version": __version__, "node_id": seen.me.node_id}
     return value

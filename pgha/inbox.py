@@ -110,7 +110,7 @@ class Inbox:
         view = self._view()
         if view is None:
             return Answer(status=503, text=_FAILED["failover"])
-        value = {k: payload[k] for k in ("leader", "member") if payload.get(k)}
+        value = {k: payload[k] for k in ("leader", "member", "pgha") if payload.get(k)}
         outcome = await self._put("failover", encode(value), view.revision_of("failover"), deadline_s)
         if not outcome[0]:
             return Answer(status=503, text=_FAILED["failover"] + " (it was changed meanwhile)")

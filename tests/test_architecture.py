@@ -36,8 +36,8 @@ RULES = {
     "dcs": Rule(COMMON | {"pgha.model"}, "dcs/ is a store without opinion: return a value and judge it in decide/ or lock/"),
     "postgres": Rule(COMMON | {"pgha.model"}, "postgres/ is mechanism without opinion: take what is needed as a parameter"),
     "lock": Rule(COMMON | {"pgha.model", "pgha.dcs"}, "lock/ must work when nothing else does: take a callable or a value, and wire it in agent.py"),
-    "observe": Rule(COMMON | {"pgha.model", "pgha.dcs", "pgha.postgres", "pgha.lock", "pgha.config.state"}, "observe/ only tells what is so: wire it in agent.py"),
-    "act": Rule(COMMON | {"pgha.model", "pgha.config", "pgha.dcs", "pgha.postgres", "pgha.lock"}, "act/ carries out what it is given: put what it needs into the action, or wire it in agent.py"),
+    "observe": Rule(COMMON | {"pgha.model", "pgha.dcs", "pgha.postgres", "pgha.lock", "pgha.config.state", "pgha.machine"}, "observe/ only tells what is so: wire it in agent.py"),
+    "act": Rule(COMMON | {"pgha.model", "pgha.config", "pgha.dcs", "pgha.postgres", "pgha.lock", "pgha.machine"}, "act/ carries out what it is given: put what it needs into the action, or wire it in agent.py"),
     "rest": Rule(COMMON | {"pgha.model", "pgha.decide", "pgha.observe"}, "rest/ answers from the last observation and never acts: a request becomes a fact of the next pass"),
     "ctl": Rule(COMMON | {"pgha.model", "pgha.config", "pgha.dcs"}, "ctl/ is another program: what it needs of an agent it asks by HTTP"),
     "demo": Rule(COMMON | {"pgha.model", "pgha.config", "pgha.dcs", "pgha.postgres", "pgha.ctl"}, "demo/ is another program: it starts agents as processes and looks at them from outside"),
@@ -54,6 +54,7 @@ LOOSE = {
     "pgha.announce": COMMON | {"pgha.model", "pgha.dcs"},
     "pgha.inbox": COMMON | {"pgha.model", "pgha.dcs", "pgha.config", "pgha.rest"},
     "pgha.systemd": set[str](),
+    "pgha.machine": COMMON | {"pgha.postgres", "pgha.lock", "pgha.rest", "pgha.systemd"},
 }
 
 #: Interfaces only: the drivers are chosen in agent.py and ctl/.

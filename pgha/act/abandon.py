@@ -7,7 +7,7 @@ from typing import Any
 
 from pgha.act.clone import forget_markers
 from pgha.act.context import Context, Progress, log
-from pgha.act.steps import kill_everything, on_disk, while_offline
+from pgha.act.steps import kill_everything, while_offline
 from pgha.model.action import AbandonDirectory
 from pgha.postgres import directories
 
@@ -18,10 +18,10 @@ async def abandon(ctx: Context, action: AbandonDirectory, progress: Progress) ->
     await kill_everything(ctx, action.why)
 
     async def move() -> Path | None:
-        if await on_disk(directories.content, ctx.data_dir) == "missing":
+        if await ctx.on_disk(directories.content, ctx.data_dir) == "missing":
             return None
-        aside = await on_disk(directories.move_to_failed, ctx.data_dir)
-        await on_disk(forget_markers, ctx.data_dir)
+        aside = await ctx.on_disk(directories.move_to_failed, ctx.data_dir)
+        await ctx.on_disk(forget_markers, ctx.data_dir)
         return aside
 
     kept_as = await while_offline(ctx, move)

@@ -27,7 +27,6 @@ from pgha.act.steps import (
     control,
     kill_everything,
     nothing_lives,
-    on_disk,
     stop_fast,
     while_keeping,
     while_offline,
@@ -59,7 +58,7 @@ async def bootstrap(ctx: Context, action: Bootstrap, progress: Progress) -> dict
     """
     del action
     await set_aside_unfinished(ctx)
-    found = await on_disk(directories.content, ctx.data_dir)
+    found = await ctx.on_disk(directories.content, ctx.data_dir)
     if found not in ("missing", "empty"):
         raise OperationFailed(f"{ctx.data_dir} is not empty ({found}): no bootstrap into it")
     nothing_lives(ctx)
@@ -107,10 +106,10 @@ async def _give_up(ctx: Context, revision: int, lease: int) -> None:
     with trio.move_on_after(2 * CLEAN_UP_S, shield=True):
         try:
             await kill_everything(ctx, "the bootstrap failed")
-            if await on_disk(directories.content, ctx.data_dir) not in ("missing", "empty"):
-                aside = await on_disk(directories.move_to_failed, ctx.data_dir)
+            if await ctx.on_disk(directories.content, ctx.data_dir) not in ("missing", "empty"):
+                aside = await ctx.on_disk(directories.move_to_failed, ctx.data_dir)
                 log.error("bootstrap failed; its data directory was put aside", kept_as=aside)
-            await on_disk(forget_markers, ctx.data_dir)
+            await ctx.on_disk(forget_markers, ctx.data_dir)
         except (PghaError, OSError) as error:
             log.error("bootstrap failed, and its data directory could not be put aside", why=str(error))
         path = ctx.keys.path("initialize")
@@ -126,16 +125,16 @@ async def _make(ctx: Context, progress: Progress, times: Timeline) -> str:
     """initdb, users, script, stop. Returns the system identifier."""
     local = ctx.wanted.effective().local
     name, password = ctx.wanted.user("superuser")
-    await on_disk(directories.note_bootstrap, ctx.data_dir, "making")
+    await ctx.on_disk(directories.note_bootstrap, ctx.data_dir, "making")
     progress("initdb")
     await initdb(ctx.data_dir, ctx.server.bin_dir, options_of(local.bootstrap.initdb), superuser=name, password=password,
-                 deadline_s=INITDB_DEADLINE_S)
+                 deadline_s=INITDB_DEADLINE_S, run=ctx.machine.run)
     ctx.directory.refresh()
     times.mark("initdb")
-    await on_disk(ctx.wanted.bootstrap_hba)
+    await ctx.on_disk(ctx.wanted.bootstrap_hba)
     said = await control(ctx)
-    await on_disk(ctx.wanted.write_stopped, said, standby=False)
-    private = await on_disk(_private_files, ctx)
+    await ctx.on_disk(ctx.wanted.write_stopped, said, standby=False)
+    private = await ctx.on_disk(_private_files, ctx)
     progress("first start, for nobody else to connect")
     alone = {"listen_addresses": "", "unix_socket_directories": str(ctx.private_dir), "unix_socket_permissions": "0700",
              "hba_file": str(private), "synchronous_standby_names": ""}
@@ -145,23 +144,23 @@ async def _make(ctx: Context, progress: Progress, times: Timeline) -> str:
         times.mark("start")
         where: Conninfo = {"host": str(ctx.private_dir), "port": local.postgresql.listen.port, "user": name,
                            "dbname": ctx.wanted.effective().postgresql.database}
-        await _ensure_database(where)
+        await _ensure_database(ctx, where)
         await _script(ctx, where, local.bootstrap.post_bootstrap or local.bootstrap.post_init, progress)
         progress("creating users")
-        with closing(await Connection.connect(where, deadline_s=SQL_DEADLINE_S)) as conn:
+        with closing(await ctx.machine.connect(where, deadline_s=SQL_DEADLINE_S)) as conn:
             await _users(ctx, conn)
             await conn.query("CHECKPOINT", deadline_s=STOP_DEADLINE_S)
         times.mark("users")
         await stop_fast(ctx, server, timeout_s=STOP_DEADLINE_S)
     finally:
         server.close()
-    await on_disk(private.unlink, missing_ok=True)
+    await ctx.on_disk(private.unlink, missing_ok=True)
     await kill_everything(ctx, "the archive did not answer")
     said = await control(ctx)
     if said.state != "shut down":
         raise OperationFailed(f"after the bootstrap PostgreSQL is {said.state!r}, not shut down")
     await be_standby_at_rest(ctx)
-    await on_disk(directories.note_bootstrap, ctx.data_dir, "made")
+    await ctx.on_disk(directories.note_bootstrap, ctx.data_dir, "made")
     times.mark("stop")
     return said.system_identifier
 
@@ -175,10 +174,10 @@ def _private_files(ctx: Context) -> Any:
     return path
 
 
-async def _ensure_database(where: Conninfo) -> None:
+async def _ensure_database(ctx: Context, where: Conninfo) -> None:
     """The database that pgha connects to, if it is another than initdb's own."""
     name = str(where["dbname"])
-    with closing(await Connection.connect({**where, "dbname": "template1"}, deadline_s=SQL_DEADLINE_S)) as conn:
+    with closing(await ctx.machine.connect({**where, "dbname": "template1"}, deadline_s=SQL_DEADLINE_S)) as conn:
         if not await conn.query("SELECT FROM pg_database WHERE datname = $1", name, deadline_s=SQL_DEADLINE_S):
             await conn.query(f"CREATE DATABASE {roles.quote_identifier(name)}", deadline_s=START_DEADLINE_S)
 
@@ -188,11 +187,11 @@ async def _script(ctx: Context, where: Conninfo, command: str, progress: Progres
     if not command:
         return
     progress("post_bootstrap script")
-    await on_disk(ctx.wanted.write_passfile)
+    await ctx.on_disk(ctx.wanted.write_passfile)
     url = (f"postgres://{quote(str(where['user']), safe='')}@/{quote(str(where['dbname']), safe='')}"
            f"?host={quote(str(where['host']), safe='')}&port={where['port']}")
     env = clean_environment({"PGPASSFILE": str(ctx.wanted.passfile)})
-    done = await run_checked([*shlex.split(command), url], deadline_s=SCRIPT_DEADLINE_S, env=env, dies_with_us=True)
+    done = await run_checked([*shlex.split(command), url], deadline_s=SCRIPT_DEADLINE_S, env=env, dies_with_us=True, run=ctx.machine.run)
     log.info("post_bootstrap script has ended", exit_code=done.exit_code)
 
 

@@ -15,7 +15,6 @@ from pgha.act.steps import (
     closing,
     kill_everything,
     nothing_lives,
-    on_disk,
     reachable,
     while_keeping,
     while_offline,
@@ -24,7 +23,7 @@ from pgha.act.wanted import options_of
 from pgha.errors import OperationFailed, PostgresError
 from pgha.model.action import Clone
 from pgha.postgres import basebackup, directories, files, pg_rewind
-from pgha.postgres.connection import Connection, identify_system
+from pgha.postgres.connection import identify_system
 from pgha.postgres.controldata import read_control
 
 CLONE_DEADLINE_S = 7 * 86400.0
@@ -51,10 +50,10 @@ async def clone(ctx: Context, action: Clone, progress: Progress) -> dict[str, An
     await set_aside_unfinished(ctx)
     nothing_lives(ctx)
     target = directories.clone_directory(ctx.data_dir)
-    present = await on_disk(directories.content, ctx.data_dir)
+    present = await ctx.on_disk(directories.content, ctx.data_dir)
     if action.replace == "nothing_there" and present not in ("missing", "empty"):
         raise OperationFailed(f"{ctx.data_dir} is {present}: it is replaced only if that was asked for")
-    await on_disk(ctx.wanted.write_passfile)
+    await ctx.on_disk(ctx.wanted.write_passfile)
     size_bytes = await _source(ctx, action)
     await _finish_removals(ctx)
     if not await _left_between_renames(ctx, action, target):
@@ -78,24 +77,24 @@ async def _copy_whole(ctx: Context, action: Clone, target: Path, progress: Progr
     try:
         await _copy(ctx, action, target, progress)
         progress("verifying the copy")
-        said = await read_control(target, ctx.server.bin_dir, deadline_s=CONTROL_DEADLINE_S)
+        said = await read_control(target, ctx.server.bin_dir, deadline_s=CONTROL_DEADLINE_S, run=ctx.machine.run)
         if said.system_identifier != action.system_identifier:
             raise OperationFailed(f"{action.source.name} has system identifier {said.system_identifier}, expected {action.system_identifier}")
-        await on_disk(_make_standby, target)
+        await ctx.on_disk(_make_standby, target)
         progress("syncing the copy")
-        await directories.complete_clone(ctx.data_dir, said.system_identifier)
+        await directories.complete_clone(ctx.data_dir, said.system_identifier, in_thread=ctx.machine.in_thread)
     except BaseException:   # also trio.Cancelled: half a copy is of no use to anybody
         with trio.move_on_after(60.0, shield=True):
-            await directories.delete_clone(ctx.data_dir)
+            await directories.delete_clone(ctx.data_dir, in_thread=ctx.machine.in_thread)
         raise
 
 
 async def _left_between_renames(ctx: Context, action: Clone, target: Path) -> bool:
     """Did an earlier clone end when it was whole, with nothing in place? Then it only has to be put there."""
-    if not await on_disk(directories.unfinished_swap, ctx.data_dir):
+    if not await ctx.on_disk(directories.unfinished_swap, ctx.data_dir):
         return False
     try:
-        said = await read_control(target, ctx.server.bin_dir, deadline_s=CONTROL_DEADLINE_S)
+        said = await read_control(target, ctx.server.bin_dir, deadline_s=CONTROL_DEADLINE_S, run=ctx.machine.run)
     except PostgresError:
         return False
     whole = said.system_identifier == action.system_identifier
@@ -105,8 +104,8 @@ async def _left_between_renames(ctx: Context, action: Clone, target: Path) -> bo
 
 
 async def _swap_in(ctx: Context) -> Path | None:
-    old = await on_disk(directories.swap_in_clone, ctx.data_dir)
-    await on_disk(forget_markers, ctx.data_dir)
+    old = await ctx.on_disk(directories.swap_in_clone, ctx.data_dir)
+    await ctx.on_disk(forget_markers, ctx.data_dir)
     return old
 
 
@@ -118,13 +117,13 @@ def forget_markers(data_dir: Path) -> None:
 
 async def set_aside_unfinished(ctx: Context) -> None:
     """A bootstrap that was cut off leaves what is nobody's: out of the way with it, under a numbered `.failed`."""
-    if await on_disk(directories.bootstrapping, ctx.data_dir) != "making":
+    if await ctx.on_disk(directories.bootstrapping, ctx.data_dir) != "making":
         return
     await kill_everything(ctx, "its bootstrap was cut off")
-    if await on_disk(directories.content, ctx.data_dir) not in ("missing", "empty"):
-        aside = await on_disk(directories.move_to_failed, ctx.data_dir)
+    if await ctx.on_disk(directories.content, ctx.data_dir) not in ("missing", "empty"):
+        aside = await ctx.on_disk(directories.move_to_failed, ctx.data_dir)
         log.warning("a bootstrap was cut off here; its data directory was put aside", kept_as=aside)
-    await on_disk(forget_markers, ctx.data_dir)
+    await ctx.on_disk(forget_markers, ctx.data_dir)
 
 
 async def discard_old(ctx: Context) -> list[str]:
@@ -142,33 +141,33 @@ async def _finish_removals(ctx: Context) -> None:
 
 async def _discard(ctx: Context, *suffixes: Literal["old", "removing"]) -> list[str]:
     gone = []
-    for old in await on_disk(directories.replaced_directories, ctx.data_dir, *suffixes):
-        if elsewhere := await on_disk(directories.linked_directories, old):
+    for old in await ctx.on_disk(directories.replaced_directories, ctx.data_dir, *suffixes):
+        if elsewhere := await ctx.on_disk(directories.linked_directories, old):
             log.warning("the replaced data directory has parts elsewhere, which are kept", old=old, parts=[str(p) for p in elsewhere])
-        await directories.delete_tree(old)
+        await directories.delete_tree(old, in_thread=ctx.machine.in_thread)
         log.info("deleted a replaced data directory", old=old)
         gone.append(str(old))
     return gone
 
 
 async def _remove_leftover(ctx: Context, target: Path) -> None:
-    if killed := await on_disk(basebackup.kill_leftovers, target):
+    if killed := await ctx.on_disk(ctx.machine.kill_copies, target):
         log.info("killed what an earlier pg_basebackup left", pids=killed)
-    if await on_disk(directories.content, target) != "missing":
+    if await ctx.on_disk(directories.content, target) != "missing":
         log.info("removing what an earlier clone left", path=target)
-    await directories.delete_clone(ctx.data_dir)
+    await directories.delete_clone(ctx.data_dir, in_thread=ctx.machine.in_thread)
 
 
 async def _source(ctx: Context, action: Clone) -> int:
     """Verify who the source is before a byte is copied; its databases' size in bytes (0: it would not say)."""
     where = await reachable(ctx.wanted.source_conninfo(action.source, "replication"), deadline_s=SQL_DEADLINE_S)
-    with closing(await Connection.connect(where, deadline_s=SQL_DEADLINE_S)) as conn:
+    with closing(await ctx.machine.connect(where, deadline_s=SQL_DEADLINE_S)) as conn:
         system = await identify_system(conn, deadline_s=SQL_DEADLINE_S)
     if system.system_identifier != action.system_identifier:
         raise OperationFailed(f"{action.source.name} has system identifier {system.system_identifier}, expected {action.system_identifier}")
     try:
         where = await reachable(ctx.wanted.source_conninfo(action.source, "superuser"), deadline_s=SQL_DEADLINE_S)
-        with closing(await Connection.connect(where, deadline_s=SQL_DEADLINE_S)) as conn:
+        with closing(await ctx.machine.connect(where, deadline_s=SQL_DEADLINE_S)) as conn:
             rows = await conn.query("SELECT sum(pg_database_size(oid)) FROM pg_database", deadline_s=30.0)
             return int(rows[0][0] or 0)
     except PostgresError as error:
@@ -179,13 +178,13 @@ async def _source(ctx: Context, action: Clone) -> int:
 async def _make_room(ctx: Context, action: Clone, present: str, size_bytes: int) -> None:
     """Enough free space for a second copy; else the old one goes first if that was asked for, or nothing is done."""
     needed_bytes = int(size_bytes * SPACE_FACTOR) + SPACE_EXTRA_BYTES if size_bytes else 0
-    free_bytes = await on_disk(directories.free_bytes, ctx.data_dir.parent)
+    free_bytes = await ctx.on_disk(directories.free_bytes, ctx.data_dir.parent)
     if free_bytes >= needed_bytes:
         return
     numbers = f"the clone needs {in_words(needed_bytes)}, {in_words(free_bytes)} are free"
     if action.replace != "remove_first" or present in ("missing", "empty"):
         raise OperationFailed(f"not enough space: {numbers}")
-    freed_bytes = await directories.size_bytes(ctx.data_dir, linked=False)    # parts elsewhere are not removed
+    freed_bytes = await directories.size_bytes(ctx.data_dir, linked=False, in_thread=ctx.machine.in_thread)    # parts elsewhere are not removed
     if free_bytes + freed_bytes < needed_bytes:
         raise OperationFailed(f"not enough space even without the old data directory ({in_words(freed_bytes)}): {numbers}")
     log.warning("removing the old data directory before the clone", path=ctx.data_dir, why=f"{action.why}; {numbers}")
@@ -193,8 +192,8 @@ async def _make_room(ctx: Context, action: Clone, present: str, size_bytes: int)
 
     async def remove() -> None:
         # Half a directory looks like a whole one, or like one that nobody may touch: first the name, then the files.
-        await on_disk(directories.move_to_removing, ctx.data_dir, f"no room for a second copy; {action.why}")
-        await on_disk(forget_markers, ctx.data_dir)
+        await ctx.on_disk(directories.move_to_removing, ctx.data_dir, f"no room for a second copy; {action.why}")
+        await ctx.on_disk(forget_markers, ctx.data_dir)
         await _discard(ctx, "removing")
 
     await while_offline(ctx, remove)
@@ -219,7 +218,7 @@ async def _copy(ctx: Context, action: Clone, target: Path, progress: Progress) -
         options = (*options, ("checkpoint", "fast"))    # a spread one may take minutes before the first byte
     conninfo = ctx.wanted.program_conninfo(action.source, "replication")
     await while_keeping(watch, lambda: basebackup.base_backup(
-        target, ctx.server.bin_dir, conninfo, options_of(options), deadline_s=CLONE_DEADLINE_S, on_progress=on_progress))
+        target, ctx.server.bin_dir, conninfo, options_of(options), deadline_s=CLONE_DEADLINE_S, on_progress=on_progress, run=ctx.machine.run))
 
 
 def _make_standby(target: Path) -> None:

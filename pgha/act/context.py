@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import ParamSpec, Protocol, TypeVar
 
 from pgha.act.wanted import Wanted
 from pgha.clock import Clock
 from pgha.dcs import Store
 from pgha.dcs.keys import Keys
-from pgha.lock.recipe import DataDirectory
+from pgha.lock.processes import Processes
 from pgha.log import Log
+from pgha.machine import Machine
 from pgha.model.action import AcquireLock
 from pgha.model.lock import Identity, Licence
 from pgha.model.wal import Position
 from pgha.postgres.server import Server
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Progress = Callable[[str], None]
 
@@ -62,7 +67,7 @@ class Renewer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """`directory` finds the server's processes, `server` runs it, `wanted` knows how it is to be configured.
+    """`machine` is where all of it happens, `server` runs PostgreSQL there, `wanted` knows how it is to be configured.
 
     `hurry(for_s)`: the observer looks every few milliseconds for a while. `configuration_changed()`: it reads the
     settings again. `last_position()`: the furthest position that this node is known to have reached.
@@ -77,7 +82,7 @@ class Context:
     renewer: Renewer
     fence: Fence
     server: Server
-    directory: DataDirectory
+    machine: Machine
     wanted: Wanted
     hurry: Callable[[float], None]
     configuration_changed: Callable[[], None]
@@ -88,3 +93,12 @@ class Context:
     @property
     def data_dir(self) -> Path:
         return self.server.data_dir
+
+    @property
+    def directory(self) -> Processes:
+        """The server's processes."""
+        return self.machine.directory
+
+    async def on_disk(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run file work in a thread. It is not left behind when cancelled: what comes after it may undo it."""
+        return await self.machine.in_thread(partial(work, *args, **kwargs))

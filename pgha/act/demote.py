@@ -19,10 +19,9 @@ from pgha.act.steps import (
     stop_fast,
 )
 from pgha.errors import DcsError, DcsUnreachable, OperationFailed, PghaError, PostgresError
-from pgha.lock import recipe
+from pgha.lock.recipe import Proc
 from pgha.model.action import Demote
 from pgha.model.wal import Position
-from pgha.postgres.processes import adopt
 
 #: The server goes on serving while it checkpoints; a shutdown that has more to write is better than no shutdown.
 CHECKPOINT_DEADLINE_S = 10.0
@@ -63,10 +62,10 @@ async def demote(ctx: Context, action: Demote, progress: Progress) -> dict[str, 
 
 
 async def _stop_in_order(ctx: Context, action: Demote, progress: Progress, times: Timeline) -> None:
-    server = adopt(ctx.data_dir)
+    server = ctx.machine.adopt()
     if server is None:
         return
-    laggards: tuple[recipe.Proc, ...] = ()
+    laggards: tuple[Proc, ...] = ()
     try:
         if action.checkpoint:
             progress("checkpoint before the shutdown")
@@ -83,7 +82,7 @@ async def _stop_in_order(ctx: Context, action: Demote, progress: Progress, times
         server.close()
 
 
-async def _laggards(ctx: Context) -> tuple[recipe.Proc, ...]:
+async def _laggards(ctx: Context) -> tuple[Proc, ...]:
     """Walsenders whose standby does not confirm, within a moment, what is flushed now. Writes go on meanwhile."""
     try:
         with closing(await connect(ctx)) as conn:
@@ -97,7 +96,7 @@ async def _laggards(ctx: Context) -> tuple[recipe.Proc, ...]:
         return ()
     if rows:
         log.warning("standbys do not confirm: the shutdown will not wait for them", standbys=[name for _, name in rows])
-    found = (recipe.read_proc(int(pid or 0)) for pid, _ in rows)
+    found = (ctx.machine.read_proc(int(pid or 0)) for pid, _ in rows)
     return tuple(proc for proc in found if proc is not None)
 
 

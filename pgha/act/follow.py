@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pgha.act.context import Context, log
 from pgha.act.start import forget_blocked_timelines
-from pgha.act.steps import SQL_DEADLINE_S, be_standby_at_rest, closing, connect, on_disk, postmaster
+from pgha.act.steps import SQL_DEADLINE_S, be_standby_at_rest, closing, connect, postmaster
 from pgha.errors import OperationFailed, QueryFailed
 from pgha.model.action import ApplyConfiguration, Follow, Freeze, MaintainSlots
 from pgha.postgres import slots
@@ -20,7 +20,7 @@ async def freeze(ctx: Context, action: Freeze) -> None:
     """Neither stream nor restore. It is done when no walreceiver lives, which the observer sees."""
     with postmaster(ctx) as server:
         ctx.wanted.freeze()
-        await on_disk(ctx.wanted.write_running)
+        await ctx.on_disk(ctx.wanted.write_running)
         ctx.server.reload(server)
     log.info("frozen for the election", epoch=action.epoch)
     ctx.hurry(WATCH_S)
@@ -32,7 +32,7 @@ async def follow(ctx: Context, action: Follow) -> None:
     with postmaster(ctx) as server:
         before = ctx.wanted.upstream
         ctx.wanted.follow(action.upstream, action.slot_name)
-        changed = await on_disk(ctx.wanted.write_running)
+        changed = await ctx.on_disk(ctx.wanted.write_running)
         if changed:     # not on every nudge: blocks fetched from the upstream bridge the numbers up to its timeline
             await forget_blocked_timelines(ctx)
         ctx.server.reload(server)
@@ -45,7 +45,7 @@ async def follow(ctx: Context, action: Follow) -> None:
 async def apply_configuration(ctx: Context, action: ApplyConfiguration) -> None:
     """Write what has changed, reload if anything has (or `force`)."""
     with postmaster(ctx) as server:
-        changed = await on_disk(ctx.wanted.write_running)
+        changed = await ctx.on_disk(ctx.wanted.write_running)
         if changed or action.force:
             ctx.server.reload(server)
             log.info("configuration written and reloaded", changed=changed)

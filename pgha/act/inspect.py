@@ -9,7 +9,7 @@ import msgspec
 from pgha.act.context import Context, Progress
 from pgha.act.steps import closing, control, end_position, nothing_lives, reachable
 from pgha.model.action import InspectEndOfWal, InspectUpstream
-from pgha.postgres.connection import Connection, identify_system, timeline_history
+from pgha.postgres.connection import identify_system, timeline_history
 
 DEADLINE_S = 5.0
 #: Not on the way of a failover: a slow disk may take its time.
@@ -24,11 +24,11 @@ async def inspect_upstream(ctx: Context, action: InspectUpstream, progress: Prog
     source = action.source
     progress(f"asking {source.name}")
     where = await reachable(ctx.wanted.source_conninfo(source, "replication"), deadline_s=DEADLINE_S)
-    with closing(await Connection.connect(where, deadline_s=DEADLINE_S)) as conn:
+    with closing(await ctx.machine.connect(where, deadline_s=DEADLINE_S)) as conn:
         system = await identify_system(conn, deadline_s=DEADLINE_S)
         history = await timeline_history(conn, system.timeline, deadline_s=DEADLINE_S)
     where = await reachable(ctx.wanted.source_conninfo(source, "rewind"), deadline_s=DEADLINE_S)
-    with closing(await Connection.connect(where, deadline_s=DEADLINE_S)) as conn:
+    with closing(await ctx.machine.connect(where, deadline_s=DEADLINE_S)) as conn:
         rows = await conn.query("SELECT pg_is_in_recovery(), (SELECT timeline_id FROM pg_control_checkpoint())", deadline_s=DEADLINE_S)
     return {
         "name": source.name, "system_identifier": system.system_identifier, "timeline": system.timeline, "lsn": system.lsn,

@@ -22,7 +22,6 @@ from pgha.act.steps import (
     closing,
     connect,
     make_safe,
-    on_disk,
     postmaster,
 )
 from pgha.errors import OperationFailed
@@ -73,7 +72,7 @@ async def promote(ctx: Context, action: Promote, progress: Progress) -> dict[str
     ctx.hurry(1.0)
     try:
         await be_standby_at_rest(ctx)
-        await on_disk(_close_gaps, ctx, timeline)
+        await ctx.on_disk(_close_gaps, ctx, timeline)
     except OSError as error:   # the next pass sees that the signal is missing, and writes it
         log.warning("files could not be written after the promotion", why=str(error))
     return {"timeline": timeline, "lsn": lsn, "checkpoint_pending": True, **times.took}
@@ -82,10 +81,10 @@ async def promote(ctx: Context, action: Promote, progress: Progress) -> dict[str
 async def _block(ctx: Context, action: Promote, blocked: list[int]) -> None:
     """`blocked` gets the numbers that were not taken before: only those may be freed again."""
     comment = f"epoch {action.epoch}, for the promotion of {ctx.me.name} to {action.timeline}"
-    if action.timeline > 1 and await on_disk(histories.read_history, ctx.data_dir, action.timeline) is not None:
+    if action.timeline > 1 and await ctx.on_disk(histories.read_history, ctx.data_dir, action.timeline) is not None:
         raise OperationFailed(f"timeline {action.timeline} exists already: its history file is in pg_wal")
     for number in action.block:
-        if await on_disk(histories.block_timeline, ctx.data_dir, number, comment):
+        if await ctx.on_disk(histories.block_timeline, ctx.data_dir, number, comment):
             blocked.append(number)  # noqa: PERF401  (a cancel must find those that were made)
 
 
@@ -93,7 +92,7 @@ async def _unblock(ctx: Context, blocked: list[int]) -> None:
     with trio.move_on_after(CLEAN_UP_S, shield=True):
         for number in blocked:
             try:
-                await on_disk(histories.unblock_timeline, ctx.data_dir, number)
+                await ctx.on_disk(histories.unblock_timeline, ctx.data_dir, number)
             except OSError as error:
                 log.warning("a block could not be removed", timeline=number, why=str(error))
 

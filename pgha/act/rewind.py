@@ -15,7 +15,6 @@ from pgha.act.steps import (
     closing,
     control,
     nothing_lives,
-    on_disk,
     reachable,
     while_offline,
 )
@@ -45,9 +44,9 @@ async def rewind(ctx: Context, action: Rewind, progress: Progress) -> dict[str, 
     """
     times = Timeline()
     nothing_lives(ctx)
-    again = await on_disk(interrupted, ctx.data_dir)
-    await on_disk(remove_dead_pid_file, ctx.data_dir)
-    await on_disk(ctx.wanted.write_passfile)
+    again = await ctx.on_disk(interrupted, ctx.data_dir)
+    await ctx.on_disk(remove_dead_pid_file, ctx.data_dir)
+    await ctx.on_disk(ctx.wanted.write_passfile)
     progress(f"asking {action.source.name}")
     timeline = await _source_is_ready(ctx, action, progress)
     times.mark("source")
@@ -66,7 +65,7 @@ async def rewind(ctx: Context, action: Rewind, progress: Progress) -> dict[str, 
 async def _source_is_ready(ctx: Context, action: Rewind, progress: Progress) -> int:
     """It is a primary, and its pg_control shows its own timeline, which is returned."""
     where = await reachable(ctx.wanted.source_conninfo(action.source, "rewind"), deadline_s=ASK_DEADLINE_S)
-    with closing(await Connection.connect(where, deadline_s=ASK_DEADLINE_S)) as conn:
+    with closing(await ctx.machine.connect(where, deadline_s=ASK_DEADLINE_S)) as conn:
         timeline, checkpointed = await _timelines(conn, action.source.name)
         if timeline == checkpointed:
             return timeline
@@ -100,9 +99,9 @@ async def _rewind(ctx: Context, action: Rewind, timeline: int, progress: Progres
     said = await control(ctx)
     if not (said.checksums or said.wal_log_hints):
         raise OperationFailed("neither data checksums nor wal_log_hints is on: it cannot be rewound", final=True)
-    await on_disk(files.remove_standby_signal, ctx.data_dir)
+    await ctx.on_disk(files.remove_standby_signal, ctx.data_dir)
     # A directory that was half rewound must not be recovered: its WAL may be the source's, its pages are a mixture.
-    if not said.clean and not await on_disk(interrupted, ctx.data_dir):
+    if not said.clean and not await ctx.on_disk(interrupted, ctx.data_dir):
         progress("crash recovery in single-user mode")
         await ctx.server.single_user_recovery(ctx.wanted.command_line(said), deadline_s=RECOVERY_DEADLINE_S)
         said = await control(ctx)
@@ -117,7 +116,8 @@ async def _rewind(ctx: Context, action: Rewind, timeline: int, progress: Progres
         ctx.data_dir, ctx.server.bin_dir, ctx.wanted.program_conninfo(action.source, "rewind"), said,
         source_timeline=timeline, deadline_s=REWIND_DEADLINE_S,
         restore_target_wal=bool(effective.recovery_conf.get("restore_command")),
-        config_file=ctx.server.config_file, on_progress=on_progress)
+        config_file=ctx.server.config_file, on_progress=on_progress, run=ctx.machine.run, in_thread=ctx.machine.in_thread,
+        boot=ctx.machine.boot_id)
     times.mark("rewind")
     return said, result
 

@@ -13,14 +13,12 @@ from pgha.act.steps import (
     be_standby_at_rest,
     control,
     make_safe,
-    on_disk,
     ready_to_start,
     wait_primary,
 )
 from pgha.errors import OperationFailed, PostgresTimeout
 from pgha.model.action import Source, StartPrimary, StartStandby
 from pgha.postgres import files, histories
-from pgha.postgres.startup import answers_startup
 
 #: A standby that needs longer until it accepts sessions is recovering: the observer tells the rest.
 STANDBY_READY_S = 2.0
@@ -39,7 +37,7 @@ async def start_prepared_standby(ctx: Context, upstream: Source | None, slot_nam
     """Configuration, guard, start. standby.signal is there."""
     ctx.wanted.follow(upstream, slot_name)
     said = await control(ctx)
-    await on_disk(ctx.wanted.write_stopped, said)
+    await ctx.on_disk(ctx.wanted.write_stopped, said)
     await forget_blocked_timelines(ctx)
     times.mark("configuration")
     await ctx.fence.standby()
@@ -62,7 +60,7 @@ async def start_prepared_standby(ctx: Context, upstream: Source | None, slot_nam
 async def forget_blocked_timelines(ctx: Context) -> None:
     """A block that a killed promotion has left would hide the real history of that timeline: a walreceiver does not
     fetch a file that is there, and the standby stays behind for ever (measured)."""
-    if numbers := await on_disk(histories.unblock_all, ctx.data_dir):
+    if numbers := await ctx.on_disk(histories.unblock_all, ctx.data_dir):
         log.info("removed blocks of timelines", numbers=numbers)
 
 
@@ -70,7 +68,7 @@ async def _wait_answers(ctx: Context) -> None:
     """It recovers. That it does is seen from its refusals."""
     where = ctx.wanted.local_conninfo()
     limit_s = ctx.wanted.effective().postgresql.pg_ctl_timeout_s      # no answer at all in this time: something is wrong with it
-    if not await answers_startup(str(where["host"]), int(where["port"]), deadline_s=limit_s):
+    if not await ctx.machine.answers_startup(str(where["host"]), int(where["port"]), deadline_s=limit_s):
         raise OperationFailed(f"PostgreSQL runs, but has not answered within {limit_s:g} s (pg_ctl_timeout): {ctx.server.log_tail()[-500:]}")
 
 
@@ -89,11 +87,11 @@ async def start_prepared_primary(ctx: Context, progress: Progress, times: Timeli
     """
     ctx.wanted.no_longer_frozen()
     said = await control(ctx)
-    await on_disk(ctx.wanted.write_stopped, said, standby=False)
+    await ctx.on_disk(ctx.wanted.write_stopped, said, standby=False)
     times.mark("configuration")
     await ctx.fence.armed()
     try:
-        await on_disk(files.remove_standby_signal, ctx.data_dir)
+        await ctx.on_disk(files.remove_standby_signal, ctx.data_dir)
         await ctx.fence.armed()      # the disk may have taken its time
         times.mark("armed")
         progress("starting as primary")

@@ -9,24 +9,21 @@ Rules of this file:
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import trio
 
 from pgha.act.context import Context, log
 from pgha.errors import OperationFailed, PghaError, PostgresError, PostgresTimeout
-from pgha.lock import recipe
+from pgha.lock.recipe import Proc
 from pgha.model.wal import Position
 from pgha.postgres import directories, files, pg_rewind
 from pgha.postgres.connection import Connection, resolve
 from pgha.postgres.controldata import ControlData, read_control
-from pgha.postgres.processes import Postmaster, adopt, read_postmaster_pid, read_stat, remove_dead_pid_file
-from pgha.postgres.wal_files import end_of_wal, shutdown_positions
+from pgha.postgres.processes import Postmaster, read_postmaster_pid, remove_dead_pid_file
 
 T = TypeVar("T")
 
@@ -68,14 +65,9 @@ class Timeline:
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
-async def on_disk(work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Run file work in a thread. It is not left behind when cancelled: what comes after it may undo it."""
-    return await trio.to_thread.run_sync(partial(work, *args, **kwargs))
-
-
 async def be_standby_at_rest(ctx: Context) -> bool:
     """standby.signal is there, on disk (safety model 7). True if it was missing."""
-    return await on_disk(files.create_standby_signal, ctx.data_dir)
+    return await ctx.on_disk(files.create_standby_signal, ctx.data_dir)
 
 
 async def rest_as_found(ctx: Context) -> bool:
@@ -84,9 +76,9 @@ async def rest_as_found(ctx: Context) -> bool:
     A kill of the agent between the removal and the start as primary leaves none: whatever starts PostgreSQL next, a
     person's pg_ctl for one, would start a primary.
     """
-    if recipe.processes_of(ctx.directory) or await on_disk(directories.bootstrapping, ctx.data_dir) == "making":
+    if ctx.directory.processes() or await ctx.on_disk(directories.bootstrapping, ctx.data_dir) == "making":
         return False
-    if await on_disk(directories.content, ctx.data_dir) != "valid":
+    if await ctx.on_disk(directories.content, ctx.data_dir) != "valid":
         return False
     new = await be_standby_at_rest(ctx)
     if new:
@@ -99,7 +91,7 @@ async def rest_as_found(ctx: Context) -> bool:
 @contextmanager
 def postmaster(ctx: Context) -> Iterator[Postmaster]:
     """A handle on the running postmaster. OperationFailed if there is none."""
-    found = adopt(ctx.data_dir)
+    found = ctx.machine.adopt()
     if found is None:
         raise OperationFailed("PostgreSQL does not run")
     try:
@@ -110,32 +102,22 @@ def postmaster(ctx: Context) -> Iterator[Postmaster]:
 
 def nothing_lives(ctx: Context) -> None:
     """OperationFailed while a process of the data directory lives."""
-    if left := recipe.processes_of(ctx.directory):
+    if left := ctx.directory.processes():
         raise OperationFailed(f"processes of {ctx.data_dir} live: {', '.join(str(p.pid) for p in left[:8])}")
 
 
 async def kill_everything(ctx: Context, why: str) -> int:
     """The recipe; returns how many were killed, once all of them have exited. OperationFailed if some have not."""
-    report = recipe.kill_all(ctx.directory)
+    report = ctx.directory.kill_all()
     if report.denied:
         raise OperationFailed(f"the kernel refused to kill {[p.pid for p in report.denied]}")
     if report.killed:
         log.info("killed what was left of PostgreSQL", why=why, count=len(report.killed), took_s=report.took_s)
         with trio.move_on_after(EXIT_DEADLINE_S):
             for proc in report.left:
-                await _exited(proc)
+                await ctx.machine.exited(proc)
     nothing_lives(ctx)
     return len(report.killed)
-
-
-async def _exited(proc: recipe.Proc) -> None:
-    fd = recipe.open_pidfd(proc)
-    if fd is None:
-        return
-    try:
-        await trio.lowlevel.wait_readable(fd)
-    finally:
-        os.close(fd)
 
 
 async def make_safe(ctx: Context, why: str) -> None:
@@ -150,7 +132,7 @@ async def make_safe(ctx: Context, why: str) -> None:
         log.error("could not leave PostgreSQL safe in time; the fence will kill it", after_s=CLEAN_UP_S)
 
 
-async def stop_fast(ctx: Context, server: Postmaster, *, timeout_s: float, laggards: tuple[recipe.Proc, ...] = ()) -> bool:
+async def stop_fast(ctx: Context, server: Postmaster, *, timeout_s: float, laggards: tuple[Proc, ...] = ()) -> bool:
     """Fast shutdown: clients ended, checkpoint, walsenders drained. True if it exited in time.
 
     Two things would hold it up for no good. A walsender whose standby does not read keeps the shutdown checkpoint from
@@ -166,7 +148,7 @@ async def stop_fast(ctx: Context, server: Postmaster, *, timeout_s: float, lagga
         shut_down_s: float | None = None
         while shut_down_s is None or trio.current_time() - shut_down_s < DRAIN_S:
             for walsender in laggards:      # more than once: the first may find it blocked in its farewell
-                recipe.send(walsender, signal.SIGTERM)
+                ctx.machine.send(walsender, signal.SIGTERM)
             if await _exits_within(server, LOOK_S):
                 return True
             if shut_down_s is None and await shut_down(ctx):
@@ -195,13 +177,13 @@ async def shut_down(ctx: Context) -> bool:
 async def ready_to_start(ctx: Context) -> None:
     """Nothing lives, no pid file of a dead postmaster is in the way, and the directory is whole."""
     nothing_lives(ctx)
-    if await on_disk(pg_rewind.interrupted, ctx.data_dir):
+    if await ctx.on_disk(pg_rewind.interrupted, ctx.data_dir):
         raise OperationFailed(f"a rewind of {ctx.data_dir} was interrupted: it is not started before it was rewound again, or cloned")
-    if await on_disk(directories.bootstrapping, ctx.data_dir) == "making":
+    if await ctx.on_disk(directories.bootstrapping, ctx.data_dir) == "making":
         raise OperationFailed(f"the bootstrap of {ctx.data_dir} was cut off: it is not started, but set aside")
-    await on_disk(directories.end_bootstrap, ctx.data_dir)     # who starts has the lock, or follows who has
-    await on_disk(files.remove_file, ctx.data_dir / directories.REPLACED)  # a swap that did not happen
-    if await on_disk(remove_dead_pid_file, ctx.data_dir):
+    await ctx.on_disk(directories.end_bootstrap, ctx.data_dir)     # who starts has the lock, or follows who has
+    await ctx.on_disk(files.remove_file, ctx.data_dir / directories.REPLACED)  # a swap that did not happen
+    if await ctx.on_disk(remove_dead_pid_file, ctx.data_dir):
         log.info("removed the pid file of a dead postmaster")
 
 
@@ -217,9 +199,9 @@ async def reachable(conninfo: dict[str, str | int], *, deadline_s: float) -> dic
 async def connect(ctx: Context, *, deadline_s: float = SQL_DEADLINE_S) -> Connection:
     """To the local server as superuser; the caller closes it. OperationFailed if another server answers in its place."""
     where = await reachable(ctx.wanted.local_conninfo(), deadline_s=deadline_s)
-    conn = await Connection.connect(where, deadline_s=deadline_s)
-    running, backend = read_postmaster_pid(ctx.data_dir), read_stat(conn.backend_pid)
-    if running is None or backend is None or backend.parent != running.pid:
+    conn = await ctx.machine.connect(where, deadline_s=deadline_s)
+    running, backend = read_postmaster_pid(ctx.data_dir), ctx.machine.read_proc(conn.backend_pid)
+    if running is None or backend is None or backend.ppid != running.pid:
         conn.close()
         raise OperationFailed(f"another server than that of {ctx.data_dir} answers at {where['host']}:{where['port']}")
     return conn
@@ -235,7 +217,7 @@ def closing(conn: Connection) -> Iterator[Connection]:
 
 
 async def control(ctx: Context) -> ControlData:
-    return await read_control(ctx.data_dir, ctx.server.bin_dir, deadline_s=CONTROL_DEADLINE_S)
+    return await read_control(ctx.data_dir, ctx.server.bin_dir, deadline_s=CONTROL_DEADLINE_S, run=ctx.machine.run)
 
 
 async def end_position(ctx: Context, said: ControlData, *, deadline_s: float = END_OF_WAL_DEADLINE_S) -> Position:
@@ -245,13 +227,13 @@ async def end_position(ctx: Context, said: ControlData, *, deadline_s: float = E
     down, what it had replayed is the least, and pg_waldump tells the rest. PostgresError if it cannot be read in time.
     """
     if said.state == "shut down":
-        at = await shutdown_positions(said, ctx.data_dir, ctx.server.bin_dir, deadline_s=deadline_s)
+        at = await ctx.machine.shutdown_positions(said, deadline_s=deadline_s)
         return Position(timeline=at.timeline, lsn=at.published_lsn)
     timeline, from_lsn = said.timeline, said.redo_lsn
     if said.min_recovery_timeline > timeline:   # promoted or followed, and no checkpoint since
         timeline, from_lsn = said.min_recovery_timeline, said.min_recovery_end_lsn
     with trio.fail_after(deadline_s):
-        lsn = await end_of_wal(said, ctx.data_dir, ctx.server.bin_dir, timeline=timeline, from_lsn=from_lsn, deadline_s=deadline_s)
+        lsn = await ctx.machine.end_of_wal(said, timeline=timeline, from_lsn=from_lsn, deadline_s=deadline_s)
     return Position(timeline=timeline, lsn=max(lsn, said.min_recovery_end_lsn if timeline == said.min_recovery_timeline else 0))
 
 

@@ -17,7 +17,6 @@ from pgha.act.steps import (
 )
 from pgha.errors import OperationFailed
 from pgha.model.action import Restart, Stop, Sweep
-from pgha.postgres.processes import adopt
 
 #: Before a restart, so that the shutdown itself is short; sessions go on meanwhile.
 CHECKPOINT_DEADLINE_S = 60.0
@@ -42,7 +41,7 @@ async def restart(ctx: Context, action: Restart, progress: Progress) -> dict[str
         progress("checkpoint before the restart")
         await checkpoint(ctx, deadline_s=CHECKPOINT_DEADLINE_S)
         times.mark("checkpoint")
-        server = adopt(ctx.data_dir)
+        server = ctx.machine.adopt()
         if server is not None:
             progress("stopping PostgreSQL")
             try:
@@ -67,7 +66,7 @@ async def restart(ctx: Context, action: Restart, progress: Progress) -> dict[str
 async def sweep(ctx: Context, action: Sweep, progress: Progress) -> dict[str, Any]:
     """Orphans of a dead postmaster. A living postmaster is none of a sweep's business."""
     del action
-    server = adopt(ctx.data_dir)
+    server = ctx.machine.adopt()
     if server is not None:
         server.close()
         raise OperationFailed(f"postmaster {server.pid} lives: there is nothing to sweep up")
@@ -77,7 +76,7 @@ async def sweep(ctx: Context, action: Sweep, progress: Progress) -> dict[str, An
 
 async def _down(ctx: Context, timeout_s: float, why: str, progress: Progress) -> int:
     """Nothing of the data directory lives any more; how many had to be killed."""
-    server = adopt(ctx.data_dir)
+    server = ctx.machine.adopt()
     if server is not None:
         progress("stopping PostgreSQL")
         try:

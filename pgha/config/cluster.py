@@ -197,7 +197,6 @@ def unsupported(config: ClusterConfig) -> tuple[str, ...]:
     return tuple(key for key, on in (
         ("synchronous_mode", config.synchronous_mode != "off"),
         ("failsafe_mode", config.failsafe_mode),
-        ("pause", config.pause),
         ("slots", bool(config.slots)),
         ("ignore_slots", bool(config.ignore_slots)),
         ("standby_cluster", bool(config.standby_cluster)),

@@ -265,8 +265,12 @@ class _Reader:
             leader, _, candidate = entry.value.decode(errors="replace").partition(":")
             return FailoverKey(leader=leader.strip(), candidate=candidate.strip())
         value = self.object("failover") or {}
+        own = value.get("pgha")
+        down = own.get("holder_is_down") if isinstance(own, dict) else None
+        down = down if isinstance(down, dict) else {}
         return FailoverKey(leader=_string(value.get("leader")), candidate=_string(value.get("member")),
-                           scheduled_at=_string(value.get("scheduled_at")), raw=value)
+                           scheduled_at=_string(value.get("scheduled_at")), down_incarnation=_string(down.get("incarnation")),
+                           down_sequence=_integer(down.get("sequence")), raw=value)
 
     def sync(self) -> Sync:
         value = self.object("sync") or {}

@@ -21,7 +21,7 @@ def may_write(o: Observation) -> bool:
     if not postgres.alive:
         return False
     if postgres.row is None:
-        return o.guard.state in ("armed", "latched")
+        return o.guard.state in ("armed", "paused", "latched")
     return not postgres.row.in_recovery
 
 

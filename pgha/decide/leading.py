@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from pgha.clock import candidate_age_s
 from pgha.decide import capacity, restart, slots, switchover
 from pgha.decide.common import NONSENSE_AHEAD, ask_others, fence_in_s, others, reason, stop_timeout_s, view_of
-from pgha.decide.standing import left_s, licensed
+from pgha.decide.standing import left_s, licence_left, licensed
 from pgha.model.action import (
     Action,
     AnswerRequest,
@@ -164,7 +164,8 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
         actions.append(compact)
     if restart.lock_seen_held(o).holds:
         actions += operator_requests(o, as_primary=True)
-    reasons = (reason("leading.licence", True, f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"), capacity.store_has_room(o))
+    lasts = licence_left(o) if o.licence.endless else f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"
+    reasons = (reason("leading.licence", True, lasts), capacity.store_has_room(o))
     return Decision(situation="leading", summary=f"no action. I am ({o.me.name}), the leader with the lock", reasons=reasons, actions=tuple(actions), memory=memory,
                     wake_in_s=o.settings.loop_wait_s)
 

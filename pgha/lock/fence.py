@@ -1,6 +1,7 @@
 """This agent's side of the fence: it tells the guard how long writes are licensed, and acts itself at the deadline.
 
-`mode` mirrors what the guard was last told about the data directory: armed (a primary may run until `fence_at`),
+`mode` mirrors what the guard was last told about the data directory: armed (a primary may run until `fence_at`, or
+while a committed pause lasts),
 standby (only a server in recovery may run), offline (our own programs work on it). The guard enforces the same from
 outside; both act on their own, neither waits for the other (safety model 8).
 
@@ -17,10 +18,10 @@ from typing import Any, Literal
 
 import trio
 
-from pgha.clock import Clock, Deadline, Instant, earlier, remaining_s
+from pgha.clock import NEVER, Clock, Deadline, Instant, earlier, remaining_s
 from pgha.errors import DcsError, GuardError
-from pgha.lock import recipe
 from pgha.lock.guard_client import GuardClient, GuardStatus
+from pgha.lock.processes import Processes
 from pgha.lock.renewer import Renewer
 from pgha.log import Log
 from pgha.model.lock import LicenceState, fence_at
@@ -39,7 +40,7 @@ GUARD_DEADLINE_S = 0.5
 class Fence:
     """Owner of the guard's knowledge, and the agent's own hand at the deadline."""
 
-    def __init__(self, *, renewer: Renewer, guard: GuardClient, directory: recipe.DataDirectory, clock: Clock, wake: Callable[[], None]) -> None:
+    def __init__(self, *, renewer: Renewer, guard: GuardClient, directory: Processes, clock: Clock, wake: Callable[[], None]) -> None:
         self._renewer = renewer
         self._guard = guard
         self._directory = directory
@@ -79,6 +80,7 @@ class Fence:
         async with self._speaking:      # an `armed` on its way must not be overtaken
             if self.mode == "armed":
                 until = fence_at(valid_until, ttl_s)
+                self._told = None       # unless it answers, nobody knows what it knows: it is told again what is licensed
                 self.note(await self._guard.narrow(until, sequence=sequence, deadline_s=GUARD_DEADLINE_S))
                 self._told = until
 
@@ -98,7 +100,8 @@ class Fence:
         """At the agent's start: go on where the former agent and the guard stand. Grants nothing."""
         self.note(status)
         self.mode = "armed" if primary else "standby" if status.state == "standby" else "unknown"
-        self._adopted = status.fence_at if primary else None
+        until = NEVER if status.state == "paused" else status.fence_at      # a pause of the former agent goes on
+        self._adopted = until if primary else None
         self._told = status.fence_at
 
     @property
@@ -141,11 +144,11 @@ class Fence:
         deadline = self._deadline()
         if deadline is None:
             return 0.05
+        if deadline == NEVER:
+            return 60.0
         left_s = remaining_s(deadline, self._clock.now())
         points = [left_s - SIGINT_BEFORE_S, left_s - SIGQUIT_BEFORE_S, left_s]
-        mandate = self._renewer.mandate.until
-        if mandate is not None:
-            points.append(remaining_s(mandate, self._clock.now()))
+        points += [remaining_s(at, self._clock.now()) for at in (self._renewer.mandate.until, self._renewer.confirm_by) if at is not None]
         waits = [p for p in points if p > 0]
         return min(waits) if waits else 0.02
 
@@ -160,6 +163,8 @@ class Fence:
         own = self._licensed_until()
         if own is None:
             return self._adopted if self._renewer.licence.state in (LicenceState.NONE, LicenceState.ACQUIRING) else None
+        if own == NEVER:
+            return own
         if self._renewer.confirm_failed():
             return None
         return own
@@ -180,12 +185,17 @@ class Fence:
 
     async def _tell(self, deadline: Deadline) -> None:
         licence = self._renewer.licence
-        self.note(await self._guard.arm(sequence=licence.sequence, fence_at=deadline, deadline_s=GUARD_DEADLINE_S))
+        if deadline == NEVER:
+            self.note(await self._guard.pause(sequence=licence.sequence, deadline_s=GUARD_DEADLINE_S))
+        else:
+            self.note(await self._guard.arm(sequence=licence.sequence, fence_at=deadline, deadline_s=GUARD_DEADLINE_S))
         self._told = deadline
 
     async def _act(self) -> None:
         now = self._clock.now()
         deadline = self._deadline()
+        if deadline == NEVER:
+            return      # in pause neither a silent store nor a stuck loop ends writes
         if deadline is None or remaining_s(deadline, now) <= 0:
             self._kill("the licence to accept writes has ended" if deadline is not None else "there is no licence to accept writes")
             return
@@ -204,7 +214,7 @@ class Fence:
 
     async def _lapse(self) -> None:
         """The loop has given no mandate for too long: end writes in order, then give the lock back (safety model 10)."""
-        if not recipe.processes_of(self._directory):
+        if not self._directory.processes():
             return
         log.error("the mandate has lapsed: ending writes", kind=self._renewer.mandate.kind, why=self._renewer.mandate.why)
         self._lapsing = True
@@ -220,12 +230,12 @@ class Fence:
         deadline = self._deadline()
         if deadline is not None:
             limit = earlier(limit, deadline)
-        while recipe.processes_of(self._directory) and remaining_s(limit, self._clock.now()) > 0:  # noqa: ASYNC110  (processes send no events)
+        while self._directory.processes() and remaining_s(limit, self._clock.now()) > 0:  # noqa: ASYNC110  (processes send no events)
             await trio.sleep(0.02)
         if self.mode != "armed":
             return
-        while recipe.processes_of(self._directory):
-            report = recipe.kill_all(self._directory)
+        while self._directory.processes():
+            report = self._directory.kill_all()
             if report.killed:
                 log.error("fenced", why="the mandate has lapsed", killed=len(report.killed), took_s=report.took_s)
             if deadline is not None and remaining_s(deadline, self._clock.now()) <= 0:
@@ -245,17 +255,17 @@ class Fence:
         if number in self._signalled:
             return
         self._signalled.add(number)
-        sent_to = recipe.signal_postmaster(self._directory, number)
+        sent_to = self._directory.signal_postmaster(number)
         if sent_to:
             log.error("the licence is about to end: stopping PostgreSQL", signal=number.name, pid=sent_to)
         self._wake_loop()
 
     def _kill(self, why: str) -> None:
-        report = recipe.kill_all(self._directory)
+        report = self._directory.kill_all()
         if report.killed:
             log.error("fenced", why=why, killed=len(report.killed), took_s=report.took_s)
             self._wake_loop()
-        if not report.killed and not recipe.processes_of(self._directory):
+        if not report.killed and not self._directory.processes():
             # Everything is dead: nothing is left to enforce here until somebody arms again; the guard stays latched.
             self._settle("unknown")
             if self._renewer.licence.state is LicenceState.HELD:

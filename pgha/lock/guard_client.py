@@ -14,10 +14,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import trio
 
@@ -47,7 +47,7 @@ FLOCK_WAIT_S = 0.5
 class GuardStatus(NamedTuple):
     """What the guard said holds now."""
 
-    state: str                      # protocol.State: idle, standby, armed, offline, latched
+    state: str                      # protocol.State: idle, standby, armed, paused, offline, latched
     fence_at: Deadline | None       # while armed
     until: Deadline | None          # while offline
     incarnation: str                # of the agent in charge, "" before any has spoken
@@ -61,6 +61,33 @@ class GuardStatus(NamedTuple):
     facts: dict[str, Any]           # the rest: watched, locked_in_memory, realtime, spared_by_oom, agent_alive
 
 
+class GuardStream(Protocol):
+    """A connection to a guard: an open stream socket."""
+
+    async def send_all(self, data: bytes) -> None: ...
+    async def receive_some(self, max_bytes: int) -> bytes: ...
+    def close(self) -> None:
+        """At once, without waiting: also when the task is being cancelled."""
+        ...
+
+
+class UnixStream:
+    """A guard's socket."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._socket = stream.socket
+        self.send_all = stream.send_all
+        self.receive_some = stream.receive_some
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+async def open_guard(path: str) -> GuardStream:
+    """OSError if nobody listens there."""
+    return UnixStream(await trio.open_unix_socket(path))
+
+
 class GuardClient:
     """One connection to the guard of `runtime_dir`, opened when it is needed; several tasks may share it.
 
@@ -69,16 +96,21 @@ class GuardClient:
     """
 
     def __init__(self, runtime_dir: str | os.PathLike[str], *, incarnation: str = "", started_ns: int = 0,
-                 data_dir: str | os.PathLike[str] | None = None) -> None:
+                 data_dir: str | os.PathLike[str] | None = None, open_stream: Callable[[str], Awaitable[GuardStream]] = open_guard) -> None:
         self._path = os.path.join(runtime_dir, SOCKET_NAME)  # noqa: PTH118  (a relative path must stay as short as it is)
         self._agent = Agent(started_ns, incarnation) if incarnation else NOBODY
         self._data_dir = None if data_dir is None else str(Path(data_dir).absolute())
         self._lock = trio.Lock()
-        self._stream: trio.SocketStream | None = None
+        self._open_stream = open_stream
+        self._stream: GuardStream | None = None
 
     async def arm(self, *, sequence: int, fence_at: Deadline, deadline_s: float = DEADLINE_S) -> GuardStatus:
         """A licence is committed: anything may run until `fence_at`. Only for sequences known to be committed."""
         return await self._ask(Request(Op.ARM, self._agent, sequence, fence_at), deadline_s)
+
+    async def pause(self, *, sequence: int, deadline_s: float = DEADLINE_S) -> GuardStatus:
+        """A record in mode `paused` is committed: anything may run until a newer word. Only for committed sequences."""
+        return await self._ask(Request(Op.PAUSE, self._agent, sequence), deadline_s)
 
     async def narrow(self, fence_at: Deadline, *, sequence: int = 0, deadline_s: float = DEADLINE_S) -> GuardStatus:
         """Before a write that may shorten the licence. `sequence`: the highest one sent under the longer licence."""
@@ -108,7 +140,7 @@ class GuardClient:
         """Close the connection; the next request opens one."""
         stream, self._stream = self._stream, None
         if stream is not None:
-            await trio.aclose_forcefully(stream)
+            stream.close()
 
     async def _ask(self, request: Request, deadline_s: float) -> GuardStatus:
         if request.op is not Op.STATUS and self._agent is NOBODY:
@@ -142,7 +174,7 @@ class GuardClient:
         answered = False
         try:
             if self._stream is None:
-                self._stream = await trio.open_unix_socket(self._path)
+                self._stream = await self._open_stream(self._path)
             await self._stream.send_all(line)
             received = b""
             while not received.endswith(b"\n"):
@@ -157,7 +189,7 @@ class GuardClient:
             return answer
         finally:
             if not answered and self._stream is not None:  # also when cancelled: a late answer must find nobody
-                self._stream.socket.close()
+                self._stream.close()
                 self._stream = None
 
 
@@ -209,8 +241,14 @@ async def spawn(argv: Sequence[str], *, log: str = "/dev/null") -> None:
         raise GuardError(f"the guard could not be started: exit code {done.returncode}")
 
 
+class Spawn(Protocol):
+    """See `spawn`."""
+
+    async def __call__(self, argv: Sequence[str], *, log: str = "/dev/null") -> None: ...
+
+
 async def ensure_running(client: GuardClient, argv: Sequence[str], *, log: str = "/dev/null",
-                         deadline_s: float = START_DEADLINE_S) -> GuardStatus:
+                         deadline_s: float = START_DEADLINE_S, spawn: Spawn = spawn) -> GuardStatus:
     """The guard's status; if none answers, `argv` is started first. Raises GuardError if none answers in time.
 
     Harmless if another one is there but slow: the new one finds the lock taken, and ends.

@@ -235,6 +235,22 @@ class DataDirectory:
         """Whether the process stands in it."""
         return _stands_in(pid, self._identities)
 
+    def processes(self) -> list[Proc]:
+        """See processes_of."""
+        return processes_of(self)
+
+    def kill_all(self) -> Report:
+        """See kill_all below."""
+        return kill_all(self)
+
+    def kill_orphans(self, *, seen_ticks: int, keep: frozenset[int] = frozenset()) -> Report:
+        """See kill_orphans below."""
+        return kill_orphans(self, seen_ticks=seen_ticks, keep=keep)
+
+    def signal_postmaster(self, signum: signal.Signals) -> tuple[int, ...]:
+        """See signal_postmaster below."""
+        return signal_postmaster(self, signum)
+
     @property
     def identities(self) -> tuple[Identity, ...]:
         """The current one first; empty while the directory was never seen."""

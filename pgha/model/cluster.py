@@ -101,11 +101,17 @@ class Sync(Struct, frozen=True, kw_only=True):
 
 
 class FailoverKey(Struct, frozen=True, kw_only=True):
-    """`failover`: a switchover (with `leader`) or failover (without) that was asked for."""
+    """`failover`: a switchover (with `leader`) or failover (without) that was asked for.
+
+    `down_…`: an operator states that the holder of a paused lock is down; of which record, so that it is void as soon as
+    that holder renews it (`pgha.holder_is_down` in the key).
+    """
 
     leader: str = ""
     candidate: str = ""
     scheduled_at: str = ""
+    down_incarnation: str = ""
+    down_sequence: int = 0
     raw: dict[str, Any] = {}
 
     @property

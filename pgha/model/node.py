@@ -127,7 +127,7 @@ class GuardFacts(Struct, frozen=True, kw_only=True):
     """The guard's last acknowledgement."""
 
     reachable: bool = False
-    state: str = ""                      # idle, armed, latched, standby, offline
+    state: str = ""                      # idle, armed, paused, latched, standby, offline
     fence_at: Deadline | None = None
     pid: int = 0
     why: str = ""

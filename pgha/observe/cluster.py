@@ -2,7 +2,8 @@
 
 Rules of this file:
 * a record's age counts from when this very revision was first seen here, on the RAW clock (safety model 4);
-* absence counts only by linearizable reads, from the beginning of the first of an unbroken row;
+* absence counts only by linearizable reads, from the answer to the first of an unbroken row: while it was on its way
+  the record may still have been renewed;
 * a silent stream is not believed: it is compared with a read, and opened again;
 * what must outlive this process (largest ttl, generation, members) is written at most every ten seconds, in a thread.
 """
@@ -26,6 +27,7 @@ from pgha.model.cluster import ClusterView, LockSeen, Member
 from pgha.model.lock import wait_s
 from pgha.model.observation import DcsFacts, StoreCapacity
 from pgha.model.wal import Position
+from pgha.postgres.threads import InThread, in_thread
 
 log = Log("pgha.dcs")
 
@@ -48,7 +50,7 @@ class ClusterObserver:
     """Owner of the view. `settings()` → (ttl_s, loop_wait_s, retry_timeout_s, member_slots_ttl_s)."""
 
     def __init__(self, *, store: Store, keys: Keys, clock: Clock, state_dir: Path, settings: Callable[[], tuple[float, float, float, float]],
-                 wake: Callable[[], None], me: str) -> None:
+                 wake: Callable[[], None], me: str, in_thread: InThread = in_thread) -> None:
         self._store = store
         self._keys = keys
         self._clock = clock
@@ -56,6 +58,7 @@ class ClusterObserver:
         self._settings = settings
         self._wake = wake
         self._me = me
+        self._in_thread = in_thread
         self._entries: dict[str, Entry] = {}
         self._revision = 0
         self._generation = Generation()
@@ -103,7 +106,7 @@ class ClusterObserver:
         """Parse all entries again. `snapshot` None: the news came by the watch."""
         view = parse(Snapshot(revision=self._revision, entries=self._entries, generation=self._generation), self._keys)
         before = self.facts
-        lock_seen = self._look_at_lock(view, linearizable_since=began if snapshot is not None else None)
+        lock_seen = self._look_at_lock(view, linearizable=snapshot is not None)
         for problem in view.problems:
             if before.view is None or problem not in before.view.problems:
                 log.warning("store holds what cannot be read", key=problem)
@@ -115,11 +118,10 @@ class ClusterObserver:
         if snapshot is not None or before.view is None or _matters(before.view, view, self._me):
             self._wake()
 
-    def _look_at_lock(self, view: ClusterView, *, linearizable_since: Instant | None) -> LockSeen:
+    def _look_at_lock(self, view: ClusterView, *, linearizable: bool) -> LockSeen:
         seen = self.facts.lock_seen
         if view.lock is None:
-            absent = seen.absent_since or linearizable_since
-            return LockSeen(absent_since=absent)
+            return LockSeen(absent_since=seen.absent_since or (self._clock.now() if linearizable else None))
         if view.lock_revision == seen.revision and view.lock_value == seen.value and seen.record is not None:
             return seen
         return LockSeen(record=view.lock, revision=view.lock_revision, value=view.lock_value, since=self._clock.now())
@@ -196,7 +198,7 @@ class ClusterObserver:
 
         try:
             with trio.move_on_after(2.0):
-                await trio.to_thread.run_sync(save, abandon_on_cancel=True)
+                await self._in_thread(save, abandon_on_cancel=True)
                 self._saved = facts
         except OSError as error:
             log.warning("remembered facts could not be written", why=f"{error.filename}: {error.strerror}")

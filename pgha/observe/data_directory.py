@@ -25,6 +25,8 @@ from pgha.postgres.controldata import ControlData, read_control
 from pgha.postgres.directories import Bootstrapping, bootstrapping
 from pgha.postgres.files import read_beginning
 from pgha.postgres.pg_rewind import interrupted
+from pgha.postgres.programs import Run, run
+from pgha.postgres.threads import InThread, in_thread
 
 #: (inode, mtime, size) of a file that is rewritten in place.
 Stamp = tuple[int, int, int]
@@ -85,9 +87,10 @@ def _read_history(path: Path) -> tuple[HistoryRow, ...]:
 class DataDirectoryReader:
     """Reads the facts of one data directory, and remembers what need not be read again."""
 
-    def __init__(self, data_dir: Path, bin_dir: Path | str) -> None:
+    def __init__(self, data_dir: Path, bin_dir: Path | str, *, in_thread: InThread = in_thread, run: Run = run) -> None:
         self._data_dir = data_dir
         self._bin_dir = bin_dir
+        self._in_thread, self._run = in_thread, run
         self._control: ControlData | None = None
         self._stamp: Stamp | None = None
         self._end_of_wal: tuple[Stamp, int, int] | None = None
@@ -97,7 +100,7 @@ class DataDirectoryReader:
 
     async def note_end_of_wal(self, *, lsn: int, timeline: int) -> None:
         """InspectEndOfWal's result; true for as long as pg_control is not written again."""
-        stamp = await trio.to_thread.run_sync(_stamp_of, self._data_dir / "global" / "pg_control")
+        stamp = await self._in_thread(partial(_stamp_of, self._data_dir / "global" / "pg_control"))
         self._end_of_wal = None if stamp is None else (stamp, lsn, timeline)
 
     async def read_facts(self, *, running: bool, timeline: int = 0, fresh: bool = False) -> DataDirectoryFacts:
@@ -118,7 +121,7 @@ class DataDirectoryReader:
         return self.facts
 
     async def _read(self, *, running: bool, timeline: int, fresh: bool) -> DataDirectoryFacts:
-        looked = await self._in_thread()
+        looked = await self._look()
         if not looked.exists:
             return DataDirectoryFacts(state="missing", why=f"{self._data_dir} does not exist")
         if not looked.names:
@@ -135,7 +138,7 @@ class DataDirectoryReader:
             return replace(facts, why=f"{self._data_dir} is not empty, but has no {missing}")
         if self._control is None or fresh or (stamp != self._stamp and not running):
             try:
-                self._control, self._stamp = await read_control(self._data_dir, self._bin_dir, deadline_s=CONTROL_DEADLINE_S), stamp
+                self._control, self._stamp = await read_control(self._data_dir, self._bin_dir, deadline_s=CONTROL_DEADLINE_S, run=self._run), stamp
             except PostgresError as error:
                 self._control = self._stamp = None
                 return replace(facts, state="unreadable", why=str(error))
@@ -146,7 +149,7 @@ class DataDirectoryReader:
             facts, state="valid", why=why, control=control, end_of_wal=end[1] if end else 0, end_of_wal_timeline=end[2] if end else 0,
             history=await self._history_of(timeline or max(control.timeline, control.min_recovery_timeline)))
 
-    async def _in_thread(self) -> _Looked:
+    async def _look(self) -> _Looked:
         """The look itself; a thread that the disk keeps is left behind, and `_looking` stays true until it returns."""
         self._looking = True
 
@@ -156,7 +159,7 @@ class DataDirectoryReader:
             finally:
                 self._looking = False
 
-        return await trio.to_thread.run_sync(look, abandon_on_cancel=True)
+        return await self._in_thread(look, abandon_on_cancel=True)
 
     async def _history_of(self, timeline: int) -> tuple[HistoryRow, ...]:
         """A timeline's history never changes once the server is on it."""
@@ -164,5 +167,5 @@ class DataDirectoryReader:
             return ()
         if self._history[0] != timeline or not self._history[1]:
             path = self._data_dir / "pg_wal" / f"{timeline:08X}.history"
-            self._history = (timeline, await trio.to_thread.run_sync(partial(_read_history, path), abandon_on_cancel=True))
+            self._history = (timeline, await self._in_thread(partial(_read_history, path), abandon_on_cancel=True))
         return self._history[1]

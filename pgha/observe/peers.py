@@ -6,19 +6,18 @@ one of another make for `/patroni`. Each has its own deadline, so that a silent 
 
 from __future__ import annotations
 
-import ssl
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from typing import Any, cast
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 import msgspec
 import trio
 from msgspec.structs import replace
 
 from pgha.clock import Clock
 from pgha.dcs.keys import loads
+from pgha.machine import HttpClient
 from pgha.model.cluster import Tags
 from pgha.model.decision import PeerQuestion
 from pgha.model.observation import Peer
@@ -31,13 +30,12 @@ LARGEST_ANSWER_BYTES = 1 << 20
 
 
 class PeersObserver:
-    """`facts`: the latest answer of each member that was asked. `client()`: see `make_client`."""
+    """`facts`: the latest answer of each member that was asked. `http()`: see machine.Machine."""
 
-    def __init__(self, *, clock: Clock, wake: Callable[[], None], verify: ssl.SSLContext | bool, auth: tuple[str, str] | None = None) -> None:
+    def __init__(self, *, clock: Clock, wake: Callable[[], None], http: Callable[[], AbstractAsyncContextManager[HttpClient]]) -> None:
         self._clock = clock
         self._wake = wake
-        self._verify = verify
-        self._auth = auth
+        self._http = http
         self._question = PeerQuestion()
         self._changed = trio.Event()
         self._plain: set[str] = set()        # members of another make
@@ -64,32 +62,29 @@ class PeersObserver:
                 await self._changed.wait()
                 continue
             # A client for the time of the question: nothing of it is kept while nobody is asked.
-            async with self._client() as client, trio.open_nursery() as nursery:
+            async with self._http() as client, trio.open_nursery() as nursery:
                 for name, url in question.names.items():
                     nursery.start_soon(self._ask_one, client, name, url, question)
                 await self._changed.wait()
                 nursery.cancel_scope.cancel()
 
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(trust_env=False, verify=self._verify, timeout=None, limits=httpx.Limits(max_connections=32, max_keepalive_connections=16))  # noqa: S113  (every request has a trio deadline)
-
-    async def _ask_one(self, client: httpx.AsyncClient, name: str, url: str, question: PeerQuestion) -> None:
+    async def _ask_one(self, client: HttpClient, name: str, url: str, question: PeerQuestion) -> None:
         while True:
             began = self._clock.now()
             before = self.facts.get(name)
             peer = await self._answer(client, name, url, question.epoch)
+            if self._question != question:      # asked anew meanwhile, and not yet cancelled: this answers nobody's question
+                return
             if not peer.answered:
                 silent_since = before.silent_since if before is not None and before.silent_since is not None else peer.asked_at
                 peer = replace(peer, silent_since=silent_since)
-            if question is not self._question:      # its end came first: nobody asks about this member any more
-                return
             self.facts[name] = peer
             if before is None or _shape(before) != _shape(peer):
                 self._wake()
             elapsed_s = (self._clock.now().raw_ns - began.raw_ns) / 1e9
             await trio.sleep(max(0.01, question.every_s - elapsed_s))
 
-    async def _answer(self, client: httpx.AsyncClient, name: str, url: str, epoch: int) -> Peer:
+    async def _answer(self, client: HttpClient, name: str, url: str, epoch: int) -> Peer:
         asked_at = self._clock.now()
         why = f"no answer within {ANSWER_S} s"
         with trio.move_on_after(ANSWER_S):
@@ -102,27 +97,19 @@ class PeersObserver:
                         self._plain.add(name)      # it answers, but knows no votes: a member of another make
                 status, body = await self._get(client, url)
                 return _from_patroni(name, body, asked_at)
-            except (httpx.HTTPError, httpx.InvalidURL) as error:
+            except OSError as error:
                 why = str(error) or type(error).__name__
             except (ValueError, TypeError, OverflowError, RecursionError) as error:     # msgspec's own are ValueErrors
                 why = f"its answer does not parse: {str(error)[:200]}"
         return Peer(name=name, asked_at=asked_at, answered=False, why=why)
 
-    async def _get(self, client: httpx.AsyncClient, url: str) -> tuple[int, dict[str, Any]]:
-        # As it is, not unpacked: a kilobyte of gzip may hold a megabyte of nothing.
-        async with client.stream("GET", url, auth=self._auth, headers={"Accept-Encoding": "identity"}) as response:
-            body = bytearray()
-            chunks_of = cast("AsyncGenerator[bytes, None]", response.aiter_raw())     # it is one; closed here, not by the collector
-            async with aclosing(chunks_of) as chunks:
-                async for chunk in chunks:
-                    body += chunk
-                    if len(body) > LARGEST_ANSWER_BYTES:
-                        raise ValueError("longer than 1 MiB")
+    async def _get(self, client: HttpClient, url: str) -> tuple[int, dict[str, Any]]:
+        status, body = await client.request("GET", url, largest_bytes=LARGEST_ANSWER_BYTES)
         try:
             value = loads(body)
         except ValueError:
             value = {}
-        return response.status_code, value if isinstance(value, dict) else {}
+        return status, value if isinstance(value, dict) else {}
 
 
 def _base(api_url: str) -> str:

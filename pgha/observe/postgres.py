@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from msgspec.structs import replace
 
 from pgha.clock import Clock, Instant, remaining_s
 from pgha.errors import PostgresError, PostgresTimeout, PostgresUnreachable
-from pgha.lock import recipe
 from pgha.log import Log
+from pgha.machine import Machine
 from pgha.model.node import Answer, PostgresFacts, Process, Row
-from pgha.postgres.connection import Connection, answers_startup, resolve
+from pgha.postgres.connection import Connection, resolve
 from pgha.postgres.parameters import SETTINGS_SQL, pending_restart, running_settings, settings_argument
 from pgha.postgres.probe import OPTIONS, read_row
-from pgha.postgres.processes import Postmaster, adopt, read_postmaster_pid, read_stat
+from pgha.postgres.processes import Postmaster, read_postmaster_pid
 
 log = Log("pgha.postgres")
 
@@ -62,11 +63,11 @@ class PostgresObserver:
     `wake` is called after `facts` was replaced by something that may matter for a decision.
     """
 
-    def __init__(self, *, data_dir: Path, directory: recipe.DataDirectory, conninfo: Callable[[], Mapping[str, str | int]],
+    def __init__(self, *, data_dir: Path, machine: Machine, conninfo: Callable[[], Mapping[str, str | int]],
                  clock: Clock, interval_s: Callable[[], float], wake: Callable[[], None],
                  wanted: Callable[[], Mapping[str, str]] = dict) -> None:
         self._data_dir = data_dir
-        self._directory = directory
+        self._machine = machine
         self._conninfo = conninfo
         self._clock = clock
         self._interval_s = interval_s
@@ -122,7 +123,7 @@ class PostgresObserver:
             self._disconnect()
 
     async def _once(self, nursery: trio.Nursery) -> None:
-        if self._postmaster is None and (found := adopt(self._data_dir)) is not None:
+        if self._postmaster is None and (found := self._machine.adopt()) is not None:
             self._appeared(found)
             nursery.start_soon(self._watch, found)
         if self._postmaster is None:
@@ -163,9 +164,9 @@ class PostgresObserver:
 
     def _died(self, postmaster: Postmaster) -> None:
         """First kill what it left, then tell."""
-        seen = recipe.ticks_now()
+        seen = self._machine.ticks_now()
         file = read_postmaster_pid(self._data_dir)
-        report = recipe.kill_orphans(self._directory, seen_ticks=seen, keep=frozenset({file.pid} if file else ()))
+        report = self._machine.directory.kill_orphans(seen_ticks=seen, keep=frozenset({file.pid} if file else ()))
         log.info("postmaster has ended", pid=postmaster.pid, orphans_killed=len(report.killed), took_s=report.took_s)
         self._postmaster = None
         self._disconnect()
@@ -182,13 +183,13 @@ class PostgresObserver:
         self._looked_for_orphans_at = now
         file = read_postmaster_pid(self._data_dir)
         own = frozenset({file.pid} if file is not None and file.single_user else ())
-        left = [p for p in recipe.processes_of(self._directory) if p.pid not in own and p.ppid not in own]
+        left = [p for p in self._machine.directory.processes() if p.pid not in own and p.ppid not in own]
         if not left:
             self._unowned = None
         elif self._unowned is None:
-            self._unowned = (recipe.ticks_now(), now)
+            self._unowned = (self._machine.ticks_now(), now)
         elif remaining_s(self._unowned[1].plus_s(ORPHAN_AGE_S), now) <= 0:
-            report = recipe.kill_orphans(self._directory, seen_ticks=self._unowned[0], keep=own)
+            report = self._machine.directory.kill_orphans(seen_ticks=self._unowned[0], keep=own)
             if report.killed:
                 log.warning("killed processes that a dead postmaster had left", count=len(report.killed))
         if bool(left) != self.facts.orphans or self.facts.process != "absent":
@@ -232,9 +233,9 @@ class PostgresObserver:
         """The kept connection, or a new one. PostgresUnreachable if it is not this postmaster that answers there."""
         if self._connection is not None and not self._connection.closed:
             return self._connection
-        self._connection = await Connection.connect({**await self._where(), "options": OPTIONS}, deadline_s=PROBE_DEADLINE_S)
-        backend = read_stat(self._connection.backend_pid)
-        if backend is None or backend.parent != postmaster.pid:
+        self._connection = await self._machine.connect({**await self._where(), "options": OPTIONS}, deadline_s=PROBE_DEADLINE_S)
+        backend = self._machine.read_proc(self._connection.backend_pid)
+        if backend is None or backend.ppid != postmaster.pid:
             raise PostgresUnreachable(f"another server answers in place of postmaster {postmaster.pid}")
         return self._connection
 
@@ -261,13 +262,13 @@ class PostgresObserver:
             where = await self._where()
         except PostgresError:
             return False
-        return await answers_startup(str(where.get("hostaddr") or where["host"]), int(where.get("port", 5432)), deadline_s=PROBE_DEADLINE_S)
+        return await self._machine.answers_startup(str(where.get("hostaddr") or where["host"]), int(where.get("port", 5432)), deadline_s=PROBE_DEADLINE_S)
 
     async def _wal_progress(self) -> bool:
         """Was a WAL segment written since the last time this was asked?"""
         newest = 0
         with trio.move_on_after(PROBE_DEADLINE_S):
-            newest = await trio.to_thread.run_sync(_newest_segment_ns, self._data_dir / "pg_wal", abandon_on_cancel=True)
+            newest = await self._machine.in_thread(partial(_newest_segment_ns, self._data_dir / "pg_wal"), abandon_on_cancel=True)
         before, self._wal_written_ns = self._wal_written_ns, max(newest, self._wal_written_ns)
         return 0 < before < newest
 

@@ -13,7 +13,7 @@ from msgspec import Struct
 from pgha.errors import CommandFailed, ConfigError, PostgresError
 from pgha.postgres.files import conninfo_text
 from pgha.postgres.initdb import Options, option_arguments
-from pgha.postgres.programs import binary, clean_environment, run
+from pgha.postgres.programs import Run, binary, clean_environment, run
 
 #: Options that we give ourselves, or that would leave no data directory behind.
 FORBIDDEN = ("pgdata", "format", "wal-method", "xlog-method", "gzip", "version", "dbname", "host", "port", "username",
@@ -85,7 +85,7 @@ def kill_leftovers(target_dir: Path) -> list[int]:
 
 async def base_backup(
     target_dir: Path, bin_dir: Path | str, conninfo: dict[str, str | int], options: Options, *, deadline_s: float,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None, run: Run = run,
 ) -> None:
     """Copy the server of `conninfo` (passfile= for the password, never password=) into `target_dir`, fsynced.
 

@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from pgha.errors import PostgresError
 from pgha.model.wal import parse_lsn
-from pgha.postgres.programs import binary, run_checked
+from pgha.postgres.programs import Run, binary, run, run_checked
 
 #: States in which a server was left by a clean end.
 CLEAN_STATES = frozenset({"shut down", "shut down in recovery"})
@@ -129,12 +129,12 @@ def parse_control(output: str) -> ControlData:
     return ControlData(**fields)  # type: ignore[arg-type]  # each value was converted by its own rule above
 
 
-async def read_control(data_dir: Path, bin_dir: Path | str, *, deadline_s: float) -> ControlData:
+async def read_control(data_dir: Path, bin_dir: Path | str, *, deadline_s: float, run: Run = run) -> ControlData:
     """pg_control of `data_dir`, of a running server or a stopped one.
 
     CommandFailed if there is none or it is unreadable, PostgresError if its checksum is wrong or it is unfinished.
     """
-    done = await run_checked([binary(bin_dir, "pg_controldata"), "-D", data_dir], deadline_s=deadline_s)
+    done = await run_checked([binary(bin_dir, "pg_controldata"), "-D", data_dir], deadline_s=deadline_s, run=run)
     # It prints nonsense with exit code 0 when the CRC does not match.
     if re.search(r"^WARNING: .*(CRC|checksum|corrupt)", done.stdout + done.stderr, re.MULTILINE):
         raise PostgresError(f"pg_control of {data_dir} is damaged")

@@ -28,6 +28,7 @@ import trio
 from pgha.errors import PostgresError
 from pgha.postgres.files import remove_file, sync_directory, write_file
 from pgha.postgres.processes import living_processes
+from pgha.postgres.threads import InThread, in_thread
 
 #: How many entries a thread handles before the loop may cancel.
 _PIECE_ENTRIES = 500
@@ -139,19 +140,19 @@ def move_to_removing(data_dir: Path, why: str) -> Path:
     return _put_aside(data_dir, "removing", to_be_deleted=why)
 
 
-async def complete_clone(data_dir: Path, identity: str) -> None:
+async def complete_clone(data_dir: Path, identity: str, *, in_thread: InThread = in_thread) -> None:
     """The clone is filled: bring all of it to disk, then say so. `identity` is its system identifier."""
     clone = clone_directory(data_dir)
     if content(clone) != "valid":
         raise PostgresError(f"{clone} is {content(clone)}, not a whole data directory")
-    await sync_tree(clone)
+    await sync_tree(clone, in_thread=in_thread)
     write_file(whole_marker(data_dir), identity + "\n", mode=0o600)
 
 
-async def delete_clone(data_dir: Path) -> None:
+async def delete_clone(data_dir: Path, *, in_thread: InThread = in_thread) -> None:
     """Whatever an earlier clone left that is not in place: first the word that it is whole, then itself."""
     remove_file(whole_marker(data_dir))
-    await delete_tree(clone_directory(data_dir))
+    await delete_tree(clone_directory(data_dir), in_thread=in_thread)
 
 
 def completed_clone(data_dir: Path) -> str:
@@ -220,7 +221,7 @@ def _walk(top: Path) -> Iterator[os.DirEntry[str]]:
         yield entry
 
 
-async def _in_pieces(steps: Iterator[int]) -> int:
+async def _in_pieces(steps: Iterator[int], in_thread: InThread) -> int:
     """Add up what `steps` yields, in a thread, cancellable between pieces."""
     total = 0
 
@@ -232,7 +233,7 @@ async def _in_pieces(steps: Iterator[int]) -> int:
                 return True
         return False
 
-    while await trio.to_thread.run_sync(piece):
+    while await in_thread(piece):
         await trio.lowlevel.checkpoint()
     return total
 
@@ -245,7 +246,7 @@ def linked_directories(data_dir: Path) -> list[Path]:
     return [path.resolve() for path in links if path.is_symlink()]
 
 
-async def size_bytes(data_dir: Path, *, linked: bool = True) -> int:
+async def size_bytes(data_dir: Path, *, linked: bool = True, in_thread: InThread = in_thread) -> int:
     """Bytes used by the directory and, if `linked`, its WAL and tablespaces elsewhere. Files that vanish count as nothing."""
     def sizes() -> Iterator[int]:
         for top in (data_dir, *(linked_directories(data_dir) if linked else ())):
@@ -254,7 +255,7 @@ async def size_bytes(data_dir: Path, *, linked: bool = True) -> int:
                     yield entry.stat(follow_symlinks=False).st_blocks * 512
                 except FileNotFoundError:
                     yield 0
-    return await _in_pieces(sizes())
+    return await _in_pieces(sizes(), in_thread)
 
 
 def free_bytes(path: Path) -> int:
@@ -264,7 +265,7 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-async def sync_tree(top: Path) -> None:
+async def sync_tree(top: Path, *, in_thread: InThread = in_thread) -> None:
     """fsync every file and directory of a tree, its WAL and its tablespaces."""
     def steps() -> Iterator[int]:
         for root in (top, *linked_directories(top)):
@@ -280,11 +281,11 @@ async def sync_tree(top: Path) -> None:
                 yield 1
             sync_directory(root)
             yield 1
-    await _in_pieces(steps())
+    await _in_pieces(steps(), in_thread)
     sync_directory(top.parent)
 
 
-async def delete_tree(top: Path, *, also: Iterable[Path] = ()) -> None:
+async def delete_tree(top: Path, *, also: Iterable[Path] = (), in_thread: InThread = in_thread) -> None:
     """Delete a directory tree. PostgresError while a server runs in it; OSError if something cannot be removed.
 
     `also`: targets of its links (from `linked_directories`) whose *content* is deleted, too; other link targets stay.
@@ -310,8 +311,8 @@ async def delete_tree(top: Path, *, also: Iterable[Path] = ()) -> None:
             yield 1
 
     for path in outside:
-        await _in_pieces(steps(path))
-    await _in_pieces(steps(top))
+        await _in_pieces(steps(path), in_thread)
+    await _in_pieces(steps(top), in_thread)
     if top.exists():
         remove_file(top / REPLACED)
         top.rmdir()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pgha.errors import CommandFailed, ConfigError
-from pgha.postgres.programs import binary, clean_environment, run
+from pgha.postgres.programs import Run, binary, clean_environment, run
 
 #: Options that would take from us what we must know or be sure of.
 FORBIDDEN = ("pgdata", "nosync", "no-sync", "pwfile", "sync-only", "version", "username", "pwprompt", "help")
@@ -42,7 +42,7 @@ def option_arguments(options: Options, *, forbidden: Sequence[str], where: str) 
 
 
 async def initdb(data_dir: Path, bin_dir: Path | str, options: Options, *, superuser: str, password: str | None,
-                 deadline_s: float) -> None:
+                 deadline_s: float, run: Run = run) -> None:
     """Fill `data_dir`. CommandFailed with initdb's words (it removes what it made), PostgresTimeout, ConfigError.
 
     The environment's locale applies, as with initdb by hand.

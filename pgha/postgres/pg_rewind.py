@@ -25,6 +25,7 @@ from typing import Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
+from pgha.clock import boot_id
 from pgha.errors import PostgresError
 from pgha.postgres.basebackup import Progress, progress_reader
 from pgha.postgres.controldata import ControlData
@@ -32,7 +33,8 @@ from pgha.postgres.directories import sync_tree
 from pgha.postgres.files import BASE_CONF, DYNAMIC_CACHE, conninfo_text, remove_file, write_file, write_if_changed
 from pgha.postgres.initdb import Options, option_arguments
 from pgha.postgres.processes import living_processes
-from pgha.postgres.programs import binary, clean_environment, run
+from pgha.postgres.programs import Run, binary, clean_environment, run
+from pgha.postgres.threads import InThread, in_thread
 
 #: Ours to give, or meaningless here.
 FORBIDDEN = ("target-pgdata", "source-pgdata", "source-server", "write-recovery-conf", "dry-run", "restore-target-wal",
@@ -70,10 +72,6 @@ def interrupted(data_dir: Path) -> bool:
     return marker(data_dir).exists()
 
 
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
 def _source_text(source: dict[str, str | int], timeline: int) -> str:
     return f"{source.get('host', '')}:{source.get('port', '')} timeline {timeline}"
 
@@ -85,12 +83,12 @@ class _CutOff(Struct, frozen=True, kw_only=True):
     source: str
 
 
-def _cut_off(data_dir: Path) -> _CutOff | None:
+def _cut_off(data_dir: Path, this_boot: str) -> _CutOff | None:
     try:
         lines = marker(data_dir).read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return None
-    return _CutOff(this_boot=lines[:1] == [_boot_id()], source=lines[1] if len(lines) > 1 else "")
+    return _CutOff(this_boot=lines[:1] == [this_boot], source=lines[1] if len(lines) > 1 else "")
 
 
 def _only_sync_is_missing(data_dir: Path, control: ControlData) -> bool:
@@ -98,13 +96,13 @@ def _only_sync_is_missing(data_dir: Path, control: ControlData) -> bool:
     return control.state == "in archive recovery" and (data_dir / "backup_label").exists()
 
 
-async def _begin_again(data_dir: Path, control: ControlData, before: _CutOff, source_text: str) -> Rewound | None:
+async def _begin_again(data_dir: Path, control: ControlData, before: _CutOff, source_text: str, in_thread: InThread) -> Rewound | None:
     """After a rewind that was cut off: what there is to say of it at once, or None: do it again."""
     known = before.this_boot and before.source == source_text
     if known and _only_sync_is_missing(data_dir, control):
         if living := living_processes(data_dir):
             raise PostgresError(f"processes {living} of the data directory live")
-        await sync_tree(data_dir)
+        await sync_tree(data_dir, in_thread=in_thread)
         remove_file(marker(data_dir))
         return Rewound(outcome="rewound", target_changed=True, output="an earlier rewind lacked only its last step")
     if known and control.clean:
@@ -134,15 +132,16 @@ def obstacles(control: ControlData, data_dir: Path, bin_dir: Path | str, *, agai
 async def rewind(
     data_dir: Path, bin_dir: Path | str, source: dict[str, str | int], control: ControlData, *, source_timeline: int, deadline_s: float,
     options: Options = (), restore_target_wal: bool = False, config_file: Path | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None, run: Run = run, in_thread: InThread = in_thread, boot: Callable[[], str] = boot_id,
 ) -> Rewound:
     """Rewind `data_dir` to the server of conninfo `source` (passfile= for its password), a primary on `source_timeline`.
 
     PostgresError with every obstacle before anything is touched; PostgresTimeout (and a cancel) leave the marker.
     """
-    before = _cut_off(data_dir)
+    this_boot = boot()
+    before = _cut_off(data_dir, this_boot)
     source_text = _source_text(source, source_timeline)
-    if before is not None and (known := await _begin_again(data_dir, control, before, source_text)) is not None:
+    if before is not None and (known := await _begin_again(data_dir, control, before, source_text, in_thread)) is not None:
         return known
     if reasons := obstacles(control, data_dir, bin_dir, again=before is not None):
         raise PostgresError("cannot rewind: " + "; ".join(reasons))
@@ -152,7 +151,7 @@ async def rewind(
     if config_file is not None:  # PostgreSQL 15 and later
         arguments.append(f"--config-file={config_file}")
     kept = {name: (data_dir / name).read_bytes() for name in _OURS if (data_dir / name).is_file()}
-    write_file(marker(data_dir), f"{_boot_id()}\n{source_text}\n", mode=0o600)
+    write_file(marker(data_dir), f"{this_boot}\n{source_text}\n", mode=0o600)
     done = await run(
         [binary(bin_dir, "pg_rewind"), f"--target-pgdata={data_dir}", f"--source-server={conninfo_text(source)}",
          "--progress", "--no-ensure-shutdown", *arguments],

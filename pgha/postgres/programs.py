@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Protocol
 
 import trio
 from msgspec import Struct
@@ -170,6 +171,16 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
         pass  # the whole group is gone already
 
 
+class Run(Protocol):
+    """Run a program to its end: see `run`."""
+
+    async def __call__(
+        self, argv: Sequence[str | Path], *, deadline_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None,
+        on_output: Callable[[bytes], None] | None = None, on_error_output: Callable[[bytes], None] | None = None,
+        dies_with_us: bool = False,
+    ) -> Completed: ...
+
+
 async def run(
     argv: Sequence[str | Path], *, deadline_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None,
     on_output: Callable[[bytes], None] | None = None, on_error_output: Callable[[bytes], None] | None = None,
@@ -201,7 +212,7 @@ async def run(
 
 async def run_checked(
     argv: Sequence[str | Path], *, deadline_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None,
-    dies_with_us: bool = False,
+    dies_with_us: bool = False, run: Run = run,
 ) -> Completed:
     """`run`, with CommandFailed for a non-zero exit code."""
     done = await run(argv, deadline_s=deadline_s, env=env, cwd=cwd, dies_with_us=dies_with_us)

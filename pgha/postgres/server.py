@@ -12,16 +12,16 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import trio
 
 from pgha.errors import CommandFailed, PostgresError, PostgresTimeout, PostgresUnreachable
 from pgha.postgres.connection import Connection
 from pgha.postgres.processes import Postmaster, handle_of, reap, remember_child
-from pgha.postgres.programs import binary, clean_environment, run
+from pgha.postgres.programs import Run, binary, clean_environment, run
 
 StopMode = Literal["smart", "fast", "immediate"]
 _STOP_SIGNALS: dict[StopMode, signal.Signals] = {
@@ -36,18 +36,52 @@ POLL_S = 0.01
 _LOG_TAIL_BYTES = 4096
 
 
+class Launch(Protocol):
+    """See `launch`."""
+
+    async def __call__(self, argv: Sequence[str], *, data_dir: Path, log_path: Path) -> Postmaster | int: ...
+
+
+async def launch(argv: Sequence[str], *, data_dir: Path, log_path: Path) -> Postmaster | int:
+    """Start a postmaster, in a session of its own, standing in its data directory. Its exit code if it ended at once.
+
+    PostgresUnreachable if it could not be executed.
+    """
+    group_readable = bool(data_dir.stat().st_mode & 0o040)
+    log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640 if group_readable else 0o600)
+    env = clean_environment()
+
+    def spawn() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            argv, cwd=data_dir, stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd, env=env,
+            start_new_session=True, umask=0o027 if group_readable else 0o077)
+
+    try:
+        # In a thread, because exec reads from disk; not abandoned when cancelled, so that no child goes unseen.
+        child = await trio.to_thread.run_sync(spawn)
+    except OSError as e:
+        raise PostgresUnreachable(f"cannot start {argv[0]}: {e.strerror}") from e
+    finally:
+        os.close(log_fd)
+    remember_child(child)
+    # handle_of wants the process to be called postgres, which it is: Popen returns after exec.
+    return handle_of(child.pid, data_dir) or reap(child.pid) or 0
+
+
 class Server:
     """A data directory and the programs that run it. Holds no state: processes are found, never remembered.
 
     `config_file`: where postgresql.conf is, if not in the data directory. `log_path`: where the server writes until its
-    own logging takes over; by default "postmaster.log" beside the data directory.
+    own logging takes over; by default "postmaster.log" beside the data directory. `run` and `launch`: how programs, and
+    the postmaster, are started.
     """
 
     def __init__(self, data_dir: Path, bin_dir: Path | str, *, config_file: Path | None = None,
-                 log_path: Path | None = None) -> None:
+                 log_path: Path | None = None, run: Run = run, launch: Launch = launch) -> None:
         self.data_dir = data_dir
         self.bin_dir = bin_dir
         self.config_file = config_file
+        self._run, self._launch = run, launch
         self.log_path = log_path or data_dir.parent / "postmaster.log"
 
     def command_line(self, parameters: Mapping[str, str], *, single_user: bool = False) -> list[str]:
@@ -63,29 +97,10 @@ class Server:
         CommandFailed if it ended immediately, PostgresUnreachable if it could not be executed. The caller has made
         sure that no other process of the directory lives.
         """
-        group_readable = bool(self.data_dir.stat().st_mode & 0o040)
-        log_fd = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC,
-                         0o640 if group_readable else 0o600)
-        argv, env = self.command_line(parameters), clean_environment()
-
-        def spawn() -> subprocess.Popen[bytes]:
-            return subprocess.Popen(
-                argv, cwd=self.data_dir, stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd, env=env,
-                start_new_session=True, umask=0o027 if group_readable else 0o077)
-
-        try:
-            # In a thread, because exec reads from disk; not abandoned when cancelled, so that no child goes unseen.
-            child = await trio.to_thread.run_sync(spawn)
-        except OSError as e:
-            raise PostgresUnreachable(f"cannot start {binary(self.bin_dir, 'postgres')}: {e.strerror}") from e
-        finally:
-            os.close(log_fd)
-        remember_child(child)
-        # handle_of wants the process to be called postgres, which it is: Popen returns after exec.
-        postmaster = handle_of(child.pid, self.data_dir)
-        if postmaster is None:
-            raise CommandFailed("postgres", reap(child.pid) or 0, self.log_tail())
-        return postmaster
+        started = await self._launch(self.command_line(parameters), data_dir=self.data_dir, log_path=self.log_path)
+        if isinstance(started, int):
+            raise CommandFailed("postgres", started, self.log_tail())
+        return started
 
     async def wait_ready(self, postmaster: Postmaster, *, deadline_s: float, hot: bool = True) -> None:
         """Return when it accepts connections (with `hot` false, as a standby without hot_standby: when it runs).
@@ -147,7 +162,7 @@ class Server:
                 raise PostgresError(f"{name} must be absent for recovery in single-user mode")
         keep_wal = {"archive_mode": "on", "archive_command": "false"}
         argv = [*self.command_line({**parameters, **keep_wal}, single_user=True), "template1"]
-        done = await run(argv, deadline_s=deadline_s, dies_with_us=True, cwd=self.data_dir, env=clean_environment(messages_in_english=True))
+        done = await self._run(argv, deadline_s=deadline_s, dies_with_us=True, cwd=self.data_dir, env=clean_environment(messages_in_english=True))
         if done.exit_code != 0:
             raise CommandFailed("postgres --single", done.exit_code, done.stderr)
 
@@ -157,7 +172,7 @@ class Server:
         Reads the files as the server would, without starting it, whether or not it runs.
         """
         argv = [*self.command_line(parameters), "-C", "data_directory"]
-        done = await run(argv, deadline_s=deadline_s, cwd=self.data_dir, env=clean_environment(messages_in_english=True))
+        done = await self._run(argv, deadline_s=deadline_s, cwd=self.data_dir, env=clean_environment(messages_in_english=True))
         return "" if done.exit_code == 0 else done.stderr.strip() or f"exit code {done.exit_code}"
 
     def log_tail(self) -> str:

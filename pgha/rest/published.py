@@ -135,7 +135,7 @@ def publish_pass(seen: Observation, decision: Decision, *, scope: str, memory: M
     streams = receiver is not None and receiver.status == "streaming"
     health = HealthFacts(
         state=state, role=role, standby_cluster=standby_cluster, dcs_seen=view is not None and seen.dcs.unreachable_since is None,
-        paused=seen.settings.pause, sync_standby=in_sync and config.get("synchronous_mode") != "quorum",
+        paused=decision.paused, sync_standby=in_sync and config.get("synchronous_mode") != "quorum",
         quorum_standby=in_sync and config.get("synchronous_mode") == "quorum",
         replication_state="streaming" if streams else "in archive recovery" if answered and row is not None and row.in_recovery and row.restore_command else "",
         tags=seen.settings.tags.raw, optime=view.published_position.lsn or None if view else None,

@@ -29,6 +29,7 @@ from pgha.lock import recipe
 from pgha.lock.fence import Fence
 from pgha.lock.guard_client import GuardClient, agent_flock, ensure_running
 from pgha.lock.renewer import Renewer, Timing
+from pgha.machine import LocalMachine
 from pgha.model import action as a
 from pgha.model.decision import Mandate
 from pgha.model.lock import Identity
@@ -90,17 +91,18 @@ class Node:
                                timing=lambda: Timing(ttl_s=30.0, loop_wait_s=10.0), changed=lambda: self.fence.changed())
         self.guard = GuardClient(self.runtime, incarnation=self.me.incarnation, started_ns=self.clock.now().boot_ns, data_dir=self.data_dir)
         self.procs = recipe.DataDirectory(str(self.data_dir))
+        self.machine = LocalMachine(self.data_dir, shared.BIN, directory=self.procs)
         self.fence = Fence(renewer=self.renewer, guard=self.guard, directory=self.procs, clock=self.clock, wake=self.wake)
         self.renewer.narrower = self.fence
         self.wanted = Wanted(effective=lambda: effective(self.local, self.dynamic), passfile=self.directory / "pgpass")
         self.observer = PostgresObserver(
-            data_dir=self.data_dir, directory=self.procs, conninfo=self.wanted.local_conninfo, clock=self.clock, interval_s=lambda: 0.5,
+            data_dir=self.data_dir, machine=self.machine, conninfo=self.wanted.local_conninfo, clock=self.clock, interval_s=lambda: 0.5,
             wake=self.wake, wanted=self.wanted.settings)
         self.reader = DataDirectoryReader(self.data_dir, shared.BIN)
         self.server = Server(self.data_dir, shared.BIN, config_file=self.data_dir / "postgresql.conf")
         self.ctx = Context(
             clock=self.clock, me=self.me, store=self.store, keys=self.keys, renewer=self.renewer, fence=self.fence, server=self.server,
-            directory=self.procs, wanted=self.wanted, hurry=self.observer.hurry, configuration_changed=self.observer.configuration_changed,
+            machine=self.machine, wanted=self.wanted, hurry=self.observer.hurry, configuration_changed=self.observer.configuration_changed,
             last_position=lambda: Position(timeline=0, lsn=0), bootstrap_config=lambda: encode(self.dynamic), private_dir=self.runtime)
         self.actor = Actor(self.ctx)
         self.progress = []

@@ -100,6 +100,8 @@ async def test_without_a_quorum_it_is_unreachable_at_the_deadline_and_a_watch_en
             with fault(three, signal.SIGSTOP, *three.members[1:]):
                 with took(1.3, at_least_s=0.9), pytest.raises(DcsUnreachable):
                     await put(store, "/quorum", deadline_s=1.0, attempt_s=ATTEMPT_S)
+                with took(1.3, at_least_s=0.9), pytest.raises(DcsUnreachable):      # what one member remembers is no answer
+                    await store.read("/", deadline_s=1.0)
                 with took(10), pytest.raises(DcsUnreachable, match="no leader"):
                     async for change in watch:
                         assert change is None

@@ -11,7 +11,7 @@ import pytest
 import trio
 from guard_world import CLOCK, GuardProcess, Node, Writer, late_s
 
-from pgha.clock import Instant, remaining_s
+from pgha.clock import Instant, SystemClock, remaining_s
 from pgha.dcs import ABSENT, Put
 from pgha.dcs.keys import EPOCH, LOCK, Keys, encode, parse_lock
 from pgha.dcs.memory import MemoryStore, MemoryWorld
@@ -29,6 +29,15 @@ pytestmark = pytest.mark.postgres
 KEYS = Keys("service", "demo")
 
 
+class Clock(SystemClock):
+    """The machine's clocks, with a wall clock that can be set."""
+
+    wall_offset_s = 0.0
+
+    def wall_s(self) -> float:
+        return super().wall_s() + self.wall_offset_s
+
+
 class Agent:
     """What of an agent fences: renewer, guard client and fence, with the loop's word given by the test."""
 
@@ -37,10 +46,11 @@ class Agent:
         self.store = MemoryStore(self.world)
         self.timing = Timing(ttl_s=ttl_s, loop_wait_s=loop_wait_s)
         self.wakes = 0
+        self.clock = Clock()
         self.client = GuardClient(guard.runtime, incarnation="two", started_ns=guard.started_ns + 1, data_dir=node.data)
-        self.renewer = Renewer(store=self.store, keys=KEYS, me=Identity(name="a", node_id="id-a", incarnation="two"), clock=CLOCK,
+        self.renewer = Renewer(store=self.store, keys=KEYS, me=Identity(name="a", node_id="id-a", incarnation="two"), clock=self.clock,
                                timing=lambda: self.timing, changed=lambda: self.fence.changed())
-        self.fence = Fence(renewer=self.renewer, guard=self.client, directory=recipe.DataDirectory(node.data), clock=CLOCK, wake=self._wake)
+        self.fence = Fence(renewer=self.renewer, guard=self.client, directory=recipe.DataDirectory(node.data), clock=self.clock, wake=self._wake)
         self.renewer.narrower = self.fence
         self.mandate(60)
 
@@ -237,6 +247,28 @@ def test_another_ones_record_ends_everything_at_once(node: Node, guard: GuardPro
         assert agent.record == others
 
     with_agent(node, guard, main)
+
+
+def test_a_clock_jump_that_nothing_confirms_fences_after_a_second(node: Node, guard: GuardProcess):
+    node.start()
+
+    async def main(agent: Agent) -> None:
+        await agent.acquire()
+        await agent.fence.armed()
+        writer = Writer(node)
+        agent.clock.wall_offset_s += 3600
+        await until(lambda: agent.renewer.confirm_by is None and agent.renewer.licence.sequence > 1, 3)     # noticed, and confirmed at once
+        assert writer.acknowledged
+        agent.clock.wall_offset_s -= 3600
+        agent.cut()
+        await until(lambda: agent.renewer.confirm_by is not None, 2)
+        due = agent.renewer.confirm_by
+        await until(lambda: not node.processes(), 3)
+        ended = writer.join()
+        assert -0.2 < late_s(due, ended) < 0.3, "long before the licence would have ended"
+        assert not agent.renewer.mandate.until or remaining_s(agent.renewer.mandate.until, CLOCK.now()) > 0
+
+    with_agent(node, guard, main, ttl_s=30.0, loop_wait_s=10.0)
 
 
 def test_after_the_fence_a_standby_is_left_alone(node: Node, guard: GuardProcess):

@@ -116,6 +116,32 @@ def test_a_take_over_compares_the_value_too():
     run(main)
 
 
+def test_the_last_write_of_a_bootstrap_is_one_transaction():
+    async def main() -> None:
+        async with alone() as node:
+            write(node.world, "initialize", b"")
+            action = replace(node.take(), initialize_revision=node.entry("initialize").revision, initialize_value="7" * 19)
+            await node.renewer.acquire(action, deadline_s=2, config=b'{"ttl":30}')
+            assert node.entry("initialize").value == b"7" * 19
+            assert node.entry("config").value == b'{"ttl":30}'
+            assert {node.entry(key).revision for key in (LOCK, EPOCH, "leader", "initialize", "config")} == {node.licence.revision}
+    run(main)
+
+
+@pytest.mark.parametrize("now", [b"", b"8" * 19])
+def test_a_bootstrap_whose_claim_is_gone_ends_without_a_lock(now):
+    """Its lease ran out, and another node bootstraps, or has."""
+    async def main() -> None:
+        async with alone() as node:
+            write(node.world, "initialize", b"")
+            action = replace(node.take(), initialize_revision=node.entry("initialize").revision, initialize_value="7" * 19)
+            write(node.world, "initialize", now)
+            with pytest.raises(Refused):
+                await node.renewer.acquire(action, deadline_s=2, config=b"{}")
+            assert (node.record, node.entry("initialize").value, node.entry("config")) == (None, now, None)
+    run(main)
+
+
 def test_who_holds_the_lock_takes_no_other():
     async def steps(node: Node) -> None:
         with pytest.raises(Refused):
@@ -166,6 +192,37 @@ def test_a_take_over_is_not_believed_while_it_may_still_arrive():
                 await node.renewer.acquire(node.take(), deadline_s=2)
             await trio.sleep(1)
             assert node.licence.valid_until is None
+    run(main)
+
+
+def test_a_take_over_that_arrives_late_is_not_given_up_before():
+    """Given up at once, its record would stand for nobody, and this node would wait for its own."""
+    async def main() -> None:
+        async with alone() as node:
+            node.store.lose_requests = 1
+            begun = node.clock.now()
+            with pytest.raises(DcsUnreachable):
+                await node.renewer.acquire(node.take(), deadline_s=0.5)
+            await trio.sleep(0.3)
+            assert node.licence.state is LicenceState.ACQUIRING
+            write(node.world, LOCK, node.store.writes[0][1])
+            await trio.sleep(0.3)
+            assert (node.licence.state, node.licence.valid_until) == (LicenceState.HELD, begun.plus_s(29.7))
+    run(main)
+
+
+def test_what_the_store_takes_to_answer_is_no_part_of_the_licence():
+    """Validity counts from before the first byte."""
+    async def main() -> None:
+        async with alone() as node:
+            node.store.delay_s = 0.3
+            begun = node.clock.now()
+            await node.renewer.acquire(node.take(), deadline_s=2)
+            assert node.licence.valid_until == begun.plus_s(29.7)
+            node.mandate()
+            await trio.sleep(11)
+            assert node.licence.sequence == 2
+            assert left_s(node) == pytest.approx(29.7 - (trio.current_time() - node.store.writes[1][0]))
     run(main)
 
 

@@ -37,12 +37,16 @@ def run(main: Callable[[], Awaitable[None]], *, threads: bool = False) -> None:
 
 
 class Link:
-    """A `Store` that passes everything on to another; answers of `read` come `late_s` later, watches may be `mute`."""
+    """A `Store` that passes everything on to another; answers of `read` come `late_s` later, watches may be `mute`.
+
+    `noticed`: so many more times has the driver found the store to be another or an older one.
+    """
 
     def __init__(self, store: MemoryStore) -> None:
         self._store = store
         self.late_s = 0.0
         self.mute = False
+        self.noticed = 0
         self.reads = 0
         self.watches = 0
 
@@ -52,7 +56,7 @@ class Link:
 
     @property
     def regressions(self) -> int:
-        return self._store.regressions
+        return self._store.regressions + self.noticed
 
     async def read(self, prefix: str, *, deadline_s: float) -> Snapshot:
         self.reads += 1

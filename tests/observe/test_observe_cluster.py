@@ -95,7 +95,7 @@ def test_an_unreadable_record_is_somebodys(tmp_path: Path):
     observed(tmp_path, main)
 
 
-def test_absence_counts_only_by_linearizable_reads_and_from_the_first_ones_beginning(tmp_path: Path):
+def test_absence_counts_only_by_linearizable_reads_and_from_the_first_ones_answer(tmp_path: Path):
     async def main(scene: Scene) -> None:
         await until(lambda: scene.facts.view is not None, 1)
         assert scene.facts.lock_seen.absent_since == at(0)
@@ -112,15 +112,16 @@ def test_absence_counts_only_by_linearizable_reads_and_from_the_first_ones_begin
         scene.link.late_s = 0.5
         begun = trio.current_time()
         await scene.observer.read()
-        assert scene.facts.lock_seen.absent_since == at(begun)
+        assert scene.facts.read_at == at(begun)
+        assert scene.facts.lock_seen.absent_since == at(begun + 0.5), "until then it may have been renewed"
         await scene.observer.read()
-        assert scene.facts.lock_seen.absent_since == at(begun)
+        assert scene.facts.lock_seen.absent_since == at(begun + 0.5)
         scene.renew(7)
         scene.delete(LOCK)                                       # gone again before anybody could read it
         await scene.seen()
         begun = trio.current_time()
         await scene.observer.read()
-        assert scene.facts.lock_seen.absent_since == at(begun), "it was there in between, as the watch has told"
+        assert scene.facts.lock_seen.absent_since == at(begun + 0.5), "it was there in between, as the watch has told"
 
     observed(tmp_path, main)
 
@@ -131,14 +132,14 @@ def test_a_read_that_the_watch_overtook_proves_no_absence(tmp_path: Path):
         scene.renew()
         await until(lambda: scene.facts.view is not None, 1)
         await scene.seen()
+        before = scene.facts.read_at
         scene.link.late_s = 1.0
         async with trio.open_nursery() as nursery:
             nursery.start_soon(scene.observer.read)
             await trio.sleep(0.5)
-            deleted_at = trio.current_time()
             scene.delete(LOCK)
-        absent_since = scene.facts.lock_seen.absent_since
-        assert absent_since is None or absent_since >= at(deleted_at), (absent_since, deleted_at)
+        assert scene.facts.lock_seen.record is None
+        assert (scene.facts.lock_seen.absent_since, scene.facts.read_at) == (None, before)
 
     observed(tmp_path, main)
 
@@ -188,6 +189,20 @@ def test_a_rebuilt_or_restored_store_is_untrusted_for_the_longest_ttl(tmp_path: 
         await trio.sleep(1.1)
         await scene.observer.read()
         assert (scene.facts.trusted_from, scene.facts.generation_changed) == (None, "")
+
+    observed(tmp_path, main)
+
+
+def test_what_the_driver_noticed_between_two_answers_counts(tmp_path: Path):
+    """A restored store that has caught up by the next read shows neither another id nor a lower revision."""
+    async def main(scene: Scene) -> None:
+        await until(lambda: scene.facts.view is not None, 1)
+        await scene.observer.read()
+        assert scene.facts.trusted_from is None
+        scene.link.noticed += 1
+        await scene.observer.read()
+        assert scene.facts.trusted_from is not None
+        assert "another or an older one" in scene.facts.generation_changed
 
     observed(tmp_path, main)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import trio
 
 from pgha.clock import SystemClock
+from pgha.machine import http
 from pgha.model.decision import PeerQuestion
 from pgha.model.observation import Peer
 from pgha.observe.peers import ANSWER_S, PeersObserver
@@ -116,7 +118,7 @@ async def trickling(path: str, stream: trio.SocketStream) -> None:
 class Scene:
     def __init__(self) -> None:
         self.wakes = 0
-        self.observer = PeersObserver(clock=SystemClock(), wake=self._wake, verify=False)
+        self.observer = PeersObserver(clock=SystemClock(), wake=self._wake, http=partial(http, False))
 
     def _wake(self) -> None:
         self.wakes += 1
