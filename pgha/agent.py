@@ -45,7 +45,7 @@ from pgha.inbox import Inbox
 from pgha.lock import watchdog
 from pgha.lock.fence import Fence
 from pgha.lock.guard_client import GuardClient, GuardStatus, agent_flock, ensure_running
-from pgha.lock.renewer import Renewer, Timing
+from pgha.lock.renewer import OUT_OF_SPACE, Renewer, Timing
 from pgha.lock.watchdog import Watchdog
 from pgha.machine import LocalMachine, Machine
 from pgha.model.action import (
@@ -81,7 +81,7 @@ from pgha.observe.postgres import PostgresObserver
 from pgha.postgres.files import read_dynamic_cache, write_dynamic_cache
 from pgha.postgres.server import Server
 from pgha.rest.access import Access, resolve_allowlist
-from pgha.rest.published import Board, nothing_yet, publish_pass
+from pgha.rest.published import Board, nothing_yet, publish_pass, store_gauges
 from pgha.rest.routes import App
 from pgha.rest.server import Listen
 from pgha.rest.tls import load_certificate, make_context, server_headers
@@ -194,6 +194,8 @@ class Agent:
         self._news.set()
 
     def _licence_changed(self) -> None:
+        if self.renewer.licence.failing_why.startswith(OUT_OF_SPACE):
+            self.cluster.out_of_space()
         self.fence.changed()
         self._look_at_protection()
         self.wake()
@@ -250,7 +252,7 @@ class Agent:
             nursery.start_soon(self._keep_directory_facts)
             nursery.start_soon(self._keep_guard)
             nursery.start_soon(self._give_memory_back)
-            nursery.start_soon(self.cluster.keep_capacity, lambda: self.renewer.licence.state is LicenceState.HELD)
+            nursery.start_soon(self.cluster.keep_capacity, lambda: self.renewer.licence.state is LicenceState.HELD, lambda: self.settings.store_quota_bytes)
             await self._loop()
             nursery.cancel_scope.cancel()
         await self._part()
@@ -382,6 +384,9 @@ class Agent:
     def _assemble(self) -> Observation:
         self.number += 1
         directory = self.reader.facts
+        row = self.postgres.facts.row
+        if row is not None and directory.history_of not in (0, row.timeline):
+            self._directory_news.set()      # it has gone over to another timeline since
         if self._directory_stale:
             directory = DataDirectoryFacts(state="unknown", why="being looked at")
         return Observation(
@@ -441,9 +446,7 @@ class Agent:
     def _publish(self, seen: Observation, decision: Decision, remembered: Memory) -> None:
         if decision.summary.startswith("refused to hand over"):
             self._refusal = decision.summary.partition(": ")[2]
-        capacity = seen.dcs.capacity
-        gauges = {"store_used_bytes": float(capacity.used_bytes), "store_quota_bytes": float(capacity.quota_bytes)} if capacity is not None else {}
-        self.board.publish(publish_pass(seen, decision, scope=self.local.scope, memory=remembered, failover_refusal=self._refusal, gauges=gauges))
+        self.board.publish(publish_pass(seen, decision, scope=self.local.scope, memory=remembered, failover_refusal=self._refusal, gauges=store_gauges(seen)))
         said = _what_is_said(decision)
         if said != self._said and (decision.situation != "busy" or decision.actions):
             self._said = said

@@ -104,11 +104,13 @@ class ClusterPostgresql(SharedPostgresql, frozen=True, kw_only=True):
 
 
 class ClusterOwn(Section, frozen=True, kw_only=True):
-    """`pgha` in `/config` (safety model 10 and 16). `primary_hang_timeout_s` 0: not given, so min(ttl, 30) - 1."""
+    """`pgha` in `/config` (safety model 10 and 16). `primary_hang_timeout_s` 0: not given, so min(ttl, 30) - 1.
+    `store_quota_bytes` 0: as etcd says (3.6 and later), else its default of 2 GiB."""
 
     crash_handover_after_s: Annotated[float, Key(duration(0), name="crash_handover_after", aliases=("crash_handover_after_s",))] = 3.0
     primary_hang_timeout_s: Annotated[float, Key(duration(1), name="primary_hang_timeout", aliases=("primary_hang_timeout_s",))] = 0.0
     compaction: Annotated[bool, Key(flag())] = True
+    store_quota_bytes: Annotated[int, Key(size(0), name="store_quota")] = 0
 
 
 def _table(value: Any) -> dict[str, Any]:

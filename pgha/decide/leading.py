@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
 from pgha.decide import capacity, restart, slots, switchover
-from pgha.decide.common import NONSENSE_AHEAD, ask_others, fence_in_s, others, reason, stop_timeout_s, view_of
+from pgha.decide.common import NONSENSE_AHEAD, ask_others, fence_in_s, others, own_history, reason, stop_timeout_s, view_of
 from pgha.decide.standing import left_s, licence_left, licensed
 from pgha.model.action import (
     Action,
@@ -159,13 +159,13 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
     maintenance = slots.maintenance(o)
     if maintenance is not None:
         actions.append(maintenance)
-    compact = capacity.compaction(o)
+    compact, memory = capacity.compaction(o, memory)
     if compact is not None:
         actions.append(compact)
     if restart.lock_seen_held(o).holds:
         actions += operator_requests(o, as_primary=True)
     lasts = licence_left(o) if o.licence.endless else f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"
-    reasons = (reason("leading.licence", True, lasts), capacity.store_has_room(o))
+    reasons = (reason("leading.licence", True, lasts), *capacity.reasons(o))
     return Decision(situation="leading", summary=f"no action. I am ({o.me.name}), the leader with the lock", reasons=reasons, actions=tuple(actions), memory=memory,
                     wake_in_s=o.settings.loop_wait_s)
 
@@ -200,7 +200,7 @@ def _history(o: Observation) -> WriteKey | None:
     """`history`: the rows of the own timeline's history file; known rows keep their time and leader."""
     view, row = view_of(o), o.postgres.row
     assert row is not None
-    if row.timeline == view.timeline or (row.timeline > 1 and not o.directory.history):
+    if row.timeline == view.timeline or (row.timeline > 1 and not own_history(o, row.timeline)):
         return None
     if o.directory.history and o.directory.history[-1].timeline >= row.timeline:
         return None     # the directory was looked at before the promotion

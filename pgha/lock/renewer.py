@@ -40,6 +40,10 @@ NARROW_AGAIN_S = 1.0
 WALL_JUMP_S = 1.0
 
 
+#: What `failing_why` begins with when the store refuses writes for want of space.
+OUT_OF_SPACE = "store is out of space"
+
+
 class Timing(Struct, frozen=True, kw_only=True):
     """What of the shared configuration the renewer needs, as it is now."""
 
@@ -243,7 +247,7 @@ class Renewer:
                 elif state is LicenceState.ACQUIRING:
                     await self._settle_once()
             except DcsRefused as error:
-                self._failed(("store is out of space: " if error.no_space else "") + str(error))
+                self._failed((f"{OUT_OF_SPACE}: " if error.no_space else "") + str(error))
                 await trio.sleep(0.25)
             except (DcsError, GuardError) as error:
                 self._failed(str(error))

@@ -65,6 +65,7 @@ class Memory(Struct, frozen=True, kw_only=True):
     switchover_asked_at: Instant | None = None
     upstream_asked_at: Instant | None = None
     handover_judged_at: Instant | None = None   # this crash: handing over was looked at and refused then
+    compacted_revision: int = 0                 # the store was asked to forget what is older than this
     shutdown_done: bool = False
     left_running: bool = False                  # … and PostgreSQL goes on without the agent: pause
     paused: bool = False                        # pause was in force in the last pass

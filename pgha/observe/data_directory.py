@@ -145,9 +145,10 @@ class DataDirectoryReader:
         end = self._end_of_wal if self._end_of_wal is not None and self._end_of_wal[0] == stamp and not running else None
         control = control_of(self._control)
         why = "a rewind of it was interrupted: it must be rewound again, or cloned" if looked.rewind_interrupted else ""
+        timeline = timeline or (end[2] if end else 0) or max(control.timeline, control.min_recovery_timeline)
         return replace(
             facts, state="valid", why=why, control=control, end_of_wal=end[1] if end else 0, end_of_wal_timeline=end[2] if end else 0,
-            history=await self._history_of(timeline or max(control.timeline, control.min_recovery_timeline)))
+            history=await self._history_of(timeline), history_of=timeline)
 
     async def _look(self) -> _Looked:
         """The look itself; a thread that the disk keeps is left behind, and `_looking` stays true until it returns."""
