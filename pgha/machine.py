@@ -17,9 +17,9 @@ import secrets
 import signal
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar
 
 import httpx
 import trio
@@ -183,12 +183,15 @@ class _Httpx:
         received = bytearray()
         try:
             async with self._client.stream(method, url, content=content, headers=headers) as response:
-                chunks_of = cast("AsyncGenerator[bytes, None]", response.aiter_raw())     # it is one; closed here, not by the collector
-                async with aclosing(chunks_of) as chunks:
-                    async for chunk in chunks:
+                # httpx reads through generators within generators, which only an exception at the innermost one winds up in
+                # order: so let one wait be cancelled.
+                with trio.CancelScope() as scope:
+                    async for chunk in response.aiter_raw():
                         received += chunk
                         if len(received) > largest_bytes:
-                            raise ValueError(f"longer than {largest_bytes / 1048576:g} MiB")
+                            scope.cancel()
+                if len(received) > largest_bytes:
+                    raise ValueError(f"longer than {largest_bytes / 1048576:g} MiB")
         except httpx.InvalidURL as error:
             raise ValueError(str(error)) from error
         except httpx.HTTPError as error:

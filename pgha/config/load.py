@@ -69,7 +69,7 @@ def load(where: str | os.PathLike[str], environ: Mapping[str, str], *, purpose: 
     warnings: list[str] = []
     base = f"environment {WHOLE}" if WHOLE in environ else os.fspath(where)
     if WHOLE in environ:
-        _add(environ[WHOLE].encode(), base, raw, sources, problems)
+        _add(environ[WHOLE].encode("utf-8", "surrogateescape"), base, raw, sources, problems)
     else:
         for file in _files(FilePath(where), problems):
             _read_file(file, raw, sources, problems, warnings)

@@ -8,7 +8,16 @@ from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
 from pgha.decide import capacity, restart, slots, switchover
-from pgha.decide.common import NONSENSE_AHEAD, ask_others, fence_in_s, others, own_history, reason, stop_timeout_s, view_of
+from pgha.decide.common import (
+    NONSENSE_AHEAD,
+    ask_others,
+    fence_in_s,
+    others,
+    own_history,
+    reason,
+    stop_timeout_s,
+    view_of,
+)
 from pgha.decide.standing import left_s, licence_left, licensed
 from pgha.model.action import (
     Action,

@@ -230,9 +230,9 @@ def remove_dead_pid_file(data_dir: Path, *, socket_dirs: Iterable[Path] = ()) ->
     for directory in {*named, *socket_dirs}:
         lock = directory / f".s.PGSQL.{file.port}.lock"
         try:
-            pid, owner = lock.read_text(errors="replace").splitlines()[:2]
-        except (FileNotFoundError, PermissionError, ValueError):
-            continue  # none, or not of a server of ours
+            pid, owner = read_beginning(lock, PID_FILE_BYTES).decode(errors="replace").splitlines()[:2]
+        except (OSError, ValueError):
+            continue  # none, not of a server of ours, or no name that a file can have: the directory is what the file said
         if pid.strip() == str(file.pid) and owner == file.data_dir:
             lock.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
