@@ -176,7 +176,9 @@ def _draw_config(random: Random, names: list[str], ttl_s: float) -> dict[str, An
     change: dict[str, Any] = random.choice((
         {"ttl": ttl, "loop_wait": loop_wait, "retry_timeout": retry}, {"ttl": ttl, "loop_wait": loop_wait, "retry_timeout": retry},
         {"maximum_lag_on_failover": random.choice((0, 1048576, 10485760))}, {"check_timeline": random.random() < 0.5},
-        {"primary_start_timeout": random.choice((0, 3, 30, 300))}))
+        {"primary_start_timeout": random.choice((0, 3, 30, 300))},
+        {"synchronous_mode": random.choice((True, "quorum", False))}, {"synchronous_mode": random.choice((True, "quorum", False))},
+        {"synchronous_mode_strict": random.random() < 0.5}, {"synchronous_node_count": random.choice((1, 2, 3))}))
     return {"change": change}
 
 

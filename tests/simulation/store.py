@@ -197,7 +197,10 @@ class StoreWorld:
         self._election_until_ns = max(self._election_until_ns, self._scheduler.now_ns + round(seconds * 1e9))
         self._trace("store", "election", leader=self.leader, for_s=seconds)
         for lease in list(self.world._leases):  # noqa: SLF001  (what an etcd leader change does)
-            self.world.renew(lease)
+            try:
+                self.world.renew(lease)
+            except LeaseLost:       # it was over already
+                continue
 
     def set_down(self, member: str, down: bool) -> None:
         self.down[member] = down
@@ -243,7 +246,10 @@ class StoreWorld:
 
     def put(self, key: str, value: bytes) -> int:
         """Somebody writes a key by hand; its revision."""
-        outcome = self.world.transact([], [Put(key=key, value=value)])
+        try:
+            outcome = self.world.transact([], [Put(key=key, value=value)])
+        except DcsRefused:          # out of space: who asked is told
+            return 0
         self._after_change()
         return outcome.revision
 
