@@ -740,7 +740,7 @@ def _cached_config(data_dir: Path) -> dict[str, Any] | None:
     try:
         text = read_dynamic_cache(data_dir)
         value = msgspec.json.decode(text) if text else None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:     # whatever stands there: the store will tell
         log.warning("cached configuration could not be read", why=str(error))
         return None
     return value if isinstance(value, dict) else None

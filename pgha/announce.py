@@ -96,15 +96,19 @@ class Announcer:
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the key as it is wanted. Never returns, never raises for the store's faults."""
         task_status.started()
-        failing = False
+        failing = losing = False
         while True:
             self._news = trio.Event()
             try:
                 await self.settle()
-                failing = False
+                failing = losing = False
             except LeaseLost:
-                log.info("member lease is gone, asking for a new one")
                 self._lease, self._written = 0, None
+                if not losing:
+                    log.info("member lease is gone, asking for a new one")
+                else:       # also the new one: a store in trouble is not hammered
+                    await trio.sleep(1.0)
+                losing = True
                 continue
             except DcsError as error:
                 if not failing:

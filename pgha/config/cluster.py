@@ -20,7 +20,21 @@ from msgspec import field
 from pgha.config import gucs
 from pgha.config.lists import lines, program_options, texts
 from pgha.config.schema import Key, Path, Report, Section, fields, read
-from pgha.config.values import Kind, Wrong, choice, duration, flag, integer, path, plain, size, text, type_name
+from pgha.config.values import (
+    DEEPEST,
+    Kind,
+    Wrong,
+    choice,
+    duration,
+    flag,
+    integer,
+    path,
+    plain,
+    size,
+    text,
+    too_deep,
+    type_name,
+)
 
 OptionList = tuple[tuple[str, str | None], ...]
 
@@ -30,8 +44,6 @@ PATRONI_MINIMUM_RETRY_TIMEOUT_S = 3.0
 
 #: the guard takes no deadline further away than a day (lock/protocol.py)
 LONGEST_TIMING_S = 86400
-#: deeper than any configuration; a patch from outside must not exhaust the stack
-DEEPEST = 32
 
 LATER = "not supported yet by this version; allowed: leave it out"
 _ONLY_LOCAL = "is known only to the node itself; allowed: in the node's own file"
@@ -213,7 +225,7 @@ def read_strictly(raw: Any, at: Path, report: Report) -> ClusterConfig:
 def validate_dynamic(raw: Any) -> list[str]:
     """Everything that is wrong with `raw` as a whole new `/config`; one line each."""
     report = Report("/config")
-    if isinstance(raw, (dict, list)) and _too_deep(raw):
+    if too_deep(raw):
         return [f"/config: is nested more than {DEEPEST} deep"]
     read_strictly(raw, (), report)
     return report.problems
@@ -242,16 +254,6 @@ def merge_patch(old: Any, patch: Any, *, depth: int = 0) -> Any:
         else:
             merged[key] = merge_patch(merged.get(key), value, depth=depth + 1)
     return merged
-
-
-def _too_deep(raw: Any) -> bool:
-    """Is anything nested more than DEEPEST deep? Level by level, without recursion."""
-    level = [raw]
-    for _ in range(DEEPEST + 1):
-        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer) if isinstance(inner, (dict, list))]
-        if not level:
-            return False
-    return True
 
 
 def normalised(raw: dict[str, Any]) -> dict[str, Any]:

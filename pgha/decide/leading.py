@@ -8,7 +8,16 @@ from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
 from pgha.decide import capacity, restart, slots, switchover
-from pgha.decide.common import ask_others, fence_in_s, others, own_history, reason, stop_timeout_s, view_of
+from pgha.decide.common import (
+    NONSENSE_AHEAD,
+    ask_others,
+    fence_in_s,
+    others,
+    own_history,
+    reason,
+    stop_timeout_s,
+    view_of,
+)
 from pgha.decide.standing import left_s, licence_left, licensed
 from pgha.model.action import (
     Action,
@@ -68,8 +77,8 @@ def _promote(o: Observation, memory: Memory) -> Decision:
     if failed:
         back = Demote(mode="kill", release=True, checkpoint=False, why="promotion failed", timeout_s=0.0)
         return Decision(situation="leading", summary="promotion failed: giving the lock back", reasons=reasons, actions=(back,), memory=memory)
-    if view.epoch.holder != o.me.name or o.licence.epoch != view.epoch.number or view.epoch.timeline <= row.timeline:
-        # The claim is not in sight yet, or it was used up: read again; without a claim above our timeline nobody promotes.
+    if view.epoch.holder != o.me.name or o.licence.epoch != view.epoch.number or not 0 < view.epoch.timeline - row.timeline <= NONSENSE_AHEAD + 1:
+        # The claim is not in sight yet, was used up, or is nonsense: read again; without a claim above our timeline nobody promotes.
         unread = view.revision < o.licence.revision
         if unread:
             return Decision(situation="leading", summary="holding the lock, reading the claim", reasons=reasons, actions=(ReadCluster(),), memory=memory, wake_in_s=0.1)

@@ -35,6 +35,9 @@ SAVE_EVERY_S = 10.0
 #: An absent or changed store is untrusted for at least so long (safety model 4).
 UNTRUSTED_S = 30.0
 READ_S = 1.5
+#: Between reads of a store that does not answer, and the longest between those that stand in for a watch that fails.
+READ_AGAIN_S = 0.3
+READ_INSTEAD_EVERY_S = 2.0
 #: How often a leader asks how full the store is (while there is an alarm; at most, when a write was refused), and which
 #: steps are worth a line in the log.
 CAPACITY_EVERY_S = 300.0
@@ -69,6 +72,8 @@ class ClusterObserver:
         self._known = self._remembered.generation
         self._saved_at: Instant | None = None
         self._saving = False
+        self._watch_failures = 0      # in a row, without a change in between
+        self._watch_silences = 0
         self._revisions: list[tuple[Instant, int]] = []      # hourly, for what is a day old
         self._warned = 0.0
         self._untrusted_lock = b""                           # what a store that was restored shows as the record
@@ -95,7 +100,8 @@ class ClusterObserver:
             self._heard(self._clock.now())
             self._note_generation(snapshot.generation, known)
             if snapshot.revision >= self._revision:
-                self._entries, self._revision = dict(snapshot.entries), snapshot.revision
+                kept = (self._keys.worth_keeping(entry) for entry in snapshot.entries.values() if entry.key.startswith(self._keys.root))
+                self._entries, self._revision = {entry.key: entry for entry in kept if entry is not None}, snapshot.revision
                 self._renew_view(snapshot, began)
             else:
                 # The watch has told of more meanwhile: the view is newer than this read, which therefore proves nothing of it.
@@ -106,8 +112,8 @@ class ClusterObserver:
         view = parse(Snapshot(revision=self._revision, entries=self._entries, generation=self._generation), self._keys)
         before = self.facts
         lock_seen = self._look_at_lock(view, linearizable=snapshot is not None)
-        if view.problems and (before.view is None or before.view.problems != view.problems):
-            for problem in view.problems:
+        for problem in view.problems:
+            if before.view is None or problem not in before.view.problems:
                 log.warning("store holds what cannot be read", key=problem)
         self._remember(view)
         self.facts = replace(
@@ -225,12 +231,35 @@ class ClusterObserver:
             while True:
                 try:
                     await self.read()
-                    await self._follow()
-                except Compacted as error:
-                    log.info("watch was behind the store's history, reading again", revision=error.revision)
                 except DcsError as error:
                     self._unreachable(str(error))
-                    await trio.sleep(0.3)
+                    await trio.sleep(READ_AGAIN_S)
+                    continue
+                try:
+                    await self._follow()
+                    continue
+                except Compacted as error:
+                    why = f"history from revision {self._revision + 1} on is gone, the oldest is {error.revision}"
+                except DcsError as error:
+                    why = str(error)
+                await self._without_watch(why)
+
+    async def _without_watch(self, why: str) -> None:
+        """A watch that ended says nothing of the store: the next read does, at once. One that ends again and again is said
+        once, and reading goes on in its place."""
+        # Absence is continuous only by what was seen without a gap.
+        self.facts = replace(self.facts, lock_seen=replace(self.facts.lock_seen, absent_since=None))
+        self._watch_failures += 1
+        if self._watch_failures == 2:
+            log.warning("watch of the store ends again and again, reading instead", why=why)
+        elif self._watch_failures < 2:
+            log.info("watch of the store ended, reading again", why=why)
+        await trio.sleep(0.0 if self._watch_failures == 1 else min(READ_AGAIN_S * self._watch_failures, READ_INSTEAD_EVERY_S))
+
+    def _watch_delivers(self) -> None:
+        if self._watch_failures > 1:
+            log.info("watch of the store works again")
+        self._watch_failures = 0
 
     async def _keep_saving(self) -> None:
         while True:
@@ -298,10 +327,14 @@ class ClusterObserver:
                     revision = self._revision
                     await self.read()
                     if self._revision != revision:
-                        log.warning("watch was silent while the store changed, opening it again")
+                        self._watch_silences += 1
+                        say = log.warning if self._watch_silences == 1 else log.debug
+                        say("watch was silent while the store changed, opening it again")
                     return
                 self._heard(self._clock.now())
                 if change is not None:
+                    self._watch_silences = 0
+                    self._watch_delivers()
                     self._apply(change)
 
     def _silence_s(self) -> float:
@@ -313,10 +346,11 @@ class ClusterObserver:
         if change.revision <= self._revision:
             return
         for key, entry in change.entries.items():
-            if entry is None:
+            kept = self._keys.worth_keeping(entry) if entry is not None and key.startswith(self._keys.root) else None
+            if kept is None:
                 self._entries.pop(key, None)
             else:
-                self._entries[key] = entry
+                self._entries[key] = kept
         self._revision = change.revision
         self._known = replace(self._known, revision=max(self._known.revision, change.revision))
         self._remember_generation()
