@@ -33,6 +33,7 @@ class Fault(NamedTuple):
     """`touches`: what it takes away, and no other fault may take at the same time. Of agent and guard only one may be taken
     away at a time (more is not promised to be survived), except by the faults that say that they take both.
 
+    `primary_only`: it makes sense nowhere else. `exposes`: nothing but a device protects, what happens is measured.
     `longest_ttl`: how long at most it lasts, as a multiple of ttl. `weight`: how often it is chosen.
     """
 
@@ -42,6 +43,7 @@ class Fault(NamedTuple):
     longest_ttl: float = 3.0
     weight: int = 2
     exposes: bool = False
+    primary_only: bool = False
 
 
 FAULTS: dict[str, Fault] = {}
@@ -55,9 +57,9 @@ def together(one: Fault, other: Fault) -> bool:
 
 
 def fault(kind: str, *, touches: frozenset[str] = frozenset(), longest_ttl: float = 3.0, weight: int = 2,
-          exposes: bool = False) -> Callable[[Callable[[ChaosBed, Host, random.Random], Iterator[str]]], None]:
+          exposes: bool = False, primary_only: bool = False) -> Callable[[Callable[[ChaosBed, Host, random.Random], Iterator[str]]], None]:
     def register(make: Callable[[ChaosBed, Host, random.Random], Iterator[str]]) -> None:
-        FAULTS[kind] = Fault(kind, contextlib.contextmanager(make), touches, longest_ttl, weight, exposes)
+        FAULTS[kind] = Fault(kind, contextlib.contextmanager(make), touches, longest_ttl, weight, exposes, primary_only)
 
     return register
 
@@ -114,7 +116,7 @@ def _(bed, host, chance):
         yield ", ".join(member.name for member in alone)
 
 
-@fault("one etcd member and the primary on one side")
+@fault("one etcd member and the primary on one side", primary_only=True)
 def _(bed, host, chance):
     member = chance.choice(bed.etcd.members)
     far = (*_others(bed, host), *(other.address for other in bed.etcd.members if other is not member))
@@ -173,9 +175,10 @@ def _(bed, host, chance):
 
 
 def _start(host: Host) -> None:
-    """As its unit would; the device may have killed it, too."""
-    if host.agent is None or host.agent.poll() is not None:
-        host.start_agent()
+    """As its unit would; it may run again already after a reset."""
+    with host.switch:
+        if host.agent is None or host.agent.poll() is not None:
+            host.start_agent()
 
 
 @fault("agent killed", touches=AGENT | DISK)
@@ -220,7 +223,7 @@ def _(bed, host, chance):
         signal_all(guards, signal.SIGCONT)
 
 
-@fault("agent and guard killed", touches=AGENT | GUARD | DISK, exposes=True)
+@fault("agent and guard killed", touches=AGENT | GUARD | DISK, exposes=True, primary_only=True)
 def _(bed, host, chance):
     kill_agent_and_guard(host)
     try:
@@ -265,7 +268,7 @@ def _stopped(name: str, processes: list[Process]) -> Iterator[str]:
         signal_all(processes, signal.SIGCONT)
 
 
-@fault("one backend killed")
+@fault("one backend killed", primary_only=True)
 def _(bed, host, chance):
     pid = _a_backend(host)
     if pid:
@@ -273,7 +276,7 @@ def _(bed, host, chance):
     yield f"{host.name}, {pid or 'no client there'}"
 
 
-@fault("one backend stopped")
+@fault("one backend stopped", primary_only=True)
 def _(bed, host, chance):
     """It may hold a lock that all others need, and does not die of a shutdown."""
     pid = _a_backend(host)
@@ -407,6 +410,15 @@ def _(bed, host, chance):
         yield f"to {ttl} by {host.name}: {answer.status if answer else 'no answer yet'}"
     finally:
         _until_answered(bed, {"ttl": before})
+
+
+@fault("an operator pauses")
+def _(bed, host, chance):
+    answer = host.request("PATCH", "/config", {"pause": True}, timeout_s=_CALL_S)
+    try:
+        yield f"by {host.name}: {answer.status if answer else 'no answer yet'}"
+    finally:
+        _until_answered(bed, {"pause": None})
 
 
 def _until_answered(bed: ChaosBed, change: dict[str, object]) -> None:

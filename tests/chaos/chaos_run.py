@@ -46,6 +46,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 #: In these, an acknowledged row is never lost.
 DURABLE = {"sync", "strict", "quorum"}
+#: So many of the faults are the primary's.
+PRIMARY_SHARE = 0.75
 #: After the last fault has healed, all is well again within so many ttl and so many seconds more.
 RECOVERY_TTLS, RECOVERY_S = 3, 60
 #: A restarted agent needs so long until its guard has put an end to what was exposed.
@@ -104,7 +106,7 @@ def plan(seed: int, ttl_s: float, kinds: Sequence[Fault]) -> Iterator[list[Plann
             bag.remove(fitting)
             chosen.append(fitting)
         spread_s = ttl_s if len(chosen) > 1 else 0.0
-        yield [Planned(f.kind, chance.choices(("primary", "replica"), (65, 35))[0], round(chance.uniform(0, spread_s), 2),
+        yield [Planned(f.kind, "primary" if chance.random() < PRIMARY_SHARE or f.primary_only else "replica", round(chance.uniform(0, spread_s), 2),
                        round(ttl_s * chance.choice((0.1, 0.5, 1.0, 1.5, f.longest_ttl)) * min(1.0, f.longest_ttl / 1.5), 2), chance.randrange(2**32))
                for f in chosen]
 
@@ -244,14 +246,14 @@ class Run:
             mine = [row for row in self.rows if row.kind == kind]
             alone = [row for row in mine if row.alone]
             cells.append((kind, str(len(mine)), str(len(alone)), str(sum(r.failovers for r in alone)),
-                          *(f"{max((value(r) for r in alone), default=float('nan')):.1f}".replace("nan", "") for value in
+                          *(f"{max(map(value, alone)):.1f}" if alone else f"({max(map(value, mine)):.1f})" for value in
                             (lambda r: r.roaming_gap_s, lambda r: r.any_gap_s, lambda r: r.recovery_s))))
         both = [row for row in self.rows if not row.alone]
         if both:
             cells.append(("(several at a time)", str(len(both)), "", str(self.verdict.failovers - sum(r.failovers for r in self.rows if r.alone)),
                           f"{max(r.roaming_gap_s for r in both):.1f}", f"{max(r.any_gap_s for r in both):.1f}", f"{max(r.recovery_s for r in both):.1f}"))
         lines += table(("Fault", "times", "alone", "failovers", "no writes s", "of anybody s", "whole again s"), cells)
-        lines += ["", "Failovers and the longest times are those of rounds with that fault alone. No writes: for the client that roams among all nodes;",
+        lines += ["", "Failovers and the longest times are those of rounds with that fault alone (in brackets: only with others so far). No writes: for the client that roams among all nodes;",
                   "of anybody: nobody's row was acknowledged. Whole again: from healing until one primary has every member streaming.", ""]
         for node, seconds, lost in self.verdict.exposures:
             lines.append(f"exposure: agent and guard of {node} killed together, no watchdog device: two writers for {seconds:.2f} s, {lost} of those rows lost")
