@@ -236,6 +236,8 @@ class ChaosBed(Bed):
         self._programs = ChaosPrograms(directory.parent, program, clocks=clocks)
         #: (node, exit code, monotonic µs) of agents that ended without being told to.
         self.ended: list[tuple[str, int, int]] = []
+        #: What is still to be undone once the last fault has ended.
+        self.after_healing: list[Callable[[], None]] = []
         self._restart_at_s: dict[str, float] = {}
         super().__init__(directory, program, etcd_program=find_etcd(), bin_dir=find_postgres(), nodes=nodes, etcd_members=3, profile=profile,
                          user=USER, dynamic=dynamic)

@@ -1,10 +1,11 @@
 """What can go wrong: each fault is a context, from its beginning until it has healed.
 
-A fault is planned with a role (`primary`, `replica`, `etcd`), and finds out only when it begins who plays it. The text
+A fault is planned with a role (`primary` or `replica`), and finds out only when it begins who plays it. The text
 that the context gives says what was really done.
 
-Rules of this file: what a fault began it ends, also when something raised; a killed agent is started again at the end
-of its fault, as if its unit had RestartSec of that long.
+Rules of this file: what a fault began it ends, also when something raised; what only a healthy cluster lets be undone is
+left to `bed.after_healing`. A killed agent is started again at the end of its fault, as if its unit had RestartSec of
+that long.
 """
 
 from __future__ import annotations
@@ -406,23 +407,19 @@ def _(bed, host, chance):
     before = bed.profile.ttl
     ttl = chance.choice((before + 5, before * 2, max(5, before - 10)))
     answer = host.request("PATCH", "/config", {"ttl": ttl}, timeout_s=_CALL_S)
-    try:
-        yield f"to {ttl} by {host.name}: {answer.status if answer else 'no answer yet'}"
-    finally:
-        _until_answered(bed, {"ttl": before})
+    bed.after_healing.append(lambda: _until_answered(bed, {"ttl": before}))
+    yield f"to {ttl} by {host.name}: {answer.status if answer else 'no answer yet'}"
 
 
 @fault("an operator pauses")
 def _(bed, host, chance):
     answer = host.request("PATCH", "/config", {"pause": True}, timeout_s=_CALL_S)
-    try:
-        yield f"by {host.name}: {answer.status if answer else 'no answer yet'}"
-    finally:
-        _until_answered(bed, {"pause": None})
+    bed.after_healing.append(lambda: _until_answered(bed, {"pause": None}))
+    yield f"by {host.name}: {answer.status if answer else 'no answer yet'}"
 
 
 def _until_answered(bed: ChaosBed, change: dict[str, object]) -> None:
-    """The former settings are back, by whoever can write them; other faults may still be there."""
+    """The former settings are back, by whoever can write them."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         for host in bed.hosts:

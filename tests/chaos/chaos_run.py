@@ -6,8 +6,8 @@ In rounds: one to three faults at random moments, on the primary more often than
 one primary with every member streaming, and every node must have the same rows. Which faults, when, on whom (as a role)
 and how long follows from the seed alone; what the cluster makes of it does not.
 
-Ends with exit code 1 at the first violation, and then keeps everything in var/chaos/<run>/: logs, histories, what
-each node decided (explain.jsonl), faults.jsonl. Exit code 0: none was found.
+Ends with exit code 1 at the first violation. Everything is kept in var/chaos/<run>/: logs, histories, what each node
+decided around each fault (explain.jsonl), faults.jsonl. Exit code 0: no violation was found.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ PRIMARY_SHARE = 0.75
 RECOVERY_TTLS, RECOVERY_S = 3, 60
 #: A restarted agent needs so long until its guard has put an end to what was exposed.
 AGENT_START_S = 5
+_INTERRUPTED = 130
 _SAME_ROWS_S = 30
 _TICK_S = 0.05
 _QUIET_S = (1.0, 4.0)
@@ -138,6 +139,8 @@ class Run:
         done = self._faults(began, planned)
         healed = time.monotonic()
         self._note("healed", {})
+        while self.bed.after_healing:
+            self.bed.after_healing.pop()()
         try:
             self.bed.wait_healthy(self.recovery_limit_s)
             recovery_s = time.monotonic() - healed
@@ -312,7 +315,8 @@ def main() -> int:
     if missing := why_not():
         print(f"build/chaos: skipped: {missing}")
         return 0
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores the first
+        signal.signal(number, signal.default_int_handler)
     tag = f"{given.seed}-{os.getpid()}"
     kept = ROOT / "var/chaos" / f"{time.strftime('%m%d-%H%M%S', time.gmtime())}-seed{given.seed}-ttl{given.ttl}-{'-'.join(words)}"
     kept.mkdir(parents=True)
@@ -330,7 +334,7 @@ def run(bed: ChaosBed, given: argparse.Namespace, rounds: Iterator[list[Planned]
     say(f"build/chaos --minutes {given.minutes:g} --seed {given.seed} --ttl {given.ttl} --mode {given.mode}"
         f"{' --watchdog' if given.watchdog else ''}{''.join(f' --only {text!r}' for text in given.only or ())}    # {kept}")
     bed.start()
-    violation = ""
+    violation, interrupted = "", False
     chance = random.Random(given.seed)  # noqa: S311
     with Clients(bed) as clients:
         this = Run(bed, clients, kept, durable=durable, say=say)
@@ -345,17 +349,17 @@ def run(bed: ChaosBed, given: argparse.Namespace, rounds: Iterator[list[Planned]
         except Violation as broken:
             violation = str(broken)
         except KeyboardInterrupt:
+            interrupted = True
             say("interrupted")
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            if violation or sys.exc_info()[0]:
-                this.explain("the end")
-                this.keep_everything()
+            this.explain("the end")
+            this.keep_everything()
         say("")
         for line in this.report(violation):
             say(line)
-    return 1 if violation else 0
+    return 1 if violation else _INTERRUPTED if interrupted else 0
 
 
 if __name__ == "__main__":
