@@ -45,7 +45,7 @@ from pgha.inbox import Inbox
 from pgha.lock import watchdog
 from pgha.lock.fence import Fence
 from pgha.lock.guard_client import GuardClient, GuardStatus, agent_flock, ensure_running
-from pgha.lock.renewer import Renewer, Timing
+from pgha.lock.renewer import OUT_OF_SPACE, Renewer, Timing
 from pgha.lock.watchdog import Watchdog
 from pgha.machine import LocalMachine, Machine
 from pgha.model.action import (
@@ -72,7 +72,7 @@ from pgha.model.action import (
 from pgha.model.decision import Decision, Memory
 from pgha.model.lock import Identity, LicenceState
 from pgha.model.node import DataDirectoryFacts, PostgresFacts, WatchdogFacts
-from pgha.model.observation import DcsFacts, Observation, Operation, Settings, Upstream
+from pgha.model.observation import DcsFacts, Observation, Operation, Settings, Upstream, WrittenNames
 from pgha.model.wal import HistoryRow, Position
 from pgha.observe.cluster import ClusterObserver
 from pgha.observe.data_directory import DataDirectoryReader
@@ -81,7 +81,7 @@ from pgha.observe.postgres import PostgresObserver
 from pgha.postgres.files import read_dynamic_cache, write_dynamic_cache
 from pgha.postgres.server import Server
 from pgha.rest.access import Access, resolve_allowlist
-from pgha.rest.published import Board, nothing_yet, publish_pass
+from pgha.rest.published import Board, nothing_yet, publish_pass, store_gauges
 from pgha.rest.routes import App
 from pgha.rest.server import Listen
 from pgha.rest.tls import load_certificate, make_context, server_headers
@@ -194,6 +194,8 @@ class Agent:
         self._news.set()
 
     def _licence_changed(self) -> None:
+        if self.renewer.licence.failing_why.startswith(OUT_OF_SPACE):
+            self.cluster.out_of_space()
         self.fence.changed()
         self._look_at_protection()
         self.wake()
@@ -250,7 +252,7 @@ class Agent:
             nursery.start_soon(self._keep_directory_facts)
             nursery.start_soon(self._keep_guard)
             nursery.start_soon(self._give_memory_back)
-            nursery.start_soon(self.cluster.keep_capacity, lambda: self.renewer.licence.state is LicenceState.HELD)
+            nursery.start_soon(self.cluster.keep_capacity, lambda: self.renewer.licence.state is LicenceState.HELD, lambda: self.settings.store_quota_bytes)
             await self._loop()
             nursery.cancel_scope.cancel()
         await self._part()
@@ -390,7 +392,8 @@ class Agent:
         return Observation(
             now=self.clock.now(), wall_s=self.clock.wall_s(), number=self.number, me=self.me, settings=self._settings_now(), dcs=self._dcs(), licence=self.renewer.licence,
             postgres=self.postgres.facts, directory=directory, guard=self.fence.facts, watchdog=self._watchdog_facts(), peers=dict(self.peers.facts),
-            upstream=self._upstream, configured_upstream=self.wanted.upstream.name if self.wanted.upstream else "", operation=self._operation, ended=self._ended, requests=self.inbox.requests, shutting_down=self.shutting_down)
+            upstream=self._upstream, configured_upstream=self.wanted.upstream.name if self.wanted.upstream else "",
+            written_names=WrittenNames(told=self.wanted.names_told, names=self.wanted.names), operation=self._operation, ended=self._ended, requests=self.inbox.requests, shutting_down=self.shutting_down)
 
     def _doubt(self, seen: Observation) -> None:
         """Another's record in the view while this node holds: the renewer, which knows better, is asked to make sure."""
@@ -444,9 +447,7 @@ class Agent:
     def _publish(self, seen: Observation, decision: Decision, remembered: Memory) -> None:
         if decision.summary.startswith("refused to hand over"):
             self._refusal = decision.summary.partition(": ")[2]
-        capacity = seen.dcs.capacity
-        gauges = {"store_used_bytes": float(capacity.used_bytes), "store_quota_bytes": float(capacity.quota_bytes)} if capacity is not None else {}
-        self.board.publish(publish_pass(seen, decision, scope=self.local.scope, memory=remembered, failover_refusal=self._refusal, gauges=gauges))
+        self.board.publish(publish_pass(seen, decision, scope=self.local.scope, memory=remembered, failover_refusal=self._refusal, gauges=store_gauges(seen)))
         said = _what_is_said(decision)
         if said != self._said and (decision.situation != "busy" or decision.actions):
             self._said = said
@@ -740,7 +741,7 @@ def _cached_config(data_dir: Path) -> dict[str, Any] | None:
     try:
         text = read_dynamic_cache(data_dir)
         value = msgspec.json.decode(text) if text else None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:     # whatever stands there: the store will tell
         log.warning("cached configuration could not be read", why=str(error))
         return None
     return value if isinstance(value, dict) else None

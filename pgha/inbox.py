@@ -15,7 +15,7 @@ import trio
 from pgha.clock import Clock
 from pgha.config.cluster import merge_patch, validate_change
 from pgha.dcs import Compare, Put, Store
-from pgha.dcs.keys import Keys, encode
+from pgha.dcs.keys import Keys, encode, loads
 from pgha.errors import DcsError
 from pgha.log import Log
 from pgha.model.cluster import ClusterView
@@ -130,7 +130,7 @@ class Inbox:
         if entry is None and patch:
             return Answer(status=503, text="there is no configuration in the store")
         try:
-            old = json.loads(entry.value) if entry else {}
+            old = loads(entry.value) if entry else {}
         except ValueError:
             old = {}
         if not isinstance(old, dict):

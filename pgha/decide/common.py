@@ -12,6 +12,8 @@ from pgha.model.wal import HistoryRow
 
 #: A peer's answer older than this says nothing about now.
 FRESH_S = 1.0
+#: Every number up to the claimed one is blocked by a file: a claim this far ahead was never a timeline.
+NONSENSE_AHEAD = 1000
 
 
 def may_write(o: Observation) -> bool:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import NamedTuple
 
-from pgha.clock import Deadline, Instant, earlier, remaining_s
+from pgha.clock import Deadline, Instant, earlier, holder_age_s, remaining_s
 from pgha.lock.protocol import MAX_ARM_S, MAX_OFFLINE_S, NOBODY, Agent, Op, Request, State
 
 #: How long a primary may run that nobody has armed: time for an agent to speak up (safety model 8).
@@ -156,8 +156,9 @@ def _arm(held: Held, request: Request, _facts: Facts, now: Instant) -> Verdict:
     left_s = remaining_s(fence_at, now)
     if left_s <= 0:
         return Verdict(held, f"fence_at passed {-left_s:.3f} s ago")
-    if left_s > MAX_ARM_S:
-        return Verdict(held, f"fence_at is {left_s:.0f} s ahead, at most {MAX_ARM_S:.0f} s are believed")
+    ahead_s = holder_age_s(now, fence_at)     # on the clock that says more: else one of the two would bound nothing
+    if ahead_s > MAX_ARM_S:
+        return Verdict(held, f"fence_at is {ahead_s:.0f} s ahead, at most {MAX_ARM_S:.0f} s are believed")
     if request.sequence < held.sequence:
         return Verdict(held, f"sequence {request.sequence} is older than {held.sequence}")
     if request.sequence == held.sequence:
@@ -208,7 +209,7 @@ def _offline(held: Held, request: Request, facts: Facts, now: Instant) -> Verdic
     until = request.deadline
     assert until is not None
     left_s = remaining_s(until, now)
-    if not 0 < left_s <= MAX_OFFLINE_S:
+    if left_s <= 0 or holder_age_s(now, until) > MAX_OFFLINE_S:
         return Verdict(held, f"until is {left_s:.3f} s ahead, it must be within {MAX_OFFLINE_S:.0f} s")
     if facts.processes and held.state is not State.OFFLINE:
         return Verdict(held, f"{facts.processes} processes of the data directory live")

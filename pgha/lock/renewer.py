@@ -14,14 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import msgspec
 import trio
 from msgspec import Struct
 from msgspec.structs import replace
 
 from pgha.clock import Clock, Deadline, Instant, holder_age_s, remaining_s
 from pgha.dcs import ABSENT, Compare, Delete, Entry, Outcome, Put, Store
-from pgha.dcs.keys import EPOCH, LOCK, Keys, encode, parse_lock
+from pgha.dcs.keys import EPOCH, LOCK, Keys, encode, parse_epoch, parse_lock
 from pgha.errors import DcsError, DcsRefused, DcsUnreachable, GuardError, Refused
 from pgha.lock.licence import LicenceBook, Sent
 from pgha.log import Log
@@ -39,6 +38,10 @@ GIVE_UP_S = 1.5
 NARROW_AGAIN_S = 1.0
 #: A wall clock that moves against the boot clock by more than this asks for a confirming renewal (safety model 15).
 WALL_JUMP_S = 1.0
+
+
+#: What `failing_why` begins with when the store refuses writes for want of space.
+OUT_OF_SPACE = "store is out of space"
 
 
 class Timing(Struct, frozen=True, kw_only=True):
@@ -244,7 +247,7 @@ class Renewer:
                 elif state is LicenceState.ACQUIRING:
                     await self._settle_once()
             except DcsRefused as error:
-                self._failed(("store is out of space: " if error.no_space else "") + str(error))
+                self._failed((f"{OUT_OF_SPACE}: " if error.no_space else "") + str(error))
                 await trio.sleep(0.25)
             except (DcsError, GuardError) as error:
                 self._failed(str(error))
@@ -457,9 +460,5 @@ _NOBODY = LockRecord(holder="nobody", node_id="", incarnation="", sequence=0, tt
 
 
 def _epoch_number(entry: Entry | None) -> int:
-    if entry is None:
-        return 0
-    try:
-        return msgspec.json.decode(entry.value, type=Epoch).number
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        return 0
+    epoch = parse_epoch(entry.value) if entry is not None else None
+    return epoch.number if epoch is not None else 0

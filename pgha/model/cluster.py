@@ -35,9 +35,10 @@ class Tags(Struct, frozen=True, kw_only=True):
         def number(key: str) -> int:
             value = raw.get(key, 1)
             try:
-                return int(value)
+                priority = int(value)
             except (TypeError, ValueError, OverflowError):
                 return 1
+            return priority if abs(priority) < 1 << 31 else 1
 
         nofailover = flag("nofailover") if "nofailover" in raw else number("failover_priority") <= 0
         nosync = flag("nosync") if "nosync" in raw else number("sync_priority") <= 0

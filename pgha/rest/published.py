@@ -155,6 +155,15 @@ def publish_pass(seen: Observation, decision: Decision, *, scope: str, memory: M
     )
 
 
+def store_gauges(seen: Observation) -> dict[str, float]:
+    """How full the store is, where this node watches it (the leader does; safety model 16)."""
+    capacity = seen.dcs.capacity
+    if capacity is None:
+        return {}
+    return {"store_used_bytes": float(capacity.used_bytes), "store_quota_bytes": float(capacity.quota_bytes), "store_alarms": float(len(capacity.alarms)),
+            "store_uncompacted_seconds": candidate_age_s(capacity.compacted_at or capacity.watched_since, seen.now)}
+
+
 def _node(seen: Observation, *, scope: str, answered: bool) -> NodeFacts:
     row, control = seen.postgres.row, seen.directory.control
     last_seen_s = 0

@@ -113,7 +113,7 @@ class Changes:
             if key in ("schedule", "role", "postgres_version", "restart_pending"):
                 raise _Wrong(400, f"{key} is not supported yet by this version of pgha: only an immediate restart is")
             if key != "timeout":
-                raise _Wrong(400, f"Unknown filter: {key}")
+                raise _Wrong(400, f"Unknown filter: {key[:100]}")
         options: dict[str, Any] = {}
         published = self._board.current()
         start_s = published.primary_start_timeout_s
@@ -240,6 +240,8 @@ def _object(request: Request, *, required: bool = True) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(request.body)
+        # What could be neither written to the store nor answered: half a character, and "not a number".
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise _Wrong(400, "the body is not JSON") from None
     if not isinstance(value, dict) or (required and not value):
@@ -259,7 +261,7 @@ def _name(body: Mapping[str, Any], key: str) -> str:
 def _seconds(value: Any) -> float:
     """A positive number, also as text with a unit of PostgreSQL's (ms, s, min, h, d)."""
     units = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
-    text = str(value).strip()
+    text = str(value).strip()[:40] if isinstance(value, (str, int, float)) else ""
     number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
     try:
         seconds = float(number) * units[text[len(number):].strip()]
