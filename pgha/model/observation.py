@@ -7,7 +7,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from pgha.clock import Instant
-from pgha.model.cluster import ClusterView, LockSeen, Tags
+from pgha.model.cluster import ClusterView, LockSeen, PausedHolder, Tags
 from pgha.model.lock import Identity, Licence
 from pgha.model.node import DataDirectoryFacts, GuardFacts, PostgresFacts, WatchdogFacts
 from pgha.model.wal import HistoryRow, Position
@@ -83,6 +83,7 @@ class DcsFacts(Struct, frozen=True, kw_only=True):
     trusted_from: Instant | None = None
     generation_changed: str = ""
     capacity: StoreCapacity | None = None
+    remembered_pause: PausedHolder | None = None  # persisted; None: the last record that can be believed was not paused
     remembered_ttl_s: float = 0.0         # largest ttl seen in a record, persisted
     remembered_members: dict[str, str] = {}   # name → api_url of members seen within member_slots_ttl
     last_positions: dict[str, Position] = {}  # last position that each member published, also if its key is gone
@@ -121,6 +122,16 @@ class Upstream(Struct, frozen=True, kw_only=True):
     lsn: int = 0
     in_recovery: bool = False
     history: tuple[HistoryRow, ...] = ()
+
+
+class WrittenNames(Struct, frozen=True, kw_only=True):
+    """What synchronous_standby_names PostgreSQL's files were last written with: `names`, None = the operator's own.
+
+    `told` false: a former agent wrote them, and this one has not said yet what they are to be.
+    """
+
+    told: bool = True
+    names: str | None = None
 
 
 class Operation(Struct, frozen=True, kw_only=True):
@@ -168,6 +179,7 @@ class Observation(Struct, frozen=True, kw_only=True):
     peers: dict[str, Peer] = {}
     upstream: Upstream | None = None
     configured_upstream: str = ""        # whom PostgreSQL's files were last written to follow
+    written_names: WrittenNames = WrittenNames()
     operation: Operation | None = None   # in flight
     ended: Operation | None = None       # the last one that ended
     requests: tuple[Request, ...] = ()
