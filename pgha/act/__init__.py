@@ -44,6 +44,8 @@ class Actor:
                         await ctx.renewer.acquire(action, deadline_s=deadline_s, config=config)
                     case a.ReleaseLock():
                         await keys.release_lock(ctx, action, deadline_s=deadline_s)
+                    case a.StandDown():
+                        await keys.stand_down(ctx, action, deadline_s=deadline_s)
                     case a.WriteKey():
                         await keys.write_key(ctx, action, deadline_s=deadline_s)
                     case a.WriteInitialize():

@@ -6,7 +6,16 @@ from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
 from pgha.decide import rejoin, restart
-from pgha.decide.common import ask_others, backed_off, fresh_peers, leader_member, reason, source_of, view_of
+from pgha.decide.common import (
+    ask_others,
+    backed_off,
+    fresh_peers,
+    leader_member,
+    own_history,
+    reason,
+    source_of,
+    view_of,
+)
 from pgha.decide.slots import own_slot_name
 from pgha.decide.standing import Standing, Whose, because, licensed, standing
 from pgha.model.action import (
@@ -169,7 +178,7 @@ def _rejoin(o: Observation, memory: Memory, now: Standing) -> Decision:
         return Decision(situation="broken", summary="the leader's system identifier differs", reasons=(differs,), memory=memory, wake_in_s=2.0)
     end_known = bool(o.directory.end_of_wal)
     own = _own_end(o)
-    judged = rejoin.interrupted() if o.directory.rewind_interrupted else rejoin.judge(own, o.directory.history, upstream, end_is_known=end_known)
+    judged = rejoin.interrupted() if o.directory.rewind_interrupted else rejoin.judge(own, own_history(o, own.timeline) or (), upstream, end_is_known=end_known)
     if judged.verdict is rejoin.Verdict.UNKNOWN:
         return _one("looking for the end of own WAL", (judged.because,), InspectEndOfWal(), memory)
     if judged.verdict is rejoin.Verdict.FOLLOW:

@@ -8,8 +8,17 @@ from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
 from pgha.decide import capacity, restart, slots, switchover
-from pgha.decide.common import ask_others, fence_in_s, others, reason, stop_timeout_s, view_of
-from pgha.decide.standing import left_s, licensed
+from pgha.decide.common import (
+    NONSENSE_AHEAD,
+    ask_others,
+    fence_in_s,
+    others,
+    own_history,
+    reason,
+    stop_timeout_s,
+    view_of,
+)
+from pgha.decide.standing import left_s, licence_left, licensed
 from pgha.model.action import (
     Action,
     AnswerRequest,
@@ -68,8 +77,8 @@ def _promote(o: Observation, memory: Memory) -> Decision:
     if failed:
         back = Demote(mode="kill", release=True, checkpoint=False, why="promotion failed", timeout_s=0.0)
         return Decision(situation="leading", summary="promotion failed: giving the lock back", reasons=reasons, actions=(back,), memory=memory)
-    if view.epoch.holder != o.me.name or o.licence.epoch != view.epoch.number or view.epoch.timeline <= row.timeline:
-        # The claim is not in sight yet, or it was used up: read again; without a claim above our timeline nobody promotes.
+    if view.epoch.holder != o.me.name or o.licence.epoch != view.epoch.number or not 0 < view.epoch.timeline - row.timeline <= NONSENSE_AHEAD + 1:
+        # The claim is not in sight yet, was used up, or is nonsense: read again; without a claim above our timeline nobody promotes.
         unread = view.revision < o.licence.revision
         if unread:
             return Decision(situation="leading", summary="holding the lock, reading the claim", reasons=reasons, actions=(ReadCluster(),), memory=memory, wake_in_s=0.1)
@@ -159,12 +168,13 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
     maintenance = slots.maintenance(o)
     if maintenance is not None:
         actions.append(maintenance)
-    compact = capacity.compaction(o)
+    compact, memory = capacity.compaction(o, memory)
     if compact is not None:
         actions.append(compact)
     if restart.lock_seen_held(o).holds:
         actions += operator_requests(o, as_primary=True)
-    reasons = (reason("leading.licence", True, f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"), capacity.store_has_room(o))
+    lasts = licence_left(o) if o.licence.endless else f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"
+    reasons = (reason("leading.licence", True, lasts), *capacity.reasons(o))
     return Decision(situation="leading", summary=f"no action. I am ({o.me.name}), the leader with the lock", reasons=reasons, actions=tuple(actions), memory=memory,
                     wake_in_s=o.settings.loop_wait_s)
 
@@ -199,7 +209,7 @@ def _history(o: Observation) -> WriteKey | None:
     """`history`: the rows of the own timeline's history file; known rows keep their time and leader."""
     view, row = view_of(o), o.postgres.row
     assert row is not None
-    if row.timeline == view.timeline or (row.timeline > 1 and not o.directory.history):
+    if row.timeline == view.timeline or (row.timeline > 1 and not own_history(o, row.timeline)):
         return None
     if o.directory.history and o.directory.history[-1].timeline >= row.timeline:
         return None     # the directory was looked at before the promotion

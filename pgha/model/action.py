@@ -38,6 +38,7 @@ class AcquireLock(Struct, frozen=True, kw_only=True, tag=True):
     epoch_number: int
     also_unchanged: dict[str, int] = {}
     readopt: bool = False
+    paused: bool = False                     # the new record is in mode `paused`: so was the one re-adopted, and the guard knows
     claim_timeline: int = 0
     claims: tuple[tuple[int, str], ...] = ()
     lsn: int = 0
@@ -48,6 +49,14 @@ class AcquireLock(Struct, frozen=True, kw_only=True, tag=True):
 
 class ReleaseLock(Struct, frozen=True, kw_only=True, tag=True):
     """Give the lock back. Only when no process of the data directory can write; the executor checks that again."""
+
+    lsn: int
+    timeline: int
+    why: str
+
+
+class StandDown(Struct, frozen=True, kw_only=True, tag=True):
+    """In pause, PostgreSQL was stopped by hand or runs in recovery: have the guard hold it to that, then give the lock back."""
 
     lsn: int
     timeline: int
@@ -221,7 +230,7 @@ class CancelOperation(Struct, frozen=True, kw_only=True, tag=True):
 
 
 QuickAction = (
-    ReadCluster | AcquireLock | ReleaseLock | WriteKey | WriteInitialize | Freeze | Follow | MaintainSlots
+    ReadCluster | AcquireLock | ReleaseLock | StandDown | WriteKey | WriteInitialize | Freeze | Follow | MaintainSlots
     | RestoreStandbySignal | AnswerRequest | ApplyConfiguration | CompactStore | CancelOperation
 )
 LongAction = (

@@ -23,7 +23,7 @@ class Reason(Struct, frozen=True, kw_only=True):
 class Mandate(Struct, frozen=True, kw_only=True):
     """Until when the renewer may go on renewing without another word from the loop (safety model 10)."""
 
-    kind: Literal["none", "running", "starting", "stopping", "operation"] = "none"
+    kind: Literal["none", "running", "starting", "stopping", "operation", "paused"] = "none"
     until: Deadline | None = None
     why: str = ""
 
@@ -65,7 +65,11 @@ class Memory(Struct, frozen=True, kw_only=True):
     switchover_asked_at: Instant | None = None
     upstream_asked_at: Instant | None = None
     handover_judged_at: Instant | None = None   # this crash: handing over was looked at and refused then
+    compacted_revision: int = 0                 # the store was asked to forget what is older than this
     shutdown_done: bool = False
+    left_running: bool = False                  # … and PostgreSQL goes on without the agent: pause
+    paused: bool = False                        # pause was in force in the last pass
+    ours_to_start: bool = False                 # PostgreSQL is down by this node's own doing: it starts it again, also in pause
     stand_back_until: Instant | None = None
     stand_back_why: str = ""
 
@@ -104,4 +108,5 @@ class Decision(Struct, frozen=True, kw_only=True):
     vote: Vote = Vote()
     state: str = ""                             # PostgreSQL's state for the member key and REST (compatibility spec 1.10)
     role: str = ""                              # spec 1.11
+    paused: bool = False                        # pause is in force on this node
     wake_in_s: float = 10.0

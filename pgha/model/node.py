@@ -116,7 +116,8 @@ class DataDirectoryFacts(Struct, frozen=True, kw_only=True):
     standby_signal: bool = False
     end_of_wal: int = 0                  # of a stopped server, once asked for; 0 = not known
     end_of_wal_timeline: int = 0
-    history: tuple[HistoryRow, ...] = ()  # of the own timeline
+    history: tuple[HistoryRow, ...] = ()  # of timeline `history_of`, the own one when the directory was read
+    history_of: int = 0                  # 0: not told
     major_version: int = 0
     rewind_interrupted: bool = False     # a rewind was begun and not ended: rewound again, or cloned; never started
     abandoned_bootstrap: bool = False    # a bootstrap was begun and not ended: unless one runs now, it is nobody's
@@ -127,7 +128,7 @@ class GuardFacts(Struct, frozen=True, kw_only=True):
     """The guard's last acknowledgement."""
 
     reachable: bool = False
-    state: str = ""                      # idle, armed, latched, standby, offline
+    state: str = ""                      # idle, armed, paused, latched, standby, offline
     fence_at: Deadline | None = None
     pid: int = 0
     why: str = ""

@@ -43,6 +43,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     tags: Tags = Tags()
     watchdog_required: bool = False
     may_compact_store: bool = True
+    store_quota_bytes: int = 0               # 0: as the store says
     configuration_changed: bool = False  # PostgreSQL's files do not hold the effective configuration yet
     dynamic_config: bytes = b""          # the shared configuration as last known, to restore a missing key
     postgres_host: str = ""              # how peers reach this PostgreSQL: connect_address
@@ -50,7 +51,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 
 class StoreCapacity(Struct, frozen=True, kw_only=True):
-    """How full the store is, as last asked (safety model 16). 0 = unknown.
+    """How full the store is, as the leader asked it last (safety model 16). 0 = unknown.
 
     `day_old_revision`: a revision that is at least a day old, as far as this process has been watching.
     `compacted_at`: when somebody last compacted, as seen here; None: not since this process watches.
