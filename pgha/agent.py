@@ -45,7 +45,7 @@ from pgha.inbox import Inbox
 from pgha.lock import watchdog
 from pgha.lock.fence import Fence
 from pgha.lock.guard_client import GuardClient, GuardStatus, agent_flock, ensure_running
-from pgha.lock.renewer import Renewer, Timing
+from pgha.lock.renewer import OUT_OF_SPACE, Renewer, Timing
 from pgha.lock.watchdog import Watchdog
 from pgha.machine import LocalMachine, Machine
 from pgha.model.action import (
@@ -72,7 +72,7 @@ from pgha.model.action import (
 from pgha.model.decision import Decision, Memory
 from pgha.model.lock import Identity, LicenceState
 from pgha.model.node import DataDirectoryFacts, PostgresFacts, WatchdogFacts
-from pgha.model.observation import DcsFacts, Observation, Operation, Settings, Upstream
+from pgha.model.observation import DcsFacts, Observation, Operation, Settings, Upstream, WrittenNames
 from pgha.model.wal import HistoryRow, Position
 from pgha.observe.cluster import ClusterObserver
 from pgha.observe.data_directory import DataDirectoryReader
@@ -81,7 +81,7 @@ from pgha.observe.postgres import PostgresObserver
 from pgha.postgres.files import read_dynamic_cache, write_dynamic_cache
 from pgha.postgres.server import Server
 from pgha.rest.access import Access, resolve_allowlist
-from pgha.rest.published import Board, nothing_yet, publish_pass
+from pgha.rest.published import Board, nothing_yet, publish_pass, store_gauges
 from pgha.rest.routes import App
 from pgha.rest.server import Listen
 from pgha.rest.tls import load_certificate, make_context, server_headers
@@ -129,7 +129,7 @@ class Agent:
         self._news = trio.Event()
 
         self.renewer = Renewer(store=renewer_store, keys=self.keys, me=self.me, clock=clock,
-                               timing=lambda: Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s), changed=self._licence_changed)
+                               timing=lambda: Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause), changed=self._licence_changed)
         self.guard = GuardClient(self.runtime_dir, incarnation=self.me.incarnation, started_ns=clock.now().boot_ns, data_dir=data_dir,
                                  open_stream=machine.open_guard)
         self.fence = Fence(renewer=self.renewer, guard=self.guard, directory=machine.directory, clock=clock, wake=self.wake)
@@ -194,6 +194,8 @@ class Agent:
         self._news.set()
 
     def _licence_changed(self) -> None:
+        if self.renewer.licence.failing_why.startswith(OUT_OF_SPACE):
+            self.cluster.out_of_space()
         self.fence.changed()
         self._look_at_protection()
         self.wake()
@@ -207,7 +209,7 @@ class Agent:
 
     def _protects(self) -> bool:
         about_to = self._operation is not None and self._operation.kind in ("Promote", "StartPrimary", "Restart") and self._licensed()
-        return (self.fence.mode == "armed" or about_to) and not self.settings.pause
+        return (self.fence.mode == "armed" or about_to) and not self.renewer.licence.endless
 
     def _licensed(self) -> bool:
         licence = self.renewer.licence
@@ -250,7 +252,7 @@ class Agent:
             nursery.start_soon(self._keep_directory_facts)
             nursery.start_soon(self._keep_guard)
             nursery.start_soon(self._give_memory_back)
-            nursery.start_soon(self.cluster.keep_capacity, lambda: self.renewer.licence.state is LicenceState.HELD)
+            nursery.start_soon(self.cluster.keep_capacity, lambda: self.renewer.licence.state is LicenceState.HELD, lambda: self.settings.store_quota_bytes)
             await self._loop()
             nursery.cancel_scope.cancel()
         await self._part()
@@ -258,7 +260,7 @@ class Agent:
     async def _meet_guard(self) -> None:
         """Before anything else: no primary runs without a guard, and a restarted agent asks it how long it may."""
         status = await self._guard_there()
-        primary = status.state in ("armed", "latched") and bool(self.machine.directory.processes())
+        primary = status.state in ("armed", "paused", "latched") and bool(self.machine.directory.processes())
         self.fence.adopt(status, primary=primary)
         log.info("guard", state=status.state, pid=status.pid, why=status.why)
 
@@ -382,12 +384,16 @@ class Agent:
     def _assemble(self) -> Observation:
         self.number += 1
         directory = self.reader.facts
+        row = self.postgres.facts.row
+        if row is not None and directory.history_of not in (0, row.timeline):
+            self._directory_news.set()      # it has gone over to another timeline since
         if self._directory_stale:
             directory = DataDirectoryFacts(state="unknown", why="being looked at")
         return Observation(
             now=self.clock.now(), wall_s=self.clock.wall_s(), number=self.number, me=self.me, settings=self._settings_now(), dcs=self._dcs(), licence=self.renewer.licence,
             postgres=self.postgres.facts, directory=directory, guard=self.fence.facts, watchdog=self._watchdog_facts(), peers=dict(self.peers.facts),
-            upstream=self._upstream, configured_upstream=self.wanted.upstream.name if self.wanted.upstream else "", operation=self._operation, ended=self._ended, requests=self.inbox.requests, shutting_down=self.shutting_down)
+            upstream=self._upstream, configured_upstream=self.wanted.upstream.name if self.wanted.upstream else "",
+            written_names=WrittenNames(told=self.wanted.names_told, names=self.wanted.names), operation=self._operation, ended=self._ended, requests=self.inbox.requests, shutting_down=self.shutting_down)
 
     def _doubt(self, seen: Observation) -> None:
         """Another's record in the view while this node holds: the renewer, which knows better, is asked to make sure."""
@@ -441,13 +447,11 @@ class Agent:
     def _publish(self, seen: Observation, decision: Decision, remembered: Memory) -> None:
         if decision.summary.startswith("refused to hand over"):
             self._refusal = decision.summary.partition(": ")[2]
-        capacity = seen.dcs.capacity
-        gauges = {"store_used_bytes": float(capacity.used_bytes), "store_quota_bytes": float(capacity.quota_bytes)} if capacity is not None else {}
-        self.board.publish(publish_pass(seen, decision, scope=self.local.scope, memory=remembered, failover_refusal=self._refusal, gauges=gauges))
+        self.board.publish(publish_pass(seen, decision, scope=self.local.scope, memory=remembered, failover_refusal=self._refusal, gauges=store_gauges(seen)))
         said = _what_is_said(decision)
         if said != self._said and (decision.situation != "busy" or decision.actions):
             self._said = said
-            log.info(decision.summary, situation=decision.situation, **({"pass": self.number}))
+            log.info(f"PAUSE: {decision.summary}" if decision.paused else decision.summary, situation=decision.situation, **({"pass": self.number}))
             self.machine.notify(f"STATUS={decision.summary}")
         view = seen.dcs.view
         if view is not None and self.me.name not in view.members:
@@ -462,7 +466,8 @@ class Agent:
             conn_url=f"postgres://{local.postgresql.connect_address}/{database}", proxy_url=f"postgres://{proxy}/{database}" if proxy else ""))
 
     def _done(self, decision: Decision) -> bool:
-        if self.shutting_down and decision.memory.shutdown_done and self._operation is None and not self.postgres.facts.alive:
+        memory = decision.memory
+        if self.shutting_down and memory.shutdown_done and self._operation is None and (memory.left_running or not self.postgres.facts.alive):
             self.finished = True
         return self.finished
 
@@ -656,7 +661,18 @@ class Agent:
     # --- the end -------------------------------------------------------------------------------------------------------
 
     async def _part(self) -> None:
-        """PostgreSQL is stopped and the lock given back: say so in the member key, let the guard go."""
+        """PostgreSQL is stopped and the lock given back: say so in the member key, let the guard go.
+
+        In pause both go on without the agent, and the guard stays with them.
+        """
+        if not self.memory.left_running:
+            await self._say_stopped()
+        with trio.move_on_after(1.0):
+            await self.guard.aclose()
+            await self.store.aclose()
+        log.info("stopped" if not self.memory.left_running else "stopped; PostgreSQL runs on: pause")
+
+    async def _say_stopped(self) -> None:
         with trio.move_on_after(1.0):
             try:
                 seen = self._assemble()
@@ -670,10 +686,6 @@ class Agent:
                 await self.guard.bye()
             except GuardError as error:
                 log.warning("guard did not take its leave", why=str(error))
-        with trio.move_on_after(1.0):
-            await self.guard.aclose()
-            await self.store.aclose()
-        log.info("stopped")
 
 
 def _store(local: LocalConfig) -> Store:
@@ -729,7 +741,7 @@ def _cached_config(data_dir: Path) -> dict[str, Any] | None:
     try:
         text = read_dynamic_cache(data_dir)
         value = msgspec.json.decode(text) if text else None
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:     # whatever stands there: the store will tell
         log.warning("cached configuration could not be read", why=str(error))
         return None
     return value if isinstance(value, dict) else None

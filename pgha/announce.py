@@ -38,8 +38,9 @@ def member_value(seen: Observation, decision: Decision, *, api_url: str, conn_ur
         value["proxy_url"] = proxy_url
     if checkpoint_pending and decision.role == "primary":
         value["checkpoint_after_promote"] = False
-    if seen.settings.tags.raw:
-        value["tags"] = seen.settings.tags.raw
+    tags = {**seen.settings.tags.raw, "nosync": True, "sync_priority": 0} if decision.leaves_sync else seen.settings.tags.raw
+    if tags:
+        value["tags"] = tags
     if row is not None and row.pending_restart:
         value["pending_restart"] = True
         value["pending_restart_reason"] = {k: {"old_value": old, "new_value": new} for k, (old, new) in row.pending_restart.items()}
@@ -57,7 +58,7 @@ def member_value(seen: Observation, decision: Decision, *, api_url: str, conn_ur
         timeline = (row.receiver.timeline if row.in_recovery and row.receiver else 0) or row.timeline
         if timeline:
             value["timeline"] = timeline
-    if seen.settings.pause:
+    if decision.paused:
         value["pause"] = True
     value["pgha"] = {"version": __version__, "node_id": seen.me.node_id}
     return value
@@ -96,15 +97,19 @@ class Announcer:
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         """Keep the key as it is wanted. Never returns, never raises for the store's faults."""
         task_status.started()
-        failing = False
+        failing = losing = False
         while True:
             self._news = trio.Event()
             try:
                 await self.settle()
-                failing = False
+                failing = losing = False
             except LeaseLost:
-                log.info("member lease is gone, asking for a new one")
                 self._lease, self._written = 0, None
+                if not losing:
+                    log.info("member lease is gone, asking for a new one")
+                else:       # also the new one: a store in trouble is not hammered
+                    await trio.sleep(1.0)
+                losing = True
                 continue
             except DcsError as error:
                 if not failing:

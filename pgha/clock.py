@@ -34,6 +34,10 @@ class Instant(NamedTuple):
 #: A deadline is an instant that has passed as soon as either clock has passed it.
 Deadline = Instant
 
+#: A deadline that no clock reaches (a century and a half after boot), so that whatever compares deadlines needs no
+#: second case for what does not end, and "no deadline" can go on meaning "no licence".
+NEVER: Deadline = Instant(1 << 62, 1 << 62)
+
 
 def holder_age_s(since: Instant, now: Instant) -> float:
     """Seconds since `since` for somebody who must not believe too long: the larger of both differences."""

@@ -15,7 +15,7 @@ import trio
 from pgha.clock import Clock
 from pgha.config.cluster import merge_patch, validate_change
 from pgha.dcs import Compare, Put, Store
-from pgha.dcs.keys import Keys, encode
+from pgha.dcs.keys import Keys, encode, loads
 from pgha.errors import DcsError
 from pgha.log import Log
 from pgha.model.cluster import ClusterView
@@ -110,7 +110,7 @@ class Inbox:
         view = self._view()
         if view is None:
             return Answer(status=503, text=_FAILED["failover"])
-        value = {k: payload[k] for k in ("leader", "member") if payload.get(k)}
+        value = {k: payload[k] for k in ("leader", "member", "pgha") if payload.get(k)}
         outcome = await self._put("failover", encode(value), view.revision_of("failover"), deadline_s)
         if not outcome[0]:
             return Answer(status=503, text=_FAILED["failover"] + " (it was changed meanwhile)")
@@ -130,7 +130,7 @@ class Inbox:
         if entry is None and patch:
             return Answer(status=503, text="there is no configuration in the store")
         try:
-            old = json.loads(entry.value) if entry else {}
+            old = loads(entry.value) if entry else {}
         except ValueError:
             old = {}
         if not isinstance(old, dict):

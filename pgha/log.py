@@ -15,17 +15,26 @@ from typing import Any, TextIO
 
 _SECRET = re.compile(r"passw|secret|token|private", re.IGNORECASE)
 #: Credentials inside connection strings and URLs, whoever put them into a text.
-#: conninfo (spaces around "=", quotes doubled or escaped), JSON and repr, URLs (a password may hold "/" and "@"), headers.
+#: conninfo (spaces around "=", quotes doubled or escaped), JSON and repr, headers.
 _EMBEDDED = re.compile(
-    r"""(passw(?:or)?d["']?\s*[=:]\s*)('(?:[^'\\]|\\.|'')*'|"(?:[^"\\]|\\.|"")*"|[^\s&,}]+)"""
-    r"""|(://[^:/@\s]*:)[^\s"']+(@)"""
-    r"""|(authorization["']?\s*[:=]\s*["']?(?:basic|bearer)?\s*)([^\s"',]+)""",
+    r"""(passw(?:or)?d["']?\s*[=:]\s*)(?:'(?:[^'\\]|\\.|'')*'|"(?:[^"\\]|\\.|"")*"|[^\s&,}]+)"""
+    r"""|(authorization["']?\s*[:=]\s*["']?(?:basic|bearer)?\s*)[^\s"',]+""",
     re.IGNORECASE)
+#: URLs; a password may hold "/" and "@". Whether there is an "@" at all is looked at afterwards: looking for the last one
+#: here would take a time that is quadratic in a text without any.
+_IN_URL = re.compile(r"""(://[^:/@\s]*:)([^\s"']+)""")
+#: More of a text is neither written nor looked through; who needs a whole value finds it where it came from.
+LONGEST_TEXT = 8192
 
 
 def scrub(text: str) -> str:
     """`text` without passwords in conninfo strings or URLs."""
-    return _EMBEDDED.sub(lambda m: f"{m[1]}***" if m[1] else f"{m[3]}***{m[4]}" if m[3] else f"{m[5]}***", text)
+    return _EMBEDDED.sub(lambda m: f"{m[1] or m[2]}***", _IN_URL.sub(_without_password, text))
+
+
+def _without_password(url: re.Match[str]) -> str:
+    _, at, rest = url[2].rpartition("@")
+    return f"{url[1]}***@{rest}" if at else url[0]
 
 
 def _clean(value: Any) -> Any:
@@ -34,14 +43,38 @@ def _clean(value: Any) -> Any:
         return {k: "***" if _SECRET.search(str(k)) else _clean(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_clean(v) for v in value]
-    return scrub(value) if isinstance(value, str) else value
+    return _bounded(value) if isinstance(value, str) else value
+
+
+def _bounded(text: str) -> str:
+    """`text` scrubbed, and not longer than anybody reads."""
+    more = len(text) - LONGEST_TEXT
+    if more <= 0:
+        return scrub(text)
+    head = text[:LONGEST_TEXT]
+    url = head.rfind("://") + 3
+    if url >= 3 and not re.search(r"\s", head[url:]):
+        head = head[:url]       # its "@" may be in what is left out: half a URL is not recognised as one with a password
+    return f"{scrub(head)}… ({more} characters more)"
+
+
+def _traceback(text: str) -> str:
+    """Its end says what happened."""
+    if len(text) <= 2 * LONGEST_TEXT:
+        return scrub(text)
+    return _bounded(text) + "\n" + scrub(text[-LONGEST_TEXT:].partition("\n")[2])
+
+
+def _printable(text: str) -> str:
+    """Without control characters: what others wrote cannot begin a line of its own, nor speak to a terminal."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _format_value(value: Any) -> str:
     if isinstance(value, float):
         value = round(value, 3)
-    text = scrub(str(value))
-    return json.dumps(text) if not text or re.search(r'[\s"=]', text) else text
+    text = _bounded(str(value))
+    return json.dumps(text) if not text or not text.isprintable() or re.search(r'[\s"=]', text) else text
 
 
 class Log:
@@ -69,7 +102,7 @@ class Log:
     def _emit(self, level: int, event: str, facts: dict[str, Any], *, exc_info: bool = False) -> None:
         if self._logger.isEnabledFor(level):
             clean = _clean(facts)
-            self._logger.log(level, "%s", scrub(event), extra={"facts": clean}, exc_info=exc_info)
+            self._logger.log(level, "%s", _bounded(event), extra={"facts": clean}, exc_info=exc_info)
 
 
 class PlainFormatter(logging.Formatter):
@@ -80,9 +113,9 @@ class PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         facts: dict[str, Any] = getattr(record, "facts", {})
         tail = "".join(f" {k}={_format_value(v)}" for k, v in facts.items())
-        line = f"{self.formatTime(record)} {record.levelname} {scrub(record.getMessage())}{tail}"
+        line = f"{self.formatTime(record)} {record.levelname} {_printable(_bounded(record.getMessage()))}{tail}"
         if record.exc_info:
-            line += "\n" + scrub(self.formatException(record.exc_info))
+            line += "\n" + _traceback(self.formatException(record.exc_info))
         return line
 
 
@@ -95,10 +128,10 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         facts: dict[str, Any] = getattr(record, "facts", {})
-        out = {"time": self.formatTime(record), "level": record.levelname, "event": scrub(record.getMessage()), **self._static}
-        out.update({k: v if isinstance(v, (int, float, bool)) or v is None else scrub(str(v)) for k, v in facts.items()})
+        out = {"time": self.formatTime(record), "level": record.levelname, "event": _bounded(record.getMessage()), **self._static}
+        out.update({k: v if isinstance(v, (int, float, bool)) or v is None else _bounded(str(v)) for k, v in facts.items()})
         if record.exc_info:
-            out["traceback"] = scrub(self.formatException(record.exc_info))
+            out["traceback"] = _traceback(self.formatException(record.exc_info))
         return json.dumps(out, ensure_ascii=False)
 
 

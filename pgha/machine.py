@@ -17,9 +17,9 @@ import secrets
 import signal
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar
 
 import httpx
 import trio
@@ -177,21 +177,26 @@ class _Httpx:
         self._client = client
 
     async def request(self, method: str, url: str, *, body: bytes = b"", largest_bytes: int) -> tuple[int, bytes]:
-        content, headers = (body, {"Content-Type": "application/json"}) if body else (None, None)
-        received = b""
+        content = body or None
+        # As it is, not unpacked: a kilobyte of gzip may hold a megabyte of nothing.
+        headers = {"Accept-Encoding": "identity", **({"Content-Type": "application/json"} if body else {})}
+        received = bytearray()
         try:
             async with self._client.stream(method, url, content=content, headers=headers) as response:
-                chunks_of = cast("AsyncGenerator[bytes, None]", response.aiter_bytes())     # it is one; closed here, not by the collector
-                async with aclosing(chunks_of) as chunks:
-                    async for chunk in chunks:
+                # httpx reads through generators within generators, which only an exception at the innermost one winds up in
+                # order: so let one wait be cancelled.
+                with trio.CancelScope() as scope:
+                    async for chunk in response.aiter_raw():
                         received += chunk
                         if len(received) > largest_bytes:
-                            raise ValueError(f"longer than {largest_bytes / 1048576:g} MiB")
+                            scope.cancel()
+                if len(received) > largest_bytes:
+                    raise ValueError(f"longer than {largest_bytes / 1048576:g} MiB")
         except httpx.InvalidURL as error:
             raise ValueError(str(error)) from error
         except httpx.HTTPError as error:
             raise ConnectionError(str(error) or type(error).__name__) from error
-        return response.status_code, received
+        return response.status_code, bytes(received)
 
 
 @asynccontextmanager

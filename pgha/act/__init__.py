@@ -44,6 +44,8 @@ class Actor:
                         await ctx.renewer.acquire(action, deadline_s=deadline_s, config=config)
                     case a.ReleaseLock():
                         await keys.release_lock(ctx, action, deadline_s=deadline_s)
+                    case a.StandDown():
+                        await keys.stand_down(ctx, action, deadline_s=deadline_s)
                     case a.WriteKey():
                         await keys.write_key(ctx, action, deadline_s=deadline_s)
                     case a.WriteInitialize():
@@ -57,6 +59,8 @@ class Actor:
                         await follow.follow(ctx, action)
                     case a.ApplyConfiguration():
                         await follow.apply_configuration(ctx, action)
+                    case a.SetSynchronousNames():
+                        await follow.set_synchronous_names(ctx, action)
                     case a.RestoreStandbySignal():
                         await follow.restore_standby_signal(ctx)
                     case a.MaintainSlots():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pgha.act.context import Context
+from pgha.act.steps import be_standby_at_rest
 from pgha.dcs import Compare, Delete, Put
 from pgha.dcs.keys import EPOCH
 from pgha.errors import OperationFailed, Refused
-from pgha.model.action import ReleaseLock, WriteInitialize, WriteKey
+from pgha.model.action import ReleaseLock, StandDown, WriteInitialize, WriteKey
 
 
 async def write_key(ctx: Context, action: WriteKey, *, deadline_s: float) -> None:
@@ -41,4 +42,12 @@ async def release_lock(ctx: Context, action: ReleaseLock, *, deadline_s: float) 
     """Only when no process of the data directory can write: asked again here, of the processes themselves."""
     if left := ctx.directory.processes():
         raise OperationFailed(f"the lock is not released while processes of the data directory live: {[p.pid for p in left[:8]]}")
+    await ctx.renewer.release(lsn=action.lsn, timeline=action.timeline, deadline_s=deadline_s)
+
+
+async def stand_down(ctx: Context, action: StandDown, *, deadline_s: float) -> None:
+    """The guard first, which sees for itself that no process lives, or that the server is in recovery: after the release
+    nothing else holds this data directory to that."""
+    await be_standby_at_rest(ctx)
+    await ctx.fence.standby()
     await ctx.renewer.release(lsn=action.lsn, timeline=action.timeline, deadline_s=deadline_s)

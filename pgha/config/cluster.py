@@ -20,7 +20,21 @@ from msgspec import field
 from pgha.config import gucs
 from pgha.config.lists import lines, program_options, texts
 from pgha.config.schema import Key, Path, Report, Section, fields, read
-from pgha.config.values import Kind, Wrong, choice, duration, flag, integer, path, plain, size, text, type_name
+from pgha.config.values import (
+    DEEPEST,
+    Kind,
+    Wrong,
+    choice,
+    duration,
+    flag,
+    integer,
+    path,
+    plain,
+    size,
+    text,
+    too_deep,
+    type_name,
+)
 
 OptionList = tuple[tuple[str, str | None], ...]
 
@@ -30,8 +44,6 @@ PATRONI_MINIMUM_RETRY_TIMEOUT_S = 3.0
 
 #: the guard takes no deadline further away than a day (lock/protocol.py)
 LONGEST_TIMING_S = 86400
-#: deeper than any configuration; a patch from outside must not exhaust the stack
-DEEPEST = 32
 
 LATER = "not supported yet by this version; allowed: leave it out"
 _ONLY_LOCAL = "is known only to the node itself; allowed: in the node's own file"
@@ -92,11 +104,13 @@ class ClusterPostgresql(SharedPostgresql, frozen=True, kw_only=True):
 
 
 class ClusterOwn(Section, frozen=True, kw_only=True):
-    """`pgha` in `/config` (safety model 10 and 16). `primary_hang_timeout_s` 0: not given, so min(ttl, 30) - 1."""
+    """`pgha` in `/config` (safety model 10 and 16). `primary_hang_timeout_s` 0: not given, so min(ttl, 30) - 1.
+    `store_quota_bytes` 0: as etcd says (3.6 and later), else its default of 2 GiB."""
 
     crash_handover_after_s: Annotated[float, Key(duration(0), name="crash_handover_after", aliases=("crash_handover_after_s",))] = 3.0
     primary_hang_timeout_s: Annotated[float, Key(duration(1), name="primary_hang_timeout", aliases=("primary_hang_timeout_s",))] = 0.0
     compaction: Annotated[bool, Key(flag())] = True
+    store_quota_bytes: Annotated[int, Key(size(0), name="store_quota")] = 0
 
 
 def _table(value: Any) -> dict[str, Any]:
@@ -183,9 +197,7 @@ def _timing(ttl: float, loop_wait: float, retry: float) -> str:
 def unsupported(config: ClusterConfig) -> tuple[str, ...]:
     """Keys that are switched on but belong to a later version: saying so beats pretending."""
     return tuple(key for key, on in (
-        ("synchronous_mode", config.synchronous_mode != "off"),
         ("failsafe_mode", config.failsafe_mode),
-        ("pause", config.pause),
         ("slots", bool(config.slots)),
         ("ignore_slots", bool(config.ignore_slots)),
         ("standby_cluster", bool(config.standby_cluster)),
@@ -212,7 +224,7 @@ def read_strictly(raw: Any, at: Path, report: Report) -> ClusterConfig:
 def validate_dynamic(raw: Any) -> list[str]:
     """Everything that is wrong with `raw` as a whole new `/config`; one line each."""
     report = Report("/config")
-    if isinstance(raw, (dict, list)) and _too_deep(raw):
+    if too_deep(raw):
         return [f"/config: is nested more than {DEEPEST} deep"]
     read_strictly(raw, (), report)
     return report.problems
@@ -241,16 +253,6 @@ def merge_patch(old: Any, patch: Any, *, depth: int = 0) -> Any:
         else:
             merged[key] = merge_patch(merged.get(key), value, depth=depth + 1)
     return merged
-
-
-def _too_deep(raw: Any) -> bool:
-    """Is anything nested more than DEEPEST deep? Level by level, without recursion."""
-    level = [raw]
-    for _ in range(DEEPEST + 1):
-        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer) if isinstance(inner, (dict, list))]
-        if not level:
-            return False
-    return True
 
 
 def normalised(raw: dict[str, Any]) -> dict[str, Any]:

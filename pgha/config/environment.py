@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from pgha.config.local import LocalConfig
 from pgha.config.schema import Path, every_key, nearest
-from pgha.config.values import Shape, printable
+from pgha.config.values import Shape, printable, too_deep
 
 PREFIX = "PGHA_"
 #: A whole configuration, as TOML, in place of the file.
@@ -111,9 +111,11 @@ def parse(text: str, shape: Shape) -> Any:
     if text.lstrip().startswith(opening):
         for load in (json.loads, lambda t: tomllib.loads(f"value = {t}")["value"]):
             try:
-                return load(text)
+                value = load(text)
             except (ValueError, RecursionError):  # both parsers recurse; a thousand brackets are no configuration
                 continue
+            if not too_deep(value):
+                return value
         raise ValueError(f"is neither TOML nor JSON; allowed: a {shape} as TOML or JSON")
     if shape == "list":
         return [part.strip() for part in text.split(",") if part.strip()]

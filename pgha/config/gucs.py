@@ -32,10 +32,14 @@ def parameters(value: Any) -> dict[str, Any]:
         if not _NAME.fullmatch(name):
             raise Wrong(f"has {shown(name)}, which is no parameter's name")
         if type(item) not in (str, int, float, bool):
-            raise Wrong(f"has {type_name(item)} for {name}; a parameter's value is text, number or boolean")
+            raise Wrong(f"has {type_name(item)} for {_short(name)}; a parameter's value is text, number or boolean")
         if isinstance(item, str) and ("\n" in item or "\0" in item):
-            raise Wrong(f"has a line break or a NUL in {name}")
+            raise Wrong(f"has a line break or a NUL in {_short(name)}")
     return dict(value)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 64 else shown(name)
 
 
 def problem(name: str, value: Any) -> str:

@@ -23,7 +23,7 @@ from pgha.config.environment import WHOLE, overlay
 from pgha.config.local import LocalConfig, Postgresql
 from pgha.config.rules import finish, secret_paths
 from pgha.config.schema import Path, Report, dotted, fields, read
-from pgha.config.values import printable
+from pgha.config.values import printable, too_deep
 from pgha.errors import ConfigError
 from pgha.model.observation import Settings
 
@@ -69,7 +69,7 @@ def load(where: str | os.PathLike[str], environ: Mapping[str, str], *, purpose: 
     warnings: list[str] = []
     base = f"environment {WHOLE}" if WHOLE in environ else os.fspath(where)
     if WHOLE in environ:
-        _add(environ[WHOLE].encode(), base, raw, sources, problems)
+        _add(environ[WHOLE].encode("utf-8", "surrogateescape"), base, raw, sources, problems)
     else:
         for file in _files(FilePath(where), problems):
             _read_file(file, raw, sources, problems, warnings)
@@ -121,16 +121,20 @@ def _read_file(file: FilePath, raw: dict[str, Any], sources: dict[Path, str], pr
 
 def _add(content: bytes, name: str, raw: dict[str, Any], sources: dict[Path, str], problems: list[str]) -> dict[str, Any]:
     """Lay one TOML text over `raw`; it is returned alone, too."""
+    deep = f"{name}: is nested too deeply; allowed: TOML as `pgha config sample` shows it"
     try:
         table = tomllib.loads(content.decode())
-    except tomllib.TOMLDecodeError as error:
-        problems.append(printable(f"{name}: is no valid TOML: {error}"))
-        return {}
     except RecursionError:  # the parser recurses
-        problems.append(f"{name}: is nested too deeply; allowed: TOML as `pgha config sample` shows it")
+        problems.append(deep)
         return {}
     except UnicodeDecodeError as error:
         problems.append(f"{name}: is not UTF-8 (byte {error.start}); allowed: TOML in UTF-8")
+        return {}
+    except ValueError as error:     # TOMLDecodeError, and what int() says of digits without end
+        problems.append(printable(f"{name}: is no valid TOML: {str(error)[:300]}"))
+        return {}
+    if too_deep(table):     # "a.a.a.a = 1" nests without the parser's recursion
+        problems.append(deep)
         return {}
     _merge(raw, table, (), name, sources)
     return table
@@ -167,7 +171,7 @@ def effective(local: LocalConfig, dynamic: Any, *, patroni_member_present: bool 
         remove_data_directory_on_rewind_failure=postgresql.remove_data_directory_on_rewind_failure,
         remove_data_directory_on_diverged_timelines=postgresql.remove_data_directory_on_diverged_timelines,
         has_bootstrap_section="bootstrap" in local.given, tags=local.tags,
-        may_compact_store=cluster.pgha.compaction,
+        may_compact_store=cluster.pgha.compaction, store_quota_bytes=cluster.pgha.store_quota_bytes,
         # `slots` and `ignore_slots` are carried out by a later version; until then at least nothing that they name is dropped.
         ignored_slots=tuple(sorted({*cluster.slots, *(str(m["name"]) for m in cluster.ignore_slots if "name" in m)})),
         watchdog_required=local.watchdog.mode == "required",

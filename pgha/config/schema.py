@@ -112,11 +112,19 @@ class Report:
 
 
 def dotted(path: Path) -> str:
-    return printable(".".join(path))
+    return printable(".".join(part if len(part) <= 2 * LONGEST_NAME else part[:2 * LONGEST_NAME] + "…" for part in path))
+
+
+#: Names are compared letter by letter: nobody's key is longer.
+LONGEST_NAME = 64
+#: So many faults in one table are enough to be told of.
+MOST_UNKNOWN = 20
 
 
 def nearest(name: str, known: list[str]) -> str:
     """The known name closest to `name`, or "" if none is close."""
+    if len(name) > LONGEST_NAME:
+        return ""
     close = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.6)
     return next((k for k in known if close and k.lower() == close[0]), "")
 
@@ -145,7 +153,10 @@ def read(kind: type[S], raw: Any, path: Path, report: Report) -> S:
         if len(both) > 1:
             report.problem((*path, both[0]), f"is given together with {' and '.join(both[1:])}; allowed: one of them")
     known = [f.name for f in fields(kind)]
-    for name in left:
+    for number, name in enumerate(left):
+        if number >= MOST_UNKNOWN and report.strict:
+            report.problem(path, f"has {len(left) - number} more keys that are not to be here; allowed: {', '.join(sorted(known))}")
+            break
         if name in kind.REFUSED:
             report.problem((*path, name), kind.REFUSED[name])
         elif report.strict:

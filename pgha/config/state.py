@@ -9,6 +9,7 @@ are never called from the renewer, and rarely by anybody (every 10 s at most).
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import uuid
@@ -19,6 +20,12 @@ from msgspec import Struct
 
 from pgha.errors import ConfigError
 from pgha.model.wal import HistoryRow
+
+#: A few hundred bytes a member.
+LARGEST_MEMORY_BYTES = 4 << 20
+#: The longest ttl that a lock record may have.
+LONGEST_TTL_S = 86400.0
+_LARGEST = 1 << 63
 
 
 class StoreGeneration(Struct, frozen=True, kw_only=True):
@@ -93,13 +100,30 @@ def load_remembered(directory: Path) -> tuple[Remembered, str]:
     """
     path = directory / "memory.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Remembered), ""
+        with path.open("rb") as file:
+            text = file.read(LARGEST_MEMORY_BYTES + 1)
+        if len(text) > LARGEST_MEMORY_BYTES:
+            return Remembered(), f"{path}: is damaged (longer than {LARGEST_MEMORY_BYTES} bytes); nothing is remembered"
+        facts = msgspec.json.decode(text, type=Remembered)
     except FileNotFoundError:
         return Remembered(), ""
     except OSError as error:
         return Remembered(), f"{path}: cannot be read ({error.strerror}); nothing is remembered"
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:   # msgspec's own errors, text that is no text, brackets without end
         return Remembered(), f"{path}: is damaged ({error}); nothing is remembered"
+    wrong = _makes_no_sense(facts)
+    return (Remembered(), f"{path}: is damaged ({wrong}); nothing is remembered") if wrong else (facts, "")
+
+
+def _makes_no_sense(facts: Remembered) -> str:
+    """What cannot have been written by pgha; deadlines and comparisons are made of these numbers."""
+    if not 0 <= facts.ttl_s <= LONGEST_TTL_S:
+        return "ttl_s"
+    if not 0 <= facts.generation.revision < _LARGEST:
+        return "generation"
+    if not all(math.isfinite(m.seen_at_wall_s) and 0 <= m.lsn < _LARGEST and 0 <= m.timeline < 1 << 32 for m in facts.members.values()):
+        return "members"
+    return "" if all(0 <= row.switch_lsn < 1 << 64 and 0 <= row.timeline < 1 << 32 for row in facts.history) else "history"
 
 
 def save_remembered(directory: Path, facts: Remembered) -> None:

@@ -72,6 +72,21 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+#: deeper than any configuration; what is read from outside must not exhaust the stack
+DEEPEST = 32
+
+
+def too_deep(raw: Any) -> bool:
+    """Is anything nested more than DEEPEST deep? Level by level, without recursion."""
+    level = [raw]
+    for _ in range(DEEPEST + 1):
+        level = [inner for outer in level if isinstance(outer, (dict, list))
+                 for inner in (outer.values() if isinstance(outer, dict) else outer) if isinstance(inner, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
 def shown(value: Any) -> str:
     """`value` for an error message: its type if it is a container, no credentials, not too long."""
     match value:

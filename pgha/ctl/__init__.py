@@ -37,7 +37,7 @@ def _run(given: argparse.Namespace, settings: object) -> int:
     from importlib import import_module
 
     # A module named list would hide the builtin in this package.
-    module = {"failover": "switchover", "list": "listing"}.get(given.command, given.command.replace("-", "_"))
+    module = {"failover": "switchover", "list": "listing", "resume": "pause"}.get(given.command, given.command.replace("-", "_"))
     code: int = import_module(f"pgha.ctl.{module}").run(settings, given)
     return code
 
@@ -72,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     for parser in (switchover, failover):
         parser.add_argument("--candidate", metavar="NAME", help="who is to lead")
         parser.add_argument("--force", action="store_true", help="do not ask")
+    failover.add_argument("--holder-is-down", action="store_true",
+                          help="you state that the leader of a paused cluster is down and cannot write: its lock does not expire by itself")
 
     restart = command("restart", "restart PostgreSQL on members, the leader last")
     restart.add_argument("--any", action="store_true", help="only one of the members")
@@ -81,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument("members", nargs="*", metavar="MEMBER", help="default: all")
         parser.add_argument("--role", "-r", choices=("leader", "primary", "replica", "any"), default="any")
         parser.add_argument("--force", action="store_true", help="do not ask")
+
+    for name, does in (("pause", "switch automatic failover off"), ("resume", "switch automatic failover on again")):
+        command(name, does).add_argument("--wait", action="store_true", help="until every member has seen it")
 
     command("show-config", "the cluster's dynamic configuration", form="toml")
     edit = command("edit-config", "change the cluster's dynamic configuration")

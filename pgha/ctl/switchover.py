@@ -46,10 +46,13 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
         raise End(REFUSED, f"member {candidate} does not exist in cluster {settings.scope} or is tagged as nofailover")
     if not candidates:
         raise End(REFUSED, f"no candidates found to {kind} to")
+    down = _stated_down(cluster) if getattr(given, "holder_is_down", False) else {}
     demoting = f", demoting current leader {cluster.leader}" if cluster.leader else ""
+    if down:
+        confirm(f"Are you sure that {cluster.leader} is down and that nobody can write to its PostgreSQL any more?", force=given.force)
     confirm(f"Are you sure you want to {kind} cluster {settings.scope}{demoting}?", force=given.force)
-    body = {key: value for key, value in (("leader", leader), ("candidate", candidate)) if value}
-    status, text = _ask(settings, cluster, kind, body)
+    body: dict[str, Any] = {key: value for key, value in (("leader", leader), ("candidate", candidate)) if value}
+    status, text = _ask(settings, cluster, kind, body, down)
     code = code_of(status, text)
     if code != DONE:
         raise End(code, f"{kind.capitalize()} failed, details: {status}, {text}" if code != UNKNOWN else text)
@@ -66,20 +69,33 @@ def _nofailover(raw: dict[str, Any]) -> bool:
     return isinstance(tags, dict) and (tags.get("nofailover") is True or tags.get("failover_priority", 1) == 0)
 
 
-def _ask(settings: Settings, cluster: Cluster, kind: str, body: dict[str, Any]) -> tuple[int, str]:
+def _stated_down(cluster: Cluster) -> dict[str, Any]:
+    """Of which record it is said that its holder is down: void as soon as that holder renews it."""
+    try:
+        lock = json.loads(cluster.keys["pgha/lock"].value)
+        if lock["mode"] == "paused":
+            return {"holder": lock["holder"], "incarnation": lock["incarnation"], "sequence": lock["sequence"]}
+    except (KeyError, TypeError, ValueError, RecursionError):
+        pass
+    raise End(REFUSED, "--holder-is-down is for a lock that was paused: any other expires by itself")
+
+
+def _ask(settings: Settings, cluster: Cluster, kind: str, body: dict[str, Any], down: dict[str, Any]) -> tuple[int, str]:
     """HTTP status and text, by whichever way it went."""
     limit_s = 2 * max(10.0, _loop_wait_s(cluster)) + 5.0
-    url = cluster.api_url(cluster.leader) or cluster.api_url(body.get("candidate", ""))
+    candidate_url = cluster.api_url(body.get("candidate", ""))
+    url = candidate_url if down else cluster.api_url(cluster.leader) or candidate_url
     if url:
         try:
-            answer = agents.ask(settings, url, "POST", f"/{kind}", body=body, timeout_s=limit_s)
+            asked = {**body, "pgha": {"holder_is_down": True}} if down else body
+            answer = agents.ask(settings, url, "POST", f"/{kind}", body=asked, timeout_s=limit_s)
             return answer.status, answer.body.decode(errors="replace")
         except NoAnswer as failure:
             clusters.warn(str(failure))
             if failure.sent:
                 return _outcome(settings, cluster, kind, body.get("candidate", ""), limit_s)
     clusters.warn("no agent can be asked; writing the request to the store")
-    value = {"leader": body.get("leader"), "member": body.get("candidate")}
+    value = {"leader": body.get("leader"), "member": body.get("candidate"), "pgha": {"holder_is_down": down} if down else None}
     key = cluster.keys.get("failover")
     written = Store(settings.etcd).write(settings.root + "failover", json.dumps({k: v for k, v in value.items() if v}, separators=(",", ":")).encode(),
                                          if_revision=key.revision if key else 0)

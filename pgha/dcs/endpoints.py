@@ -30,8 +30,9 @@ from pgha.errors import ConfigError
 
 #: idle connections are kept for longer than the longest usual loop_wait
 KEEPALIVE_EXPIRY_S = 90.0
-#: a line of a stream that is longer than this is not one of ours
-MAX_LINE_BYTES = 64 << 20
+#: No answer is longer, nor a line of a stream: a cluster's keys are a few kB, and etcd itself takes values up to 1.5 MB.
+#: What is longer is not read to its end, since decoding it would hold up the renewer beside which it is decoded.
+MAX_ANSWER_BYTES = 8 << 20
 
 #: how long a request waits for a new look-up of a host whose former addresses are known
 REFRESH_S = 0.1
@@ -92,7 +93,7 @@ class HostAddresses:
 
 
 class Lines:
-    """The body of an answer that does not end, line by line. One task at a time."""
+    """The body of an answer, whole or line by line as it comes. One task at a time."""
 
     def __init__(self, response: httpx.Response) -> None:
         self.status = response.status_code
@@ -106,8 +107,8 @@ class Lines:
         """The next line without its end; raises NoAnswer when the stream is over."""
         while (end := self._rest.find(b"\n", self._searched)) < 0:
             self._searched = len(self._rest)
-            if self._searched > MAX_LINE_BYTES:
-                raise NoAnswer(f"a line of more than {MAX_LINE_BYTES} bytes")
+            if self._searched > MAX_ANSWER_BYTES:
+                raise NoAnswer(f"a line of more than {MAX_ANSWER_BYTES} bytes")
             try:
                 self._rest += await self._next_chunk()
             except NoAnswer:
@@ -119,10 +120,24 @@ class Lines:
         self._searched = 0
         return line
 
-    async def rest(self) -> bytes:
-        """All that is left, of an answer that does end."""
+    async def all(self) -> bytes:
+        """The whole of an answer that does end; raises NoAnswer if it breaks, or does not end."""
+        chunks: list[bytes] = []
+        left = MAX_ANSWER_BYTES
         try:
-            while len(self._rest) <= MAX_LINE_BYTES:
+            async for chunk in self._chunks:
+                chunks.append(chunk)
+                left -= len(chunk)
+                if left < 0:
+                    raise NoAnswer(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+        except httpx.HTTPError as error:
+            raise NoAnswer(reason(error)) from error
+        return b"".join(chunks)
+
+    async def rest(self) -> bytes:
+        """All that is left, of an answer that ought to end."""
+        try:
+            while len(self._rest) <= MAX_ANSWER_BYTES:
                 self._rest += await self._next_chunk()
         except NoAnswer:
             pass  # the end, or a broken end: what came is what there is
@@ -203,16 +218,11 @@ class Endpoint:
 
     async def post(self, path: str, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> Answer:
         """POST and read the whole answer. Raises NoAnswer."""
-        response = await self._send(path, body, headers)
-        assert isinstance(response.stream, httpx.AsyncByteStream)
+        lines = Lines(await self._send(path, body, headers))
         try:
-            chunks = [chunk async for chunk in response.stream]
-        except httpx.HTTPError as error:
-            raise NoAnswer(reason(error)) from error
+            return Answer(lines.status, await lines.all())
         finally:
-            with trio.CancelScope(shield=True):
-                await response.aclose()
-        return Answer(response.status_code, b"".join(chunks))
+            await lines.aclose()
 
     async def stream(self, path: str, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> Lines:
         """POST and leave the answer open. Raises NoAnswer. The caller closes it."""
@@ -273,4 +283,4 @@ def reason(error: BaseException) -> str:
     while at is not None:
         text = str(at) or text
         at = at.__cause__ or at.__context__
-    return text or type(error).__name__
+    return text[:300] or type(error).__name__      # a server's own words may be among it

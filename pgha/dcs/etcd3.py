@@ -33,12 +33,12 @@ COMPACT_PROBE_S = 0.4
 #: what etcd uses when it is not told otherwise (--quota-backend-bytes); before 3.6 nobody can ask it
 DEFAULT_QUOTA_BYTES = 2 << 30
 
-_ranges = wire.decoder(wire.RangeAnswer)
-_transactions = wire.decoder(wire.TransactionAnswer)
-_grants = wire.decoder(wire.GrantAnswer)
-_keep_alives = wire.decoder(wire.KeepAliveAnswer)
-_plains = wire.decoder(wire.PlainAnswer)
-_alarms = wire.decoder(wire.AlarmAnswer)
+_ranges = wire.Decoder(wire.RangeAnswer)
+_transactions = wire.Decoder(wire.TransactionAnswer)
+_grants = wire.Decoder(wire.GrantAnswer)
+_keep_alives = wire.Decoder(wire.KeepAliveAnswer)
+_plains = wire.Decoder(wire.PlainAnswer)
+_alarms = wire.Decoder(wire.AlarmAnswer)
 
 
 class Etcd3Store:

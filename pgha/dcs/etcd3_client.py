@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn, Protocol, TypeVar
 
-import msgspec
 import trio
 
 from pgha.dcs import etcd3_json as wire
@@ -38,8 +37,8 @@ LOGIN_MINIMUM_S = 0.5
 #: shorter cannot settle it while one of them is silent
 CONFERENCE_S = 0.5
 
-_statuses = wire.decoder(wire.StatusAnswer)
-_tokens = wire.decoder(wire.TokenAnswer)
+_statuses = wire.Decoder(wire.StatusAnswer)
+_tokens = wire.Decoder(wire.TokenAnswer)
 
 
 class HasHeader(Protocol):
@@ -79,7 +78,7 @@ class Etcd3Client:
         self._log = log
 
     async def call(
-        self, path: str, body: bytes, answers: msgspec.json.Decoder[_A], *,
+        self, path: str, body: bytes, answers: wire.Decoder[_A], *,
         deadline_s: float, attempt_s: float | None = None, linear: bool = True,
     ) -> _A:
         """One answer from whichever endpoint gives a usable one first. `linear`: the call reads or writes through
@@ -97,13 +96,9 @@ class Etcd3Client:
                         try:
                             answer = answers.decode(await self._exchange(endpoint, path, body, attempt_s))
                             await self._check(endpoint, answer.header, floor, linear=linear)
-                        except NoAnswer as no:
+                        except (NoAnswer, wire.NotUnderstood) as no:
                             failures[endpoint.name] = str(no)
                             self.mark(endpoint, str(no))
-                            continue
-                        except msgspec.DecodeError as error:
-                            failures[endpoint.name] = f"not etcd's JSON: {error}"
-                            self.mark(endpoint, failures[endpoint.name])
                             continue
                         asked = None
                         self.mark(endpoint, "")
@@ -125,7 +120,7 @@ class Etcd3Client:
             try:
                 answers[endpoint.name] = _statuses.decode(
                     await self._exchange(endpoint, "/v3/maintenance/status", b"{}", max(0.0, limit_s)))
-            except (NoAnswer, DcsRefused, msgspec.DecodeError) as error:
+            except (NoAnswer, DcsRefused, LeaseLost, Compacted, wire.NotUnderstood) as error:
                 self._log.debug("etcd endpoint does not tell its status", endpoint=endpoint.name, why=error)
             if majority_does:
                 ids = Counter(status.header.cluster_id for status in answers.values())
@@ -210,7 +205,10 @@ class Etcd3Client:
                 status, body = await self._post(endpoint, "/v3/auth/authenticate", self._credentials, limit_s, None)
                 fault = wire.fault_in(status, body)
                 if fault is None:
-                    self._token = _tokens.decode(body).token
+                    try:
+                        self._token = _tokens.decode(body).token
+                    except wire.NotUnderstood as error:
+                        raise NoAnswer(f"the token cannot be used: {error}") from error
                 elif fault.meaning is Meaning.LOGIN_OFF:
                     self._log.warning("etcd has authentication switched off, a user name is configured")
                     self._token = ""

@@ -10,26 +10,31 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 
 from pgha.dcs import Change, Compare, Delete, Entry, Put
+
+#: Every number of etcd's that counts something. What does not fit is nobody's: it would be stored, compared and sent on.
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+#: The store's own words, as far as they are repeated in errors and logs.
+WORDS_CHARACTERS = 300
 
 
 class Header(Struct, frozen=True, kw_only=True):
     """What every answer says of the member that gave it. An inner answer of a transaction has only the revision."""
 
-    cluster_id: str = ""
-    revision: int = 0
-    raft_term: int = 0
+    cluster_id: Annotated[str, Meta(max_length=64)] = ""
+    revision: Count = 0
+    raft_term: Count = 0
 
 
 class KeyValue(Struct, frozen=True, kw_only=True):
     key: bytes = b""
     value: bytes = b""
-    mod_revision: int = 0
+    mod_revision: Count = 0
     lease: int = 0
 
 
@@ -53,7 +58,7 @@ class TransactionAnswer(Struct, frozen=True, kw_only=True):
 class GrantAnswer(Struct, frozen=True, kw_only=True):
     header: Header
     id: int = field(name="ID", default=0)
-    ttl_s: int = field(name="TTL", default=0)
+    ttl_s: Count = field(name="TTL", default=0)
     error: str = ""
 
 
@@ -67,7 +72,7 @@ class KeepAlive(Struct, frozen=True, kw_only=True):
     """`ttl_s` 0: the store does not know the lease."""
 
     header: Header = Header()
-    ttl_s: int = field(name="TTL", default=0)
+    ttl_s: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] = field(name="TTL", default=0)
 
 
 class KeepAliveAnswer(Struct, frozen=True, kw_only=True):
@@ -83,8 +88,8 @@ class StatusAnswer(Struct, frozen=True, kw_only=True):
 
     header: Header
     version: str = ""
-    db_size: int = field(name="dbSize", default=0)
-    db_size_quota: int = field(name="dbSizeQuota", default=0)
+    db_size: Count = field(name="dbSize", default=0)
+    db_size_quota: Count = field(name="dbSizeQuota", default=0)
     errors: list[str] = []
 
 
@@ -98,7 +103,9 @@ class AlarmAnswer(Struct, frozen=True, kw_only=True):
 
 
 class TokenAnswer(Struct, frozen=True, kw_only=True):
-    token: str
+    """It goes into a header as it is; one that could not would be remembered, and fail every later request."""
+
+    token: Annotated[str, Meta(pattern=r"^[!-~]{0,8192}$")]
 
 
 class Event(Struct, frozen=True, kw_only=True):
@@ -110,7 +117,7 @@ class WatchAnswer(Struct, frozen=True, kw_only=True):
     header: Header = Header()
     created: bool = False
     canceled: bool = False
-    compact_revision: int = 0
+    compact_revision: Count = 0
     cancel_reason: str = ""
     events: list[Event] = []
 
@@ -200,7 +207,7 @@ def fault_in(status: int, body: bytes) -> Fault | None:
         return None
     try:
         said = _errors.decode(body)
-    except msgspec.DecodeError:
+    except NotUnderstood:
         if status == 404:  # the gateway itself is not there
             return Fault(Meaning.REFUSED, 0, "no /v3 here: etcd 3.4 or newer with its gRPC gateway is needed")
         return Fault(meaning_of(0, "", status), 0, f"HTTP status {status} without an explanation")
@@ -208,15 +215,36 @@ def fault_in(status: int, body: bytes) -> Fault | None:
         code, message = said.error.grpc_code or said.error.code, said.error.message
     else:
         code, message = said.code, said.message or said.error or f"HTTP status {status}"
-    return Fault(meaning_of(code, message, status), code, message)
+    return fault(code, message, status)
 
 
-def decoder(kind: type[Any]) -> msgspec.json.Decoder[Any]:
-    """A decoder that takes integers as strings, too."""
-    return msgspec.json.Decoder(kind, strict=False)
+def fault(code: int, message: str, status: int = 200) -> Fault:
+    """The fault with this gRPC code and text; of a text without end the beginning."""
+    words = message if len(message) <= WORDS_CHARACTERS else message[:WORDS_CHARACTERS] + "…"
+    return Fault(meaning_of(code, words, status), code, words)
 
 
-_errors: msgspec.json.Decoder[_ErrorBody] = decoder(_ErrorBody)
+class NotUnderstood(Exception):
+    """These bytes are no answer of etcd's; the text says why, in a few words."""
+
+
+_K = TypeVar("_K")
+
+
+class Decoder(Generic[_K]):
+    """Bytes → `kind`, whatever they are: NotUnderstood and nothing else. Integers may be strings."""
+
+    def __init__(self, kind: type[_K]) -> None:
+        self._decoder = msgspec.json.Decoder(kind, strict=False)
+
+    def decode(self, body: bytes) -> _K:
+        try:
+            return self._decoder.decode(body)
+        except (ValueError, RecursionError) as error:   # msgspec's own errors, text that is no text, brackets without end
+            raise NotUnderstood(f"not etcd's JSON: {str(error)[:WORDS_CHARACTERS]}") from error
+
+
+_errors: Decoder[_ErrorBody] = Decoder(_ErrorBody)
 encode = msgspec.json.Encoder().encode  # bytes become base64
 
 

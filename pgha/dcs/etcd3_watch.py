@@ -11,7 +11,6 @@ line may hold several revisions while history is delivered. Facts (measured on 3
 
 from __future__ import annotations
 
-import msgspec
 import trio
 
 from pgha.dcs import Change
@@ -25,7 +24,7 @@ from pgha.errors import Compacted, DcsRefused, DcsUnreachable
 WATCH_OPEN_S = 1.0
 
 _HAS_LEADER = (b"Grpc-Metadata-hasleader", b"true")
-_watch_lines = wire.decoder(wire.WatchLine)
+_watch_lines = wire.Decoder(wire.WatchLine)
 
 
 class _LoginNeeded(Exception):
@@ -51,11 +50,14 @@ class Watch:
             answer = await self._next_answer()
             if answer.created:
                 return answer.header
+            await trio.lowlevel.checkpoint()
 
     def __aiter__(self) -> Watch:
         return self
 
     async def __anext__(self) -> Change | None:
+        # One line may hold ten thousand changes, and one packet a thousand lines: others get their turn between them.
+        await trio.lowlevel.checkpoint()
         while not self._ready:
             try:
                 answer = await self._next_answer()
@@ -69,18 +71,17 @@ class Watch:
         line = await self._lines.next()
         try:
             got: wire.WatchLine = _watch_lines.decode(line)
-        except msgspec.DecodeError as error:
-            raise NoAnswer(f"not etcd's JSON: {error}") from error
+        except wire.NotUnderstood as error:
+            raise NoAnswer(str(error)) from error
         if got.error is not None:
-            code = got.error.grpc_code or got.error.code
-            raise _error(wire.Fault(wire.meaning_of(code, got.error.message), code, got.error.message))
+            raise _error(wire.fault(got.error.grpc_code or got.error.code, got.error.message))
         if got.result is None:
             raise NoAnswer("an empty answer")
         if got.result.compact_revision:
             raise Compacted(got.result.compact_revision)
         if got.result.canceled:
             why = got.result.cancel_reason or "cancelled without a reason"
-            raise _error(wire.Fault(wire.meaning_of(0, why), 0, why))
+            raise _error(wire.fault(0, why))
         return got.result
 
     async def aclose(self) -> None:

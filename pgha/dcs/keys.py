@@ -3,16 +3,21 @@
 Reading never fails: a value that does not parse is named in `ClusterView.problems` and counts as absent where that is
 safe. An unreadable lock record is *not* absent: it is foreign, and held until it changes or expires by the longest ttl.
 Unknown fields are kept in `raw`, so that what is written back still holds them.
+
+Values are parsed beside the renewer and at every change, so what is too large or too deeply nested to be one of ours is
+not parsed at all, and numbers that are out of range for what they count make a value unreadable.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
+from msgspec.structs import replace
 
 from pgha.dcs import Entry, Snapshot
 from pgha.model.cluster import (
@@ -28,6 +33,18 @@ from pgha.model.lock import Epoch, LockRecord
 
 LOCK = "pgha/lock"
 EPOCH = "pgha/epoch"
+
+#: No value of ours is longer; `/config` has what a REST body may have, a member key a few hundred bytes.
+LARGEST_VALUE_BYTES = 1 << 20
+LARGEST_MEMBER_BYTES = 64 << 10
+LARGEST_TEXT_BYTES = 1 << 10
+#: Deeper than anything that means something here, and far from where comparing, copying or encoding it would exhaust the stack.
+DEEPEST = 64
+#: What may be counted: positions, epochs and sequences; a timeline has 32 bits.
+_LARGEST = 1 << 63
+_LARGEST_TIMELINE = (1 << 32) - 1
+
+_KNOWN = frozenset({"initialize", "config", "leader", LOCK, EPOCH, "status", "optime/leader", "failover", "sync", "history", "failsafe"})
 
 #: Stands in for a lock record that does not parse: nobody's, and believed to be held for as long as any may be.
 UNREADABLE_LOCK = LockRecord(holder="", node_id="", incarnation="", sequence=0, ttl_s=30.0)
@@ -45,6 +62,48 @@ class Keys:
 
     def member(self, name: str) -> str:
         return f"{self.root}members/{name}"
+
+    def worth_keeping(self, entry: Entry) -> Entry | None:
+        """What a view needs of `entry`: None of a key that nobody reads, and of a value without end its beginning (but of
+        the lock all, since a take-over compares it)."""
+        short = entry.key.removeprefix(self.root)
+        if short not in _KNOWN and not short.startswith("members/"):
+            return None
+        limit = _limit_bytes(short)
+        return entry if len(entry.value) <= limit or short == LOCK else replace(entry, value=entry.value[:limit + 1])
+
+
+def _limit_bytes(short: str) -> int:
+    return LARGEST_MEMBER_BYTES if short.startswith("members/") else LARGEST_VALUE_BYTES
+
+
+def too_deep(value: Any) -> bool:
+    """Is anything nested more than DEEPEST deep? Level by level, without recursion."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [inner for outer in level if isinstance(outer, (dict, list))
+                 for inner in (outer.values() if isinstance(outer, dict) else outer) if isinstance(inner, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+def loads(text: bytes | bytearray) -> Any:
+    """The JSON that others wrote, as a value that can be compared, copied, logged and written again. ValueError says in a
+    few words what is wrong. A number without end is null: there is no JSON for it, and it is no reason to forget the rest."""
+    try:
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        json.dumps(value, ensure_ascii=False).encode()      # half a character could be neither logged nor served
+    except (ValueError, RecursionError):
+        raise ValueError("is not JSON") from None
+    if too_deep(value):
+        raise ValueError(f"is nested more than {DEEPEST} deep")
+    return value
+
+
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
 
 
 def encode(value: Any) -> bytes:
@@ -84,11 +143,26 @@ def parse(snapshot: Snapshot, keys: Keys) -> ClusterView:
 
 def parse_lock(value: bytes) -> LockRecord:
     """UNREADABLE_LOCK if it does not parse or makes no sense."""
+    if len(value) > LARGEST_VALUE_BYTES:
+        return UNREADABLE_LOCK
     try:
         record = msgspec.json.decode(value, type=LockRecord)
     except (msgspec.DecodeError, ValueError, RecursionError):
         return UNREADABLE_LOCK
-    return record if 0 < record.ttl_s <= 86400 else UNREADABLE_LOCK
+    sensible = 0 < record.ttl_s <= 86400 and all(0 <= n < _LARGEST for n in (record.sequence, record.lsn)) and 0 <= record.timeline <= _LARGEST_TIMELINE
+    return record if sensible else UNREADABLE_LOCK
+
+
+def parse_epoch(value: bytes) -> Epoch | None:
+    """None if it does not parse or makes no sense: what it says is counted on, and written back."""
+    if len(value) > LARGEST_VALUE_BYTES:
+        return None
+    try:
+        epoch = msgspec.json.decode(value, type=Epoch)
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return None
+    sensible = 0 <= epoch.number < _LARGEST - 1 and all(0 <= n <= _LARGEST_TIMELINE for n in (epoch.timeline, *(n for n, _ in epoch.claims)))
+    return epoch if sensible else None
 
 
 class _Reader:
@@ -102,21 +176,30 @@ class _Reader:
         self.problems.append(f"{key}: {why}; treated as absent")
 
     def text(self, key: str) -> str | None:
+        """Never absent when it is there: an `initialize` that makes no sense is no invitation to bootstrap."""
         entry = self.entries.get(key)
-        return None if entry is None else entry.value.decode(errors="replace")
+        if entry is None:
+            return None
+        if len(entry.value) > LARGEST_TEXT_BYTES:
+            self.problems.append(f"{key}: is longer than {LARGEST_TEXT_BYTES} bytes; its beginning counts")
+        return entry.value[:LARGEST_TEXT_BYTES].decode(errors="replace")
 
     def json(self, key: str) -> Any:
         """The decoded value; None if the key is absent or is not JSON."""
         entry = self.entries.get(key)
-        if entry is None:
+        if entry is None or self._too_long(key, entry):
             return None
         try:
-            value = json.loads(entry.value)
-            json.dumps(value, ensure_ascii=False).encode()      # a lone surrogate could be neither logged nor served
-        except (ValueError, RecursionError):
-            self._problem(key, "is not JSON")
+            return loads(entry.value)
+        except ValueError as error:
+            self._problem(key, str(error))
             return None
-        return value
+
+    def _too_long(self, key: str, entry: Entry) -> bool:
+        if len(entry.value) <= _limit_bytes(key):
+            return False
+        self._problem(key, f"is longer than {_limit_bytes(key)} bytes")
+        return True
 
     def object(self, key: str) -> dict[str, Any] | None:
         value = self.json(key)
@@ -139,17 +222,16 @@ class _Reader:
         entry = self.entries.get(EPOCH)
         if entry is None:
             return none
-        try:
-            return msgspec.json.decode(entry.value, type=Epoch)
-        except (msgspec.DecodeError, ValueError, RecursionError):
-            self._problem(EPOCH, "does not parse")
-            return none
+        epoch = parse_epoch(entry.value)
+        if epoch is None:
+            self._problem(EPOCH, "does not parse, or makes no sense")
+        return epoch or none
 
     def member(self, key: str) -> Member:
         entry = self.entries[key]
         name = key.removeprefix("members/")
         raw: dict[str, Any] = {}
-        if entry.value.startswith(b"postgres"):      # the reference's form before JSON
+        if entry.value.startswith(b"postgres") and len(entry.value) <= LARGEST_MEMBER_BYTES:      # the reference's form before JSON
             raw = {"conn_url": entry.value.decode(errors="replace").partition("?application_name=")[0]}
             raw["api_url"] = entry.value.decode(errors="replace").partition("?application_name=")[2]
         else:
@@ -179,12 +261,16 @@ class _Reader:
         entry = self.entries.get("failover")
         if entry is None or not entry.value:
             return FailoverKey()
-        if re.fullmatch(rb"[^\s{}\[\]\",]*:[^\s{}\[\]\",:]*", entry.value):      # the reference's form before JSON: leader:candidate
+        if len(entry.value) < 1024 and re.fullmatch(rb"[^\s{}\[\]\",]*:[^\s{}\[\]\",:]*", entry.value):      # the reference's form before JSON: leader:candidate
             leader, _, candidate = entry.value.decode(errors="replace").partition(":")
             return FailoverKey(leader=leader.strip(), candidate=candidate.strip())
         value = self.object("failover") or {}
+        own = value.get("pgha")
+        down = own.get("holder_is_down") if isinstance(own, dict) else None
+        down = down if isinstance(down, dict) else {}
         return FailoverKey(leader=_string(value.get("leader")), candidate=_string(value.get("member")),
-                           scheduled_at=_string(value.get("scheduled_at")), raw=value)
+                           scheduled_at=_string(value.get("scheduled_at")), down_incarnation=_string(down.get("incarnation")),
+                           down_sequence=_integer(down.get("sequence")), raw=value)
 
     def sync(self) -> Sync:
         value = self.object("sync") or {}
@@ -238,10 +324,6 @@ def encode_history(rows: tuple[HistoryEntry, ...]) -> bytes:
 
 def _string(value: Any) -> str:
     return value if isinstance(value, str) else ""
-
-
-#: No LSN, timeline or count is larger; a longer row of digits is nonsense, and costly to convert.
-_LARGEST = 1 << 63
 
 
 def _is_integer(value: Any) -> bool:

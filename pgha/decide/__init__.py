@@ -3,7 +3,7 @@
     decide(observation, memory) -> Decision
 
 Rules of this package: no clock, no I/O, no log, no random, no global state. Each situation is a file (`busy`,
-`stopping`, `foreign`, `lease`, `blind`, `empty`, `broken`, `leading`, `leaderless`, `following`), each judgement too
+`stopping`, `foreign`, `lease`, `paused`, `blind`, `empty`, `broken`, `leading`, `leaderless`, `following`), each judgement too
 (`promotion`, `rejoin`, `restart`, `switchover`, `standing`, `slots`). A rule returns a `Reason`: its address, whether
 it holds, and why, with both numbers. All conditions are asked, so that a refusal lists every obstacle.
 """

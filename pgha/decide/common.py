@@ -8,9 +8,12 @@ from pgha.model.cluster import ClusterView, Member
 from pgha.model.decision import PeerQuestion, Reason
 from pgha.model.lock import fence_at
 from pgha.model.observation import Observation, Peer
+from pgha.model.wal import HistoryRow
 
 #: A peer's answer older than this says nothing about now.
 FRESH_S = 1.0
+#: Every number up to the claimed one is blocked by a file: a claim this far ahead was never a timeline.
+NONSENSE_AHEAD = 1000
 
 
 def may_write(o: Observation) -> bool:
@@ -19,7 +22,7 @@ def may_write(o: Observation) -> bool:
     if not postgres.alive:
         return False
     if postgres.row is None:
-        return o.guard.state in ("armed", "latched")
+        return o.guard.state in ("armed", "paused", "latched")
     return not postgres.row.in_recovery
 
 
@@ -75,6 +78,12 @@ def backed_off(o: Observation, *, failures: int, last: Instant | None) -> float:
 def stop_timeout_s(o: Observation) -> float:
     """How long an orderly stop may take: 0 counts as 300 s (safety model 10)."""
     return o.settings.primary_stop_timeout_s or 300.0
+
+
+def own_history(o: Observation, timeline: int) -> tuple[HistoryRow, ...] | None:
+    """The history of the own `timeline`; None if the directory was last read on another one: a standby goes over to its
+    upstream's new timeline at any moment, and the old history, compared with the new one, looks like another promotion."""
+    return o.directory.history if o.directory.history_of in (0, timeline) else None
 
 
 def reason(rule: str, holds: bool, because: str) -> Reason:  # noqa: FBT001  (the verdict is what the reader looks for)

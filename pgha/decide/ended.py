@@ -29,6 +29,13 @@ def _note_life(o: Observation, memory: Memory) -> Memory:
         memory = replace(memory, holding_since=None)
     if o.postgres.process == "running" and o.postgres.answer == "sql" and (memory.crash_seen_at or memory.start_failures):
         memory = replace(memory, crash_seen_at=None, handover_judged_at=None, start_failures=0, last_start_failed_at=None)
+    if memory.leaving_since is not None and not o.shutting_down and o.operation is None and not any(r.kind == "restart" for r in o.requests):
+        memory = replace(memory, leaving_since=None)
+    if memory.ours_to_start and o.postgres.alive and o.operation is None:
+        memory = replace(memory, ours_to_start=False)
+    if memory.paused and not o.settings.pause:
+        # Resumed: what was found out about rewinding before may have been mended by the operator.
+        memory = replace(memory, rewind_failed="", rewind_failed_for="", rewind_failures=0, last_rewind_failed_at=None, upstream_asked_at=None)
     row = o.postgres.row
     streaming = row is not None and row.receiver is not None and row.receiver.status == "streaming"
     if row is None or not row.in_recovery or not o.postgres.alive or streaming:

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from pgha.clock import Deadline, earlier
+from pgha.clock import NEVER, Deadline, earlier
+from pgha.decide import capacity, paused
 from pgha.decide.common import may_write, stop_timeout_s
 from pgha.decide.standing import licensed
+from pgha.model.action import Bootstrap, Clone, Demote, Restart, Rewind, StartPrimary, StartStandby, Stop
 from pgha.model.decision import Decision, Mandate
 from pgha.model.observation import Observation
 
+#: What begins or ends PostgreSQL by this node's own doing.
+LIFE = (Bootstrap, Clone, StartStandby, StartPrimary, Demote, Stop, Restart, Rewind)
 #: A long operation under the lock that is neither a start nor a stop of PostgreSQL.
 OPERATION_S = 60.0
 
 
 def finish(o: Observation, decision: Decision) -> Decision:
     """The decision, completed."""
-    return replace(decision, mandate=mandate(o), state=decision.state or state(o), role=decision.role or role(o))
+    memory, pause = decision.memory, paused.in_force(o)
+    if any(isinstance(action, LIFE) for action in decision.actions) and not memory.ours_to_start:
+        memory = replace(memory, ours_to_start=True)
+    if memory.paused != pause:
+        memory = replace(memory, paused=pause)
+    room = capacity.store_has_room(o)
+    if not room.holds and room not in decision.reasons:
+        decision = replace(decision, reasons=(*decision.reasons, room))     # it may be why nobody leads
+    return replace(decision, mandate=mandate(o), state=decision.state or state(o), role=decision.role or role(o), paused=pause, memory=memory,
+                   leaves_sync=memory.leaving_since is not None)
 
 
 def mandate(o: Observation) -> Mandate:
     """Typed, each kind with its bound; never longer than a loop that has stopped deciding may be trusted (safety model 10)."""
     if not licensed(o):
         return Mandate()
+    if paused.in_force(o):
+        return Mandate(kind="paused", until=NEVER, why="pause")
     loop_until = o.now.plus_s(min(o.settings.ttl_s, 3 * o.settings.loop_wait_s))
     start_s = o.settings.primary_start_timeout_s or 300.0
     operation, postgres = o.operation, o.postgres

@@ -5,8 +5,8 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
-from pgha.decide import rejoin, slots
-from pgha.decide.common import ask_others, leader_member, reason, source_of, view_of
+from pgha.decide import paused, rejoin, slots, synchronous
+from pgha.decide.common import ask_others, leader_member, own_history, reason, source_of, view_of
 from pgha.decide.leading import operator_requests
 from pgha.decide.slots import own_slot_name
 from pgha.decide.standing import because, standing
@@ -45,12 +45,18 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     looked = _look(o, memory, leader)
     if looked is not None:
         more, memory, reasons, summary = looked
-        if more:
+        if summary:
             return replace(decision, summary=summary, reasons=(*decision.reasons, wanted, *reasons), actions=(*actions, *more), memory=memory, wake_in_s=0.5)
     maintenance = slots.maintenance(o)
     if maintenance is not None and wanted.holds:
         actions.append(maintenance)
-    actions += [_with_upstream(a, upstream, own_slot_name(o)) for a in operator_requests(o, as_primary=False)]
+    asked = [_with_upstream(a, upstream, own_slot_name(o)) for a in operator_requests(o, as_primary=False)]
+    let_go = synchronous.is_to_be_let_go(o, memory)
+    if any(isinstance(a, Restart) for a in asked) and not let_go.holds:
+        memory = memory if memory.leaving_since else replace(memory, leaving_since=o.now)
+        return replace(decision, summary=f"asked to restart: {let_go.because}", reasons=(*decision.reasons, wanted, let_go), memory=memory, wake_in_s=0.1,
+                       actions=tuple(a for a in (*actions, *asked) if not isinstance(a, Restart)))
+    actions += asked
     return replace(decision, summary=f"no action. I am ({o.me.name}), a secondary, and following a leader ({now.holder})",
                    reasons=(*decision.reasons, wanted), actions=tuple(actions), memory=memory)
 
@@ -105,9 +111,12 @@ def _look(o: Observation, memory: Memory, leader: Member | None) -> tuple[list[A
         return None
     upstream = o.upstream
     known = upstream is not None and upstream.name == leader.name and candidate_age_s(upstream.asked_at, o.now) < LOOK_EVERY_S * 2
-    if upstream is not None and known and upstream.ok and not upstream.in_recovery:
+    history = own_history(o, row.timeline)
+    if history is not None and upstream is not None and known and upstream.ok and not upstream.in_recovery:
         own = Position(timeline=row.timeline, lsn=row.position)
-        judged = rejoin.judge(own, o.directory.history, upstream, end_is_known=True)
+        judged = rejoin.judge(own, history, upstream, end_is_known=True)
+        if judged.verdict is not rejoin.Verdict.FOLLOW and paused.in_force(o):
+            return [], memory, (judged.because,), f"cannot follow {leader.name} as it is, and is left alone in pause: {judged.because.because}"
         if judged.verdict is not rejoin.Verdict.FOLLOW:
             stop = Stop(why=judged.because.because, timeout_s=60.0)
             return [stop], memory, (judged.because,), f"cannot follow {leader.name} as it is: {judged.because.because}"

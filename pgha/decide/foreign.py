@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pgha.decide import paused
 from pgha.decide.common import may_write, reason
 from pgha.decide.standing import Whose, licensed, standing
 from pgha.model.action import Demote, Stop
@@ -14,7 +15,9 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if all(r.holds for r in reasons):
         return None
     actions: tuple[Demote | Stop, ...] = ()
-    if o.postgres.alive and may_write(o):
+    if paused.in_force(o) and reasons[0].holds and (licensed(o) or not may_write(o)):
+        pass        # a wrong identifier is told, and left to the operator
+    elif o.postgres.alive and may_write(o):
         actions = (Demote(mode="kill", release=licensed(o), checkpoint=False, why="foreign data or name", timeout_s=0.0),)
     elif o.postgres.alive:
         actions = (Stop(why="foreign data or name", timeout_s=60.0),)

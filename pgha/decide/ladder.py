@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from pgha.decide import blind, broken, busy, empty, finish, following, foreign, leaderless, leading, lease, stopping
+from pgha.decide import (
+    blind,
+    broken,
+    busy,
+    empty,
+    finish,
+    following,
+    foreign,
+    leaderless,
+    leading,
+    lease,
+    paused,
+    stopping,
+)
 from pgha.decide.ended import note_ended
 from pgha.model.decision import Decision, Memory
 from pgha.model.observation import Observation
@@ -13,6 +26,7 @@ LADDER = (
     stopping.decide,    # the agent was told to stop: PostgreSQL stops cleanly, the lock is handed over
     foreign.decide,     # this data, or this name, belongs elsewhere: touch nothing
     lease.decide,       # PostgreSQL may write, and the licence is missing, doubtful or ending
+    paused.decide,      # pause is in force: a server that is down stays down, and nobody is elected unless named
     blind.decide,       # the store has not been read yet
     empty.decide,       # no data: bootstrap or clone
     broken.decide,      # data, but no server: start, rewind, hand over

@@ -8,7 +8,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import holder_age_s, remaining_s
-from pgha.decide import restart
+from pgha.decide import paused, restart
 from pgha.decide.common import fence_in_s, may_write, reason
 from pgha.decide.standing import Whose, because, left_s, licensed, standing
 from pgha.model.action import Action, Demote, ReadCluster
@@ -23,6 +23,8 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if licensed(o):
         return _while_licensed(o, memory)
     now = standing(o)
+    if paused.without_record(o, now):
+        return paused.take_as_primary(o, memory, now)
     reasons = (because(now), licence_is_valid(o))
     if now.whose in (Whose.UNKNOWN, Whose.SETTLING):
         # The guard ends this at the deadline that it knows; until then the store may still answer.
@@ -34,6 +36,8 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
 
 
 def _while_licensed(o: Observation, memory: Memory) -> Decision | None:
+    if o.licence.endless:
+        return None     # pause: neither a silent store nor a server that hangs ends it
     reasons = (licence_lasts(o), server_answers(o))
     if all(r.holds for r in reasons):
         return None

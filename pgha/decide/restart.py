@@ -59,7 +59,7 @@ def readopt(o: Observation) -> AcquireLock:
     lsn, timeline = (row.position, row.timeline) if row else (0, control.timeline if control else 0)
     return AcquireLock(
         lock_revision=view.lock_revision, lock_value=view.lock_value, epoch_revision=view.revision_of("pgha/epoch"),
-        epoch_number=view.epoch.number, readopt=True, claim_timeline=view.epoch.timeline, claims=view.epoch.claims, lsn=lsn, timeline=timeline,
+        epoch_number=view.epoch.number, readopt=True, paused=view.lock is not None and view.lock.mode == "paused", claim_timeline=view.epoch.timeline, claims=view.epoch.claims, lsn=lsn, timeline=timeline,
     )
 
 

@@ -29,7 +29,8 @@ def maintenance(o: Observation) -> MaintainSlots | None:
     have = {s.name: s for s in row.slots if s.type == "physical" and not s.temporary}
     create = tuple(sorted(wanted - set(have)))
     ours = {s for s in have if s == slot_name(o.me.name)}
-    drop = tuple(sorted(s for s in (set(have) - kept) | ours if not have[s].active))
+    unwanted = set() if o.settings.pause else (set(have) - kept) | ours      # pause: what is there may be an operator's
+    drop = tuple(sorted(s for s in unwanted if not have[s].active))
     advance = []
     if row.in_recovery:
         for name, lsn in sorted(view.status.slots.items()):

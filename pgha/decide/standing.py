@@ -46,7 +46,7 @@ def standing(o: Observation) -> Standing:
     """How the lock stands now."""
     licence = o.licence
     if licensed(o):
-        return Standing(whose=Whose.MINE, because=f"licence valid for {left_s(o):.1f} s", record=o.dcs.view.lock if o.dcs.view else None)
+        return Standing(whose=Whose.MINE, because=licence_left(o), record=o.dcs.view.lock if o.dcs.view else None)
     if o.dcs.view is None:
         return Standing(whose=Whose.UNKNOWN, because="the store has not been read yet")
     if licence.state is LicenceState.ACQUIRING:
@@ -65,12 +65,14 @@ def standing(o: Observation) -> Standing:
                         because=f"{o.dcs.generation_changed}: no record is believed for another {untrusted_s:.1f} s")
     if record.mode == "released":
         return Standing(whose=Whose.FREE, because=f"released by {record.holder}", record=record)
-    if record.node_id == o.me.node_id and (record.incarnation != o.me.incarnation or licence.state is LicenceState.NONE):
-        # Of an earlier process, or of this one whose licence ran out before anybody took over.
+    if record.node_id == o.me.node_id and (record.incarnation != o.me.incarnation or licence.state is LicenceState.NONE
+                                           or (record.mode == "paused" and licence.state is LicenceState.RELEASING)):
+        # Of an earlier process, of this one whose licence ran out before anybody took over, or one whose release got lost
+        # (a paused record would stand for ever; an exact compare lets only one of both writes happen).
         return Standing(whose=Whose.OWN_FORMER, because="this node's own record, without a valid licence", record=record)
-    if record.mode == "paused":
-        return Standing(whose=Whose.LIVE, because=f"held by {record.holder} in pause: does not expire", record=record, left_s=1e9)
     left = _expiry_s(o, record) - age_s
+    if record.mode == "paused":
+        return _paused(o, record, left)
     if left <= 0:
         return Standing(whose=Whose.FREE, record=record,
                         because=f"{record.holder or 'unknown'}'s record was seen unchanged for {age_s:.2f} s, ttl {record.ttl_s:g} s")
@@ -81,6 +83,23 @@ def _expiry_s(o: Observation, record: LockRecord) -> float:
     """How long a record must be seen unchanged. One that does not parse may have any ttl: the longest that is known."""
     unreadable = not record.holder and not record.node_id
     return wait_s(max(record.ttl_s, o.dcs.remembered_ttl_s, o.settings.ttl_s, ABSENCE_S) if unreadable else record.ttl_s)
+
+
+def _paused(o: Observation, record: LockRecord, left: float) -> Standing:
+    """Does not expire. An operator may state that its holder is down, of exactly this record, to the member named: it then
+    counts as any other that is not renewed. A holder that lives renews it, and the statement is void."""
+    view = o.dcs.view
+    assert view is not None
+    key = view.failover
+    if key.candidate != o.me.name or not key.down_incarnation:
+        return Standing(whose=Whose.LIVE, because=f"held by {record.holder} in pause: does not expire", record=record, left_s=1e9)
+    if (key.down_incarnation, key.down_sequence) != (record.incarnation, record.sequence):
+        return Standing(whose=Whose.LIVE, record=record, left_s=1e9,
+                        because=f"held by {record.holder} in pause, which was said to be down, but has renewed the lock since (sequence {record.sequence}, then {key.down_sequence})")
+    if left > 0:
+        return Standing(whose=Whose.LIVE, record=record, left_s=left,
+                        because=f"held by {record.holder} in pause, said to be down: counts as expired in {left:.1f} s unless renewed")
+    return Standing(whose=Whose.FREE, because=f"held by {record.holder} in pause, said to be down by an operator", record=record)
 
 
 def _absent(o: Observation, untrusted_s: float) -> Standing:
@@ -110,6 +129,11 @@ def left_s(o: Observation) -> float:
     """Seconds of the licence left; 0 without one."""
     until = o.licence.valid_until
     return 0.0 if until is None else max(0.0, remaining_s(until, o.now))
+
+
+def licence_left(o: Observation) -> str:
+    """How long the licence lasts, in words."""
+    return "licence without an end: pause" if o.licence.endless else f"licence valid for {left_s(o):.1f} s"
 
 
 def because(standing_now: Standing) -> Reason:

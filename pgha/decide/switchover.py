@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pgha.clock import candidate_age_s
+from pgha.decide import eligible
 from pgha.decide.common import fresh_peers, mib, others, reason, view_of
 from pgha.model.decision import Memory, Reason
 from pgha.model.observation import Observation, Peer
@@ -19,7 +20,7 @@ def requested(o: Observation) -> bool:
 
 def conditions(o: Observation) -> tuple[Reason, ...]:
     """Every condition of handing over on request."""
-    return (names_this_leader(o), names_another_candidate(o), has_good_candidate(o))
+    return (names_this_leader(o), names_another_candidate(o), names_somebody_in_pause(o), has_good_candidate(o))
 
 
 def still_patient(o: Observation, memory: Memory) -> bool:
@@ -36,6 +37,13 @@ def names_this_leader(o: Observation) -> Reason:
 def names_another_candidate(o: Observation) -> Reason:
     key = view_of(o).failover
     return reason("switchover.names_another_candidate", key.candidate != o.me.name, f"candidate {key.candidate or 'any'}, the leader is {o.me.name}")
+
+
+def names_somebody_in_pause(o: Observation) -> Reason:
+    """In pause nobody is elected: a request says who is to lead."""
+    named = view_of(o).failover.candidate
+    return reason("switchover.names_somebody_in_pause", bool(named) or not o.settings.pause,
+                  f"candidate {named or 'any'}" + (", which is not possible in pause" if o.settings.pause and not named else ""))
 
 
 def has_good_candidate(o: Observation) -> Reason:
@@ -74,4 +82,7 @@ def obstacles(o: Observation, name: str) -> list[str]:
         found.append(f"lag {mib(lag)}, limit {mib(limit)}")
     if row is not None and peer.timeline and peer.timeline != row.timeline:
         found.append(f"timeline {peer.timeline}, the leader's is {row.timeline}")
+    forbidden = eligible.switchover_obstacle(o, name)
+    if forbidden:
+        found.append(forbidden)
     return found

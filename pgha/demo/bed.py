@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from pgha.demo.etcd import Etcd, EtcdMember
 from pgha.demo.node import FAST, Node, Profile, Settings
@@ -37,19 +37,28 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (private directories are made b
 _STATE = "bed.json"
 
 
+class Claim(Protocol):
+    """Held for as long as the bed is there."""
+
+    def close(self) -> None: ...
+
+
 class BedTimeout(PghaError):
     """Something did not come true in time; the text holds the state of all nodes."""
 
 
 class Bed:
-    """Nothing runs before `start`. `directory` must be empty or absent, and enterable for `user`."""
+    """Nothing runs before `start`. `directory` must be empty or absent, and enterable for `user`.
+
+    A bed on another network than loopback says so in `claim_network`, `new_member` and `new_node`.
+    """
 
     def __init__(
         self, directory: Path, program: Program, *, etcd_program: str, bin_dir: Path, nodes: int = 3, etcd_members: int = 1,
         profile: Profile = FAST, user: str | None = None, dynamic: Mapping[str, Any] | None = None,
     ) -> None:
         self.directory = directory.absolute()
-        self._lock, network, offset = _choose_network(etcd_members)
+        self._lock, network, offset = self.claim_network(etcd_members)
         self.network = network
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         # etcd's fsyncs and the guard's files belong on tmpfs: a slow disk is not the subject here
@@ -60,7 +69,7 @@ class Bed:
             if user is not None:
                 shutil.chown(place, user, user)
         members = [
-            EtcdMember(f"etcd{i + 1}", f"{network}.{21 + i}", 2379 + offset, self.shared_memory / f"etcd{i + 1}",
+            self.new_member(f"etcd{i + 1}", f"{network}.{21 + i}", 2379 + offset, self.shared_memory / f"etcd{i + 1}",
                        self.directory / f"etcd{i + 1}.log")
             for i in range(etcd_members)
         ]
@@ -77,10 +86,20 @@ class Bed:
         number = len(self.nodes) + 1
         assert number <= _MAX_NODES, "addresses are reserved for seven nodes"
         name = f"n{number}"
-        node = Node(name, f"{self.network}.{10 + number}", ports=self._ports, directory=self.directory / name,
-                    runtime=self.shared_memory / name, settings=self.settings)
+        node = self.new_node(name, f"{self.network}.{10 + number}", ports=self._ports, directory=self.directory / name,
+                             runtime=self.shared_memory / name, settings=self.settings)
         self.nodes.append(node)
         return node
+
+    def claim_network(self, etcd_members: int) -> tuple[Claim, str, int]:
+        """The first three numbers of the addresses, an offset for all ports, and what keeps others away until it is closed."""
+        return _choose_network(etcd_members)
+
+    def new_member(self, name: str, address: str, client_port: int, directory: Path, log: Path) -> EtcdMember:
+        return EtcdMember(name, address, client_port, directory, log)
+
+    def new_node(self, name: str, address: str, *, ports: tuple[int, int], directory: Path, runtime: Path, settings: Settings) -> Node:
+        return Node(name, address, ports=ports, directory=directory, runtime=runtime, settings=settings)
 
     def __enter__(self) -> Self:
         return self

@@ -1,6 +1,7 @@
 """This agent's side of the fence: it tells the guard how long writes are licensed, and acts itself at the deadline.
 
-`mode` mirrors what the guard was last told about the data directory: armed (a primary may run until `fence_at`),
+`mode` mirrors what the guard was last told about the data directory: armed (a primary may run until `fence_at`, or
+while a committed pause lasts),
 standby (only a server in recovery may run), offline (our own programs work on it). The guard enforces the same from
 outside; both act on their own, neither waits for the other (safety model 8).
 
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 import trio
 
-from pgha.clock import Clock, Deadline, Instant, earlier, remaining_s
+from pgha.clock import NEVER, Clock, Deadline, Instant, earlier, remaining_s
 from pgha.errors import DcsError, GuardError
 from pgha.lock.guard_client import GuardClient, GuardStatus
 from pgha.lock.processes import Processes
@@ -79,6 +80,7 @@ class Fence:
         async with self._speaking:      # an `armed` on its way must not be overtaken
             if self.mode == "armed":
                 until = fence_at(valid_until, ttl_s)
+                self._told = None       # unless it answers, nobody knows what it knows: it is told again what is licensed
                 self.note(await self._guard.narrow(until, sequence=sequence, deadline_s=GUARD_DEADLINE_S))
                 self._told = until
 
@@ -98,7 +100,8 @@ class Fence:
         """At the agent's start: go on where the former agent and the guard stand. Grants nothing."""
         self.note(status)
         self.mode = "armed" if primary else "standby" if status.state == "standby" else "unknown"
-        self._adopted = status.fence_at if primary else None
+        until = NEVER if status.state == "paused" else status.fence_at      # a pause of the former agent goes on
+        self._adopted = until if primary else None
         self._told = status.fence_at
 
     @property
@@ -141,6 +144,8 @@ class Fence:
         deadline = self._deadline()
         if deadline is None:
             return 0.05
+        if deadline == NEVER:
+            return 60.0
         left_s = remaining_s(deadline, self._clock.now())
         points = [left_s - SIGINT_BEFORE_S, left_s - SIGQUIT_BEFORE_S, left_s]
         points += [remaining_s(at, self._clock.now()) for at in (self._renewer.mandate.until, self._renewer.confirm_by) if at is not None]
@@ -158,6 +163,8 @@ class Fence:
         own = self._licensed_until()
         if own is None:
             return self._adopted if self._renewer.licence.state in (LicenceState.NONE, LicenceState.ACQUIRING) else None
+        if own == NEVER:
+            return own
         if self._renewer.confirm_failed():
             return None
         return own
@@ -178,12 +185,17 @@ class Fence:
 
     async def _tell(self, deadline: Deadline) -> None:
         licence = self._renewer.licence
-        self.note(await self._guard.arm(sequence=licence.sequence, fence_at=deadline, deadline_s=GUARD_DEADLINE_S))
+        if deadline == NEVER:
+            self.note(await self._guard.pause(sequence=licence.sequence, deadline_s=GUARD_DEADLINE_S))
+        else:
+            self.note(await self._guard.arm(sequence=licence.sequence, fence_at=deadline, deadline_s=GUARD_DEADLINE_S))
         self._told = deadline
 
     async def _act(self) -> None:
         now = self._clock.now()
         deadline = self._deadline()
+        if deadline == NEVER:
+            return      # in pause neither a silent store nor a stuck loop ends writes
         if deadline is None or remaining_s(deadline, now) <= 0:
             self._kill("the licence to accept writes has ended" if deadline is not None else "there is no licence to accept writes")
             return

@@ -47,7 +47,7 @@ FLOCK_WAIT_S = 0.5
 class GuardStatus(NamedTuple):
     """What the guard said holds now."""
 
-    state: str                      # protocol.State: idle, standby, armed, offline, latched
+    state: str                      # protocol.State: idle, standby, armed, paused, offline, latched
     fence_at: Deadline | None       # while armed
     until: Deadline | None          # while offline
     incarnation: str                # of the agent in charge, "" before any has spoken
@@ -107,6 +107,10 @@ class GuardClient:
     async def arm(self, *, sequence: int, fence_at: Deadline, deadline_s: float = DEADLINE_S) -> GuardStatus:
         """A licence is committed: anything may run until `fence_at`. Only for sequences known to be committed."""
         return await self._ask(Request(Op.ARM, self._agent, sequence, fence_at), deadline_s)
+
+    async def pause(self, *, sequence: int, deadline_s: float = DEADLINE_S) -> GuardStatus:
+        """A record in mode `paused` is committed: anything may run until a newer word. Only for committed sequences."""
+        return await self._ask(Request(Op.PAUSE, self._agent, sequence), deadline_s)
 
     async def narrow(self, fence_at: Deadline, *, sequence: int = 0, deadline_s: float = DEADLINE_S) -> GuardStatus:
         """Before a write that may shorten the licence. `sequence`: the highest one sent under the longer licence."""

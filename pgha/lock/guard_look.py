@@ -29,6 +29,9 @@ _IN_Q_OVERFLOW, _IN_IGNORED, _IN_ONLYDIR = 0x4000, 0x8000, 0x01000000
 _IN_WATCHED = (_IN_MODIFY | _IN_MOVED_FROM | _IN_MOVED_TO | _IN_CREATE | _IN_DELETE | _IN_DELETE_SELF
                | _IN_MOVE_SELF | _IN_ONLYDIR)
 
+#: pid_t; nothing larger has a directory in /proc, or a path that the kernel would take.
+_LARGEST_PID = (1 << 31) - 1
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -169,6 +172,8 @@ def _postmaster_pid(base: str) -> tuple[int, str]:
     try:
         pid = abs(int(lines[0]))
     except ValueError:
+        return 0, ""
+    if pid > _LARGEST_PID:
         return 0, ""
     return pid, lines[7].strip() if len(lines) > 7 else ""
 

@@ -6,10 +6,12 @@ the table in tests/lock/test_guard_state.py is the specification.
 
 Rules of this file (safety model 3 and 8):
 - An older agent changes nothing.
-- Within one incarnation only a later sequence than any heard of widens the licence: a delayed or repeated `arm` never
-  does, neither after a `narrow` nor after the fence.
-- LATCHED ends by an `arm` that reaches into the future, or, once no process of the directory lives, by `standby` or
-  `offline`. Never by time, never because the guard was restarted.
+- Within one incarnation only a later sequence than any heard of widens the licence: a delayed or repeated `arm` or
+  `pause` never does, neither after a `narrow` nor after the fence.
+- LATCHED ends by an `arm` that reaches into the future, by a `pause`, or, once no process of the directory lives, by
+  `standby` or `offline`. Never by time, never because the guard was restarted.
+- PAUSED ends by any other word than a repeated `pause`. It is told only of a lock record in mode `paused` that is known
+  to be committed, and `narrow` comes before the first byte that may end that.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import NamedTuple
 
-from pgha.clock import Deadline, Instant, earlier, remaining_s
+from pgha.clock import Deadline, Instant, earlier, holder_age_s, remaining_s
 from pgha.lock.protocol import MAX_ARM_S, MAX_OFFLINE_S, NOBODY, Agent, Op, Request, State
 
 #: How long a primary may run that nobody has armed: time for an agent to speak up (safety model 8).
@@ -154,8 +156,9 @@ def _arm(held: Held, request: Request, _facts: Facts, now: Instant) -> Verdict:
     left_s = remaining_s(fence_at, now)
     if left_s <= 0:
         return Verdict(held, f"fence_at passed {-left_s:.3f} s ago")
-    if left_s > MAX_ARM_S:
-        return Verdict(held, f"fence_at is {left_s:.0f} s ahead, at most {MAX_ARM_S:.0f} s are believed")
+    ahead_s = holder_age_s(now, fence_at)     # on the clock that says more: else one of the two would bound nothing
+    if ahead_s > MAX_ARM_S:
+        return Verdict(held, f"fence_at is {ahead_s:.0f} s ahead, at most {MAX_ARM_S:.0f} s are believed")
     if request.sequence < held.sequence:
         return Verdict(held, f"sequence {request.sequence} is older than {held.sequence}")
     if request.sequence == held.sequence:
@@ -166,9 +169,19 @@ def _arm(held: Held, request: Request, _facts: Facts, now: Instant) -> Verdict:
     return Verdict(Held(State.ARMED, held.agent, request.sequence, fence_at, None, "armed"))
 
 
+def _pause(held: Held, request: Request, _facts: Facts, _now: Instant) -> Verdict:
+    if request.sequence < held.sequence:
+        return Verdict(held, f"sequence {request.sequence} is older than {held.sequence}")
+    if request.sequence == held.sequence and held.state is not State.PAUSED:
+        return Verdict(held, f"sequence {request.sequence} was used up, the state is {held.state}")
+    return Verdict(Held(State.PAUSED, held.agent, request.sequence, None, None, "the lock record says paused"))
+
+
 def _narrow(held: Held, request: Request, _facts: Facts, now: Instant) -> Verdict:
     assert request.deadline is not None
     held = held._replace(sequence=max(held.sequence, request.sequence))
+    if held.state is State.PAUSED:
+        held = held._replace(state=State.ARMED, fence_at=request.deadline, why="a pause is being ended")
     if held.state is not State.ARMED:
         return Verdict(held)  # nothing is armed that could be too wide
     assert held.fence_at is not None
@@ -185,7 +198,7 @@ def _standby(held: Held, _request: Request, facts: Facts, _now: Instant) -> Verd
     if facts.processes:
         # A standby of this directory may go on if nothing was ever fenced here; all else waits for the exits.
         allowed = {State.STANDBY: (Role.RECOVERING, Role.STARTING), State.ARMED: (Role.RECOVERING,),
-                   State.IDLE: (Role.RECOVERING, Role.STARTING)}
+                   State.PAUSED: (Role.RECOVERING,), State.IDLE: (Role.RECOVERING, Role.STARTING)}
         if judge(look) not in allowed.get(held.state, ()):
             return Verdict(held, f"{facts.processes} processes of the data directory live, the state is {held.state}, "
                                  f"and no server is known to be in recovery")
@@ -196,7 +209,7 @@ def _offline(held: Held, request: Request, facts: Facts, now: Instant) -> Verdic
     until = request.deadline
     assert until is not None
     left_s = remaining_s(until, now)
-    if not 0 < left_s <= MAX_OFFLINE_S:
+    if left_s <= 0 or holder_age_s(now, until) > MAX_OFFLINE_S:
         return Verdict(held, f"until is {left_s:.3f} s ahead, it must be within {MAX_OFFLINE_S:.0f} s")
     if facts.processes and held.state is not State.OFFLINE:
         return Verdict(held, f"{facts.processes} processes of the data directory live")
@@ -215,5 +228,5 @@ def _bye(held: Held, _request: Request, facts: Facts, _now: Instant) -> Verdict:
     return Verdict(held, end=True)
 
 
-_RULES = {Op.ARM: _arm, Op.NARROW: _narrow, Op.STANDBY: _standby, Op.OFFLINE: _offline, Op.FENCE_NOW: _fence_now,
+_RULES = {Op.ARM: _arm, Op.PAUSE: _pause, Op.NARROW: _narrow, Op.STANDBY: _standby, Op.OFFLINE: _offline, Op.FENCE_NOW: _fence_now,
           Op.BYE: _bye}

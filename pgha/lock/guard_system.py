@@ -27,6 +27,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _TMPFS, _RAMFS = 0x01021994, 0x858458F6
 #: sun_path holds 108 bytes with its final zero.
 MAX_SOCKET_PATH_BYTES = 107
+_LARGEST_FILE_BYTES = 64 * 1024
 
 
 class RuntimeDirectoryError(Exception):
@@ -91,19 +92,32 @@ class Memory:
     def read(self) -> tuple[Held, tuple[Identity, ...]] | None:
         """What a former guard of this boot held; None if there was none, or if its file cannot be understood."""
         try:
-            with open(self._path, encoding="utf-8") as f:
-                was = json.load(f)
+            with open(self._path, "rb") as f:
+                was = json.loads(f.read(_LARGEST_FILE_BYTES))
             if was["boot_id"] != self._boot_id or was["data_dir"] != self._data_dir:
                 return None
             identities = tuple((int(major), int(minor), int(inode)) for major, minor, inode in was["identities"])
-            held = Held(State(was["state"]), Agent(int(was["started_ns"]), str(was["incarnation"])),
-                        int(was["sequence"]), _deadline(was["fence_at"]), _deadline(was["until"]), str(was["why"]))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            held = Held(State(was["state"]), Agent(_number(was["started_ns"]), _incarnation(was["incarnation"])),
+                        _number(was["sequence"]), _deadline(was["fence_at"]), _deadline(was["until"]), str(was["why"])[:1000])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
         if (held.state is State.ARMED) != (held.fence_at is not None) \
                 or (held.state is State.OFFLINE) != (held.until is not None):
             return None
         return held, identities
+
+
+def _number(value: object) -> int:
+    """As a message may have it: it goes into answers and comparisons, for as long as this guard lives."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError("a number")
+    return value
+
+
+def _incarnation(value: object) -> str:
+    if not isinstance(value, str) or len(value) > 128 or not value.isascii():
+        raise ValueError("incarnation")
+    return value
 
 
 def _deadline(value: object) -> Deadline | None:

@@ -3,7 +3,8 @@
 Rules of this file (safety model 3):
 * validity counts from the *first* send of a sequence, never from the attempt that was answered;
 * a record is mine only if incarnation and sequence match one that this process sent and has not superseded;
-* a write that may shorten the licence counts as committed before its first byte is sent;
+* a write that may shorten the licence (smaller ttl, end of a pause, release) counts as committed before its first byte;
+* a record in mode `paused` has no end, once it is committed and not before;
 * only another's record means lost; everything else is unknown, and the deadline stands.
 """
 
@@ -13,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from pgha.clock import Deadline, Instant, earlier, remaining_s
-from pgha.model.lock import Identity, Licence, LicenceState, LockMode, LockRecord, licence_s
+from pgha.model.lock import Identity, Licence, LicenceState, LockMode, LockRecord, licensed_until
 
 
 class Sent(Struct, frozen=True, kw_only=True):
@@ -67,7 +68,7 @@ class LicenceBook:
         now_valid = self.licence.valid_until
         if now_valid is None:
             return None
-        end = sent.at if sent.record.mode == "released" else sent.at.plus_s(licence_s(sent.record.ttl_s))
+        end = licensed_until(sent.record, sent.at)
         return end if remaining_s(end, now_valid) < 0 else None
 
     def shorten(self, sent: Sent, end: Deadline) -> None:
@@ -91,7 +92,7 @@ class LicenceBook:
             state=LicenceState.NONE if released else
             LicenceState.RELEASING if self.licence.state is LicenceState.RELEASING else LicenceState.HELD,
             sequence=record.sequence, ttl_s=record.ttl_s, mode=record.mode, since=None if released else sent.at,
-            valid_until=None if released else sent.at.plus_s(licence_s(record.ttl_s)),
+            valid_until=None if released else licensed_until(record, sent.at),
             revision=revision, epoch=epoch, epoch_revision=epoch_revision, acquired_pass=acquired_pass,
             failing_since=None, failing_why="", lost_to="",
         )

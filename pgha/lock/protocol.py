@@ -4,9 +4,10 @@ A unix stream socket `guard.sock` in the runtime directory; one JSON object a li
 by one line. Requests (`incarnation` and `started_ns` say whose; an older agent is refused, see `Agent`):
 
     {"op": "arm",       …, "sequence": 7, "fence_at": [boot_ns, raw_ns]}   a committed licence: anything may run until then
+    {"op": "pause",     …, "sequence": 7}  a licence without an end is committed (a lock record in mode paused): anything may run
     {"op": "narrow",    …, "sequence": 7, "fence_at": […]}   before a write that may shorten it: no later than that, and
-                                                            no `arm` of a sequence up to this one (0: up to the last
-                                                            one armed) may widen it again
+                                                            no `arm` or `pause` of a sequence up to this one (0: up to
+                                                            the last one told) may widen it again
     {"op": "standby",   …}                 from now on only a server in recovery, with standby.signal in place
     {"op": "offline",   …, "until": […]}   pg_rewind, single-user recovery, initdb, swapping or removing the directory:
                                            no look at the directory until then, at most MAX_OFFLINE_S ahead, renewable
@@ -45,6 +46,7 @@ class State(StrEnum):
     IDLE = "idle"          # nothing known yet, and no server runs
     STANDBY = "standby"    # a server in recovery only
     ARMED = "armed"        # anything, until fence_at
+    PAUSED = "paused"      # anything, until a word of a newer licence
     OFFLINE = "offline"    # anything that is no postmaster of ours to judge, until `until`
     LATCHED = "latched"    # nothing: every process of the directory is killed when it appears
 
@@ -53,6 +55,7 @@ class Op(StrEnum):
     """What may be asked."""
 
     ARM = "arm"
+    PAUSE = "pause"
     NARROW = "narrow"
     STANDBY = "standby"
     OFFLINE = "offline"
@@ -98,6 +101,7 @@ class ProtocolError(ValueError):
     """A line is no message; the text says which part."""
 
 
+_WITH_SEQUENCE = (Op.ARM, Op.PAUSE, Op.NARROW)
 _DEADLINE_FIELD = {Op.ARM: "fence_at", Op.NARROW: "fence_at", Op.OFFLINE: "until"}
 
 
@@ -106,7 +110,7 @@ def encode_request(request: Request) -> bytes:
     out: dict[str, Any] = {"op": request.op.value}
     if request.op is not Op.STATUS:
         out |= {"incarnation": request.agent.incarnation, "started_ns": request.agent.started_ns}
-    if request.op in (Op.ARM, Op.NARROW):
+    if request.op in _WITH_SEQUENCE:
         out["sequence"] = request.sequence
     if (field := _DEADLINE_FIELD.get(request.op)) is not None:
         out[field] = request.deadline
@@ -128,8 +132,8 @@ def parse_request(line: bytes) -> Request:
         raise ProtocolError("incarnation must be a printable ASCII text of 1 to 128 characters")
     agent = Agent(_number(message, "started_ns", least=1), incarnation)
     sequence = 0
-    if op in (Op.ARM, Op.NARROW):
-        sequence = _number(message, "sequence", least=1 if op is Op.ARM else 0)
+    if op in _WITH_SEQUENCE:
+        sequence = _number(message, "sequence", least=0 if op is Op.NARROW else 1)
     field = _DEADLINE_FIELD.get(op)
     return Request(op, agent, sequence, _instant(message, field) if field is not None else None)
 

@@ -14,20 +14,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import msgspec
 import trio
 from msgspec import Struct
 from msgspec.structs import replace
 
 from pgha.clock import Clock, Deadline, Instant, holder_age_s, remaining_s
 from pgha.dcs import ABSENT, Compare, Delete, Entry, Outcome, Put, Store
-from pgha.dcs.keys import EPOCH, LOCK, Keys, encode, parse_lock
+from pgha.dcs.keys import EPOCH, LOCK, Keys, encode, parse_epoch, parse_lock
 from pgha.errors import DcsError, DcsRefused, DcsUnreachable, GuardError, Refused
 from pgha.lock.licence import LicenceBook, Sent
 from pgha.log import Log
 from pgha.model.action import AcquireLock
 from pgha.model.decision import Mandate
-from pgha.model.lock import Epoch, Identity, Licence, LicenceState, LockRecord
+from pgha.model.lock import Epoch, Identity, Licence, LicenceState, LockMode, LockRecord
 
 log = Log("pgha.lock")
 
@@ -35,10 +34,14 @@ log = Log("pgha.lock")
 ATTEMPT_S = 0.35
 #: A take-over whose answer was lost, and which is not in the store after this long, is given up.
 GIVE_UP_S = 1.5
-#: A shorter ttl that the guard did not confirm is tried again after this long.
-TTL_AGAIN_S = 1.0
+#: A shorter licence (smaller ttl, end of a pause) that the guard did not confirm is tried again after this long.
+NARROW_AGAIN_S = 1.0
 #: A wall clock that moves against the boot clock by more than this asks for a confirming renewal (safety model 15).
 WALL_JUMP_S = 1.0
+
+
+#: What `failing_why` begins with when the store refuses writes for want of space.
+OUT_OF_SPACE = "store is out of space"
 
 
 class Timing(Struct, frozen=True, kw_only=True):
@@ -46,6 +49,7 @@ class Timing(Struct, frozen=True, kw_only=True):
 
     ttl_s: float
     loop_wait_s: float
+    paused: bool = False
 
 
 class Narrower(Protocol):
@@ -76,7 +80,7 @@ class Renewer:
         self._pass = 0
         self._renew_now = False
         self._acquiring_since: Instant | None = None
-        self._ttl_refused_at: Instant | None = None
+        self._narrow_refused_at: Instant | None = None
         self.me = me
         self.mandate = Mandate()
         self.narrower: Narrower | None = None
@@ -107,9 +111,10 @@ class Renewer:
                 raise Refused("the lock is held by this incarnation already")
             timing = self._timing()
             self._book.acquiring()
+            # Paused only where the guard knows of a pause already; a licence that is new begins with an end.
             sent = self._book.compose(
-                self._clock.now(), ttl_s=timing.ttl_s, mode="held", lsn=action.lsn, timeline=action.timeline,
-                onto_revision=action.lock_revision,
+                self._clock.now(), ttl_s=timing.ttl_s, mode="paused" if action.paused else "held", lsn=action.lsn,
+                timeline=action.timeline, onto_revision=action.lock_revision,
             )
             value = encode(sent.record)
             epoch = Epoch(number=action.epoch_number if action.readopt else action.epoch_number + 1, holder=self.me.name,
@@ -182,20 +187,24 @@ class Renewer:
         """
         if self.licence.state is not LicenceState.HELD:
             return
+        endless = self.licence.endless
         self._book.releasing()
         self._changed()
         if self._renewing is not None:
             self._renewing.cancel()
         with trio.fail_after(deadline_s):
             async with self._busy:
-                await self._send_release(lsn, timeline, deadline_s)
+                await self._send_release(lsn, timeline, deadline_s, endless=endless)
 
-    async def _send_release(self, lsn: int, timeline: int, deadline_s: float) -> None:
+    async def _send_release(self, lsn: int, timeline: int, deadline_s: float, *, endless: bool) -> None:
         for _ in range(2):          # the second time only if the first found a later renewal of ours in the store
             onto = self.licence.revision
             sent = self._book.compose(self._clock.now(), ttl_s=self.licence.ttl_s, mode="released", lsn=lsn, timeline=timeline, onto_revision=onto)
             end = self._book.shortened(sent)
             if end is not None:
+                if endless and self.narrower is not None:
+                    # A guard that was told of a pause knows no deadline: it must know that this is over.
+                    await self.narrower.narrow(end, self.licence.ttl_s, sequence=sent.record.sequence - 1)
                 self._book.shorten(sent, end)
             value = encode(sent.record)
             outcome = await self._store.transact(
@@ -238,7 +247,7 @@ class Renewer:
                 elif state is LicenceState.ACQUIRING:
                     await self._settle_once()
             except DcsRefused as error:
-                self._failed(("store is out of space: " if error.no_space else "") + str(error))
+                self._failed((f"{OUT_OF_SPACE}: " if error.no_space else "") + str(error))
                 await trio.sleep(0.25)
             except (DcsError, GuardError) as error:
                 self._failed(str(error))
@@ -256,8 +265,9 @@ class Renewer:
         if self.mandate.until is None or remaining_s(self.mandate.until, now) <= 0:
             return 0.2                      # no mandate: not renewed; a new one wakes us
         timing = self._timing()
-        refused = self._ttl_refused_at
-        changed = timing.ttl_s != licence.ttl_s and (refused is None or holder_age_s(refused, now) >= TTL_AGAIN_S)
+        refused = self._narrow_refused_at
+        changed = ((timing.ttl_s != licence.ttl_s or timing.paused != (licence.mode == "paused"))
+                   and (refused is None or holder_age_s(refused, now) >= NARROW_AGAIN_S))
         if changed or self._renew_now or licence.failing_since is not None or self._confirm_by is not None:
             return 0.0
         return max(0.0, remaining_s(licence.since.plus_s(min(timing.loop_wait_s, timing.ttl_s / 3)), now))
@@ -268,11 +278,12 @@ class Renewer:
             if licence.state is not LicenceState.HELD or licence.valid_until is None:
                 return
             self._renew_now = False
-            sent = self._compose_renewal(self._timing().ttl_s)
+            timing = self._timing()
+            sent = self._compose_renewal(timing.ttl_s, "paused" if timing.paused else "held")
             end = self._book.shortened(sent)
             if end is not None and not await self._confirmed(sent, end):
                 # Without the guard's word the licence must not be shortened: it is renewed as long as it was.
-                sent, end = self._compose_renewal(licence.ttl_s), None
+                sent, end = self._compose_renewal(licence.ttl_s, licence.mode), None
             if end is not None:
                 self._book.shorten(sent, end)
                 self._announce()
@@ -285,8 +296,8 @@ class Renewer:
                 await self._send_renewal(sent, min(left_s, 4 * ATTEMPT_S))
             self._renewing = None
 
-    def _compose_renewal(self, ttl_s: float) -> Sent:
-        return self._book.compose(self._clock.now(), ttl_s=ttl_s, mode="held", lsn=self.position[0], timeline=self.position[1],
+    def _compose_renewal(self, ttl_s: float, mode: LockMode) -> Sent:
+        return self._book.compose(self._clock.now(), ttl_s=ttl_s, mode=mode, lsn=self.position[0], timeline=self.position[1],
                                   onto_revision=self.licence.revision)
 
     async def _confirmed(self, sent: Sent, end: Deadline) -> bool:
@@ -296,11 +307,11 @@ class Renewer:
         try:
             await self.narrower.narrow(end, sent.record.ttl_s, sequence=sent.record.sequence - 1)
         except GuardError as error:
-            if self._ttl_refused_at is None:
-                log.warning("the guard has not confirmed a shorter licence: ttl stays as it was", ttl_s=self.licence.ttl_s, why=str(error))
-            self._ttl_refused_at = self._clock.now()
+            if self._narrow_refused_at is None:
+                log.warning("the guard has not confirmed a shorter licence: ttl and mode stay as they were", ttl_s=self.licence.ttl_s, mode=self.licence.mode, why=str(error))
+            self._narrow_refused_at = self._clock.now()
             return False
-        self._ttl_refused_at = None
+        self._narrow_refused_at = None
         return True
 
     async def _send_renewal(self, sent: Sent, deadline_s: float) -> None:
@@ -371,6 +382,8 @@ class Renewer:
                              epoch_revision=licence.epoch_revision if epoch_revision is None else epoch_revision,
                              acquired_pass=licence.acquired_pass)
         self._confirm_by = None
+        if self.licence.mode != licence.mode:
+            log.info("pause is in force: the lock record says so" if self.licence.mode == "paused" else "pause is over: the lock record says so", sequence=sent.record.sequence)
         self._announce()
 
     def _lost(self, record: LockRecord) -> None:
@@ -423,7 +436,7 @@ class Renewer:
     def _notice_wall_jump(self) -> None:
         offset = self._clock.wall_s() - self._clock.now().boot_ns / 1e9
         jump_s, self._wall_offset = offset - self._wall_offset, offset
-        if abs(jump_s) > WALL_JUMP_S and self.licence.valid_until is not None:
+        if abs(jump_s) > WALL_JUMP_S and self.licence.valid_until is not None and not self.licence.endless:
             now = self._clock.now()
             self._confirm_by = now.plus_s(min(1.0, max(0.0, remaining_s(self.licence.valid_until, now))))
             log.warning("wall clock jumped, confirming the lock", jump_s=jump_s)
@@ -447,9 +460,5 @@ _NOBODY = LockRecord(holder="nobody", node_id="", incarnation="", sequence=0, tt
 
 
 def _epoch_number(entry: Entry | None) -> int:
-    if entry is None:
-        return 0
-    try:
-        return msgspec.json.decode(entry.value, type=Epoch).number
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        return 0
+    epoch = parse_epoch(entry.value) if entry is not None else None
+    return epoch.number if epoch is not None else 0

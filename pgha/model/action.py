@@ -38,6 +38,7 @@ class AcquireLock(Struct, frozen=True, kw_only=True, tag=True):
     epoch_number: int
     also_unchanged: dict[str, int] = {}
     readopt: bool = False
+    paused: bool = False                     # the new record is in mode `paused`: so was the one re-adopted, and the guard knows
     claim_timeline: int = 0
     claims: tuple[tuple[int, str], ...] = ()
     lsn: int = 0
@@ -48,6 +49,14 @@ class AcquireLock(Struct, frozen=True, kw_only=True, tag=True):
 
 class ReleaseLock(Struct, frozen=True, kw_only=True, tag=True):
     """Give the lock back. Only when no process of the data directory can write; the executor checks that again."""
+
+    lsn: int
+    timeline: int
+    why: str
+
+
+class StandDown(Struct, frozen=True, kw_only=True, tag=True):
+    """In pause, PostgreSQL was stopped by hand or runs in recovery: have the guard hold it to that, then give the lock back."""
 
     lsn: int
     timeline: int
@@ -109,6 +118,12 @@ class ApplyConfiguration(Struct, frozen=True, kw_only=True, tag=True):
     force: bool = False
 
 
+class SetSynchronousNames(Struct, frozen=True, kw_only=True, tag=True):
+    """Write synchronous_standby_names and reload. None: what the operator's own parameters say (the modes are off)."""
+
+    names: str | None
+
+
 class CompactStore(Struct, frozen=True, kw_only=True, tag=True):
     """Forget the store's history before `revision` (safety model 16)."""
 
@@ -142,18 +157,26 @@ class StartStandby(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StartPrimary(Struct, frozen=True, kw_only=True, tag=True):
-    """Start PostgreSQL as primary, in place, without a new timeline. Needs the licence and an armed guard."""
+    """Start PostgreSQL as primary, in place, without a new timeline. Needs the licence and an armed guard.
+
+    `synchronous_names`: synchronous_standby_names before the first commit; None: the operator's own.
+    """
 
     timeout_s: float
     first_start: bool = False
+    synchronous_names: str | None = None
 
 
 class Promote(Struct, frozen=True, kw_only=True, tag=True):
-    """Promote to exactly `timeline`; `block` are the numbers below it that are to be made unusable first."""
+    """Promote to exactly `timeline`; `block` are the numbers below it that are to be made unusable first.
+
+    `synchronous_names`: what synchronous_standby_names must be when it begins; None: the operator's own.
+    """
 
     timeline: int
     block: tuple[int, ...]
     epoch: int
+    synchronous_names: str | None = None
 
 
 class Demote(Struct, frozen=True, kw_only=True, tag=True):
@@ -184,6 +207,7 @@ class Restart(Struct, frozen=True, kw_only=True, tag=True):
     request_id: int = 0
     upstream: Source | None = None
     slot_name: str = ""
+    synchronous_names: str | None = None     # as primary: see StartPrimary
 
 
 class InspectUpstream(Struct, frozen=True, kw_only=True, tag=True):
@@ -221,8 +245,8 @@ class CancelOperation(Struct, frozen=True, kw_only=True, tag=True):
 
 
 QuickAction = (
-    ReadCluster | AcquireLock | ReleaseLock | WriteKey | WriteInitialize | Freeze | Follow | MaintainSlots
-    | RestoreStandbySignal | AnswerRequest | ApplyConfiguration | CompactStore | CancelOperation
+    ReadCluster | AcquireLock | ReleaseLock | StandDown | WriteKey | WriteInitialize | Freeze | Follow | MaintainSlots
+    | RestoreStandbySignal | AnswerRequest | ApplyConfiguration | SetSynchronousNames | CompactStore | CancelOperation
 )
 LongAction = (
     Bootstrap | Clone | StartStandby | StartPrimary | Promote | Demote | Stop | Restart | InspectUpstream

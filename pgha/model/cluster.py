@@ -35,9 +35,10 @@ class Tags(Struct, frozen=True, kw_only=True):
         def number(key: str) -> int:
             value = raw.get(key, 1)
             try:
-                return int(value)
+                priority = int(value)
             except (TypeError, ValueError, OverflowError):
                 return 1
+            return priority if abs(priority) < 1 << 31 else 1
 
         nofailover = flag("nofailover") if "nofailover" in raw else number("failover_priority") <= 0
         nosync = flag("nosync") if "nosync" in raw else number("sync_priority") <= 0
@@ -100,11 +101,17 @@ class Sync(Struct, frozen=True, kw_only=True):
 
 
 class FailoverKey(Struct, frozen=True, kw_only=True):
-    """`failover`: a switchover (with `leader`) or failover (without) that was asked for."""
+    """`failover`: a switchover (with `leader`) or failover (without) that was asked for.
+
+    `down_…`: an operator states that the holder of a paused lock is down; of which record, so that it is void as soon as
+    that holder renews it (`pgha.holder_is_down` in the key).
+    """
 
     leader: str = ""
     candidate: str = ""
     scheduled_at: str = ""
+    down_incarnation: str = ""
+    down_sequence: int = 0
     raw: dict[str, Any] = {}
 
     @property

@@ -7,7 +7,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from pgha.clock import DRIFT, Deadline, Instant
+from pgha.clock import DRIFT, NEVER, Deadline, Instant
 
 LockMode = Literal["held", "paused", "released"]
 
@@ -77,10 +77,22 @@ class Licence(Struct, frozen=True, kw_only=True):
     failing_why: str = ""
     lost_to: str = ""                   # whose record replaced ours
 
+    @property
+    def endless(self) -> bool:
+        """A record in mode `paused` is committed, and nothing was sent that may end it: pause is in force (safety model 11)."""
+        return self.state is LicenceState.HELD and self.valid_until == NEVER
+
 
 def licence_s(ttl_s: float) -> float:
     """How long a holder may rely on a record, from its first send: the ttl less what clocks may differ."""
     return ttl_s * (1 - DRIFT)
+
+
+def licensed_until(record: LockRecord, since: Deadline) -> Deadline:
+    """How long `record`, first sent at `since`, lets its holder write once it is committed: in pause without an end."""
+    if record.mode == "paused":
+        return NEVER
+    return since if record.mode == "released" else since.plus_s(licence_s(record.ttl_s))
 
 
 def wait_s(ttl_s: float) -> float:
@@ -95,7 +107,7 @@ def fence_budget_s(ttl_s: float) -> float:
 
 def fence_at(licence_until: Deadline, ttl_s: float) -> Deadline:
     """The moment from which the guard kills every postmaster of this data directory."""
-    return licence_until.plus_s(-fence_budget_s(ttl_s))
+    return NEVER if licence_until == NEVER else licence_until.plus_s(-fence_budget_s(ttl_s))
 
 
 def demote_at(licence_until: Deadline, ttl_s: float, *, since: Instant, loop_wait_s: float) -> Deadline:

@@ -58,6 +58,7 @@ class Row(Struct, frozen=True, kw_only=True):
     server_version: int = 0
     system_identifier: str = ""
     synchronous_standby_names: str = ""
+    checkpointer_rests: bool = True # so it has read the settings; until it has, backends do not know that they are to wait
     primary_conninfo: str = ""
     primary_slot_name: str = ""
     restore_command: str = ""
@@ -116,7 +117,8 @@ class DataDirectoryFacts(Struct, frozen=True, kw_only=True):
     standby_signal: bool = False
     end_of_wal: int = 0                  # of a stopped server, once asked for; 0 = not known
     end_of_wal_timeline: int = 0
-    history: tuple[HistoryRow, ...] = ()  # of the own timeline
+    history: tuple[HistoryRow, ...] = ()  # of timeline `history_of`, the own one when the directory was read
+    history_of: int = 0                  # 0: not told
     major_version: int = 0
     rewind_interrupted: bool = False     # a rewind was begun and not ended: rewound again, or cloned; never started
     abandoned_bootstrap: bool = False    # a bootstrap was begun and not ended: unless one runs now, it is nobody's
@@ -127,7 +129,7 @@ class GuardFacts(Struct, frozen=True, kw_only=True):
     """The guard's last acknowledgement."""
 
     reachable: bool = False
-    state: str = ""                      # idle, armed, latched, standby, offline
+    state: str = ""                      # idle, armed, paused, latched, standby, offline
     fence_at: Deadline | None = None
     pid: int = 0
     why: str = ""

@@ -43,6 +43,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     tags: Tags = Tags()
     watchdog_required: bool = False
     may_compact_store: bool = True
+    store_quota_bytes: int = 0               # 0: as the store says
     configuration_changed: bool = False  # PostgreSQL's files do not hold the effective configuration yet
     dynamic_config: bytes = b""          # the shared configuration as last known, to restore a missing key
     postgres_host: str = ""              # how peers reach this PostgreSQL: connect_address
@@ -50,7 +51,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 
 class StoreCapacity(Struct, frozen=True, kw_only=True):
-    """How full the store is, as last asked (safety model 16). 0 = unknown.
+    """How full the store is, as the leader asked it last (safety model 16). 0 = unknown.
 
     `day_old_revision`: a revision that is at least a day old, as far as this process has been watching.
     `compacted_at`: when somebody last compacted, as seen here; None: not since this process watches.
@@ -122,6 +123,16 @@ class Upstream(Struct, frozen=True, kw_only=True):
     history: tuple[HistoryRow, ...] = ()
 
 
+class WrittenNames(Struct, frozen=True, kw_only=True):
+    """What synchronous_standby_names PostgreSQL's files were last written with: `names`, None = the operator's own.
+
+    `told` false: a former agent wrote them, and this one has not said yet what they are to be.
+    """
+
+    told: bool = True
+    names: str | None = None
+
+
 class Operation(Struct, frozen=True, kw_only=True):
     """A long operation: the one in flight, or the last that ended."""
 
@@ -167,6 +178,7 @@ class Observation(Struct, frozen=True, kw_only=True):
     peers: dict[str, Peer] = {}
     upstream: Upstream | None = None
     configured_upstream: str = ""        # whom PostgreSQL's files were last written to follow
+    written_names: WrittenNames = WrittenNames()
     operation: Operation | None = None   # in flight
     ended: Operation | None = None       # the last one that ended
     requests: tuple[Request, ...] = ()

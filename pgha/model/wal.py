@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from msgspec import Struct
+
+_HALF = re.compile(r"[0-9A-Fa-f]{1,8}", re.ASCII)
+_TIMELINE = re.compile(r"[0-9]{1,10}", re.ASCII)
 
 
 def format_lsn(lsn: int) -> str:
@@ -12,9 +17,9 @@ def format_lsn(lsn: int) -> str:
 
 def parse_lsn(text: str) -> int:
     """'0/BC614E' → 12345678. ValueError if it is not an LSN."""
-    high, slash, low = text.strip().partition("/")
-    if not slash or len(high) > 8 or len(low) > 8:
-        raise ValueError(f"not an LSN: {text!r}")
+    high, _, low = text.strip().partition("/")
+    if not _HALF.fullmatch(high) or not _HALF.fullmatch(low):       # int() alone would take signs, blanks and underscores
+        raise ValueError(f"not an LSN: {text[:40]!r}")
     return (int(high, 16) << 32) + int(low, 16)
 
 
@@ -47,7 +52,9 @@ def parse_history_file(text: str) -> tuple[HistoryRow, ...]:
             continue
         parts = line.split("\t", 2) if "\t" in line else line.split(None, 2)
         if len(parts) < 2:
-            raise ValueError(f"not a timeline history row: {line!r}")
+            raise ValueError(f"not a timeline history row: {line[:80]!r}")
+        if not _TIMELINE.fullmatch(parts[0].strip()) or not 0 < int(parts[0]) < 1 << 32:
+            raise ValueError(f"not a timeline: {parts[0][:40]!r}")
         rows.append(HistoryRow(timeline=int(parts[0]), switch_lsn=parse_lsn(parts[1]), reason=parts[2].strip() if len(parts) > 2 else ""))
     return tuple(rows)
 

@@ -35,8 +35,14 @@ SAVE_EVERY_S = 10.0
 #: An absent or changed store is untrusted for at least so long (safety model 4).
 UNTRUSTED_S = 30.0
 READ_S = 1.5
-#: How often a leader asks how full the store is, and which steps are worth a line in the log.
+#: Between reads of a store that does not answer, and the longest between those that stand in for a watch that fails.
+READ_AGAIN_S = 0.3
+READ_INSTEAD_EVERY_S = 2.0
+#: How often a leader asks how full the store is (while there is an alarm; at most, when a write was refused), and which
+#: steps are worth a line in the log.
 CAPACITY_EVERY_S = 300.0
+CAPACITY_ALARMED_S = 20.0
+CAPACITY_AT_MOST_S = 5.0
 CAPACITY_STEPS = (0.95, 0.9, 0.75, 0.5)
 #: etcd's own default quota (--quota-backend-bytes), where it does not tell.
 DEFAULT_QUOTA_BYTES = 2 << 30
@@ -66,8 +72,11 @@ class ClusterObserver:
         self._known = self._remembered.generation
         self._saved_at: Instant | None = None
         self._saving = False
+        self._watch_failures = 0      # in a row, without a change in between
+        self._watch_silences = 0
         self._revisions: list[tuple[Instant, int]] = []      # hourly, for what is a day old
         self._warned = 0.0
+        self._out_of_space = trio.Event()
         if problem:
             log.warning("remembered facts could not be read", why=problem)
         self.facts = DcsFacts(
@@ -90,7 +99,8 @@ class ClusterObserver:
             self._heard(self._clock.now())
             self._note_generation(snapshot.generation, known)
             if snapshot.revision >= self._revision:
-                self._entries, self._revision = dict(snapshot.entries), snapshot.revision
+                kept = (self._keys.worth_keeping(entry) for entry in snapshot.entries.values() if entry.key.startswith(self._keys.root))
+                self._entries, self._revision = {entry.key: entry for entry in kept if entry is not None}, snapshot.revision
                 self._renew_view(snapshot, began)
             else:
                 # The watch has told of more meanwhile: the view is newer than this read, which therefore proves nothing of it.
@@ -101,8 +111,8 @@ class ClusterObserver:
         view = parse(Snapshot(revision=self._revision, entries=self._entries, generation=self._generation), self._keys)
         before = self.facts
         lock_seen = self._look_at_lock(view, linearizable=snapshot is not None)
-        if view.problems and (before.view is None or before.view.problems != view.problems):
-            for problem in view.problems:
+        for problem in view.problems:
+            if before.view is None or problem not in before.view.problems:
                 log.warning("store holds what cannot be read", key=problem)
         self._remember(view)
         self.facts = replace(
@@ -140,6 +150,7 @@ class ClusterObserver:
             untrusted_s = wait_s(max(self._remembered.ttl_s, self._settings()[0], UNTRUSTED_S))
             log.error("the store was restored or rebuilt: no record in it is believed for a while", why=changed, for_s=untrusted_s)
             self._revision = 0
+            self._revisions = []    # of the former store: the new one may be far from them
             self.facts = replace(self.facts, trusted_from=now.plus_s(untrusted_s), generation_changed=changed)
         trusted_from = self.facts.trusted_from
         if trusted_from is not None and remaining_s(trusted_from, now) <= 0:
@@ -207,38 +218,73 @@ class ClusterObserver:
             while True:
                 try:
                     await self.read()
-                    await self._follow()
-                except Compacted as error:
-                    log.info("watch was behind the store's history, reading again", revision=error.revision)
                 except DcsError as error:
                     self._unreachable(str(error))
-                    await trio.sleep(0.3)
+                    await trio.sleep(READ_AGAIN_S)
+                    continue
+                try:
+                    await self._follow()
+                    continue
+                except Compacted as error:
+                    why = f"history from revision {self._revision + 1} on is gone, the oldest is {error.revision}"
+                except DcsError as error:
+                    why = str(error)
+                await self._without_watch(why)
+
+    async def _without_watch(self, why: str) -> None:
+        """A watch that ended says nothing of the store: the next read does, at once. One that ends again and again is said
+        once, and reading goes on in its place."""
+        # Absence is continuous only by what was seen without a gap.
+        self.facts = replace(self.facts, lock_seen=replace(self.facts.lock_seen, absent_since=None))
+        self._watch_failures += 1
+        if self._watch_failures == 2:
+            log.warning("watch of the store ends again and again, reading instead", why=why)
+        elif self._watch_failures < 2:
+            log.info("watch of the store ended, reading again", why=why)
+        await trio.sleep(0.0 if self._watch_failures == 1 else min(READ_AGAIN_S * self._watch_failures, READ_INSTEAD_EVERY_S))
+
+    def _watch_delivers(self) -> None:
+        if self._watch_failures > 1:
+            log.info("watch of the store works again")
+        self._watch_failures = 0
 
     async def _keep_saving(self) -> None:
         while True:
             await trio.sleep(2.0)
             await self._save()
 
-    async def keep_capacity(self, leads: Callable[[], bool]) -> None:
-        """The leader asks how full the store is, long before it hurts (safety model 16). Never returns."""
-        watched_since = self._clock.now()
+    async def keep_capacity(self, leads: Callable[[], bool], quota_bytes: Callable[[], int] = lambda: 0) -> None:
+        """The leader asks how full the store is, long before it hurts (safety model 16); one that could not renew for want
+        of space goes on asking until the alarm is over. `quota_bytes()`: the operator's word, 0: none. Never returns."""
         while True:
-            if leads():
+            self._out_of_space = trio.Event()
+            alarmed = self.facts.capacity is not None and bool(self.facts.capacity.alarms)
+            if leads() or alarmed:
                 try:
-                    self._note_capacity(await self._store.capacity(deadline_s=2.0), watched_since)
+                    self._note_capacity(await self._store.capacity(deadline_s=2.0), quota_bytes())
                 except DcsError as error:
                     log.info("the store does not say how full it is", why=str(error))
-            await trio.sleep(CAPACITY_EVERY_S if self.facts.capacity is not None else 5.0)
+            elif self.facts.capacity is not None:
+                self.facts = replace(self.facts, capacity=None)     # another leads, and watches
+            await trio.sleep(CAPACITY_AT_MOST_S)
+            if self.facts.capacity is not None:
+                with trio.move_on_after((CAPACITY_ALARMED_S if self.facts.capacity.alarms else CAPACITY_EVERY_S) - CAPACITY_AT_MOST_S):
+                    await self._out_of_space.wait()
 
-    def _note_capacity(self, said: Capacity, watched_since: Instant) -> None:
+    def out_of_space(self) -> None:
+        """A write was refused for want of space: ask now."""
+        self._out_of_space.set()
+
+    def _note_capacity(self, said: Capacity, quota_bytes: int) -> None:
         now, before = self._clock.now(), self.facts.capacity
+        watched_since = before.watched_since if before is not None else now
         if not self._revisions or candidate_age_s(self._revisions[-1][0], now) >= 3600:
-            self._revisions = [*self._revisions[-48:], (now, self._generation.revision or self._revision)]
+            self._revisions = [*self._revisions[-48:], (now, max(self._generation.revision, self._revision))]
         old = [revision for at, revision in self._revisions if candidate_age_s(at, now) >= DAY_S]
         compacted_at = before.compacted_at if before else None
         if before is not None and said.compact_revision > before.compact_revision:
             compacted_at = now
-        quota = said.quota_bytes or DEFAULT_QUOTA_BYTES
+        quota = quota_bytes or said.quota_bytes or DEFAULT_QUOTA_BYTES
         self.facts = replace(self.facts, capacity=StoreCapacity(
             asked_at=now, watched_since=watched_since, used_bytes=said.used_bytes, quota_bytes=quota, alarms=said.alarms,
             compact_revision=said.compact_revision, compacted_at=compacted_at, day_old_revision=old[-1] if old else 0))
@@ -249,6 +295,10 @@ class ClusterObserver:
         self._warned = step
         if said.alarms and (before is None or before.alarms != said.alarms):
             log.error("the store has raised an alarm", alarms=", ".join(said.alarms))
+        elif before is not None and before.alarms and not said.alarms:
+            log.info("the store's alarm is over", alarms=", ".join(before.alarms))
+        if before is None or before.alarms != said.alarms:
+            self._wake()
 
     async def _follow(self) -> None:
         """Apply the watch's changes until it ends, or is silent for too long while the store has moved on."""
@@ -264,10 +314,14 @@ class ClusterObserver:
                     revision = self._revision
                     await self.read()
                     if self._revision != revision:
-                        log.warning("watch was silent while the store changed, opening it again")
+                        self._watch_silences += 1
+                        say = log.warning if self._watch_silences == 1 else log.debug
+                        say("watch was silent while the store changed, opening it again")
                     return
                 self._heard(self._clock.now())
                 if change is not None:
+                    self._watch_silences = 0
+                    self._watch_delivers()
                     self._apply(change)
 
     def _silence_s(self) -> float:
@@ -279,10 +333,11 @@ class ClusterObserver:
         if change.revision <= self._revision:
             return
         for key, entry in change.entries.items():
-            if entry is None:
+            kept = self._keys.worth_keeping(entry) if entry is not None and key.startswith(self._keys.root) else None
+            if kept is None:
                 self._entries.pop(key, None)
             else:
-                self._entries[key] = entry
+                self._entries[key] = kept
         self._revision = change.revision
         self._known = replace(self._known, revision=max(self._known.revision, change.revision))
         self._remember_generation()

@@ -23,6 +23,7 @@ from pgha.model.node import Control, DataDirectoryFacts
 from pgha.model.wal import HistoryRow, parse_history_file
 from pgha.postgres.controldata import ControlData, read_control
 from pgha.postgres.directories import Bootstrapping, bootstrapping
+from pgha.postgres.files import read_beginning
 from pgha.postgres.pg_rewind import interrupted
 from pgha.postgres.programs import Run, run
 from pgha.postgres.threads import InThread, in_thread
@@ -32,6 +33,8 @@ Stamp = tuple[int, int, int]
 #: A disk that does not answer for a few small files in this time counts as unreadable.
 LOOK_DEADLINE_S = 2.0
 CONTROL_DEADLINE_S = 2.0
+#: A history is a few lines; anything longer is damage.
+LARGEST_HISTORY_BYTES = 1 << 20
 
 
 def control_of(said: ControlData) -> Control:
@@ -67,16 +70,16 @@ def _look(data_dir: Path) -> _Looked:
         names = frozenset(os.listdir(data_dir))  # noqa: PTH208  (names are all that is needed)
     except FileNotFoundError:
         return _Looked(exists=False)
-    version = (data_dir / "PG_VERSION").read_text(errors="replace").strip() if "PG_VERSION" in names else ""
+    version = read_beginning(data_dir / "PG_VERSION", 16).decode("ascii", "replace").strip() if "PG_VERSION" in names else ""
     return _Looked(exists=True, names=names, control_stamp=_stamp_of(data_dir / "global" / "pg_control") if names else None,
-                   major_version=int(version) if version.isdigit() else 0, rewind_interrupted=interrupted(data_dir),
+                   major_version=int(version) if version.isascii() and version.isdigit() else 0, rewind_interrupted=interrupted(data_dir),
                    bootstrapping=bootstrapping(data_dir))
 
 
 def _read_history(path: Path) -> tuple[HistoryRow, ...]:
     """() if there is none, or one that does not parse."""
     try:
-        return parse_history_file(path.read_text(errors="replace"))
+        return parse_history_file(read_beginning(path, LARGEST_HISTORY_BYTES).decode(errors="replace"))
     except (FileNotFoundError, ValueError):
         return ()
 
@@ -142,9 +145,10 @@ class DataDirectoryReader:
         end = self._end_of_wal if self._end_of_wal is not None and self._end_of_wal[0] == stamp and not running else None
         control = control_of(self._control)
         why = "a rewind of it was interrupted: it must be rewound again, or cloned" if looked.rewind_interrupted else ""
+        timeline = timeline or (end[2] if end else 0) or max(control.timeline, control.min_recovery_timeline)
         return replace(
             facts, state="valid", why=why, control=control, end_of_wal=end[1] if end else 0, end_of_wal_timeline=end[2] if end else 0,
-            history=await self._history_of(timeline or max(control.timeline, control.min_recovery_timeline)))
+            history=await self._history_of(timeline), history_of=timeline)
 
     async def _look(self) -> _Looked:
         """The look itself; a thread that the disk keeps is left behind, and `_looking` stays true until it returns."""

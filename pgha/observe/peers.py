@@ -6,7 +6,6 @@ one of another make for `/patroni`. Each has its own deadline, so that a silent 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -17,6 +16,7 @@ import trio
 from msgspec.structs import replace
 
 from pgha.clock import Clock
+from pgha.dcs.keys import loads
 from pgha.machine import HttpClient
 from pgha.model.cluster import Tags
 from pgha.model.decision import PeerQuestion
@@ -99,15 +99,15 @@ class PeersObserver:
                 return _from_patroni(name, body, asked_at)
             except OSError as error:
                 why = str(error) or type(error).__name__
-            except (ValueError, TypeError, OverflowError, msgspec.ValidationError) as error:
-                why = f"its answer does not parse: {error}"
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:     # msgspec's own are ValueErrors
+                why = f"its answer does not parse: {str(error)[:200]}"
         return Peer(name=name, asked_at=asked_at, answered=False, why=why)
 
     async def _get(self, client: HttpClient, url: str) -> tuple[int, dict[str, Any]]:
         status, body = await client.request("GET", url, largest_bytes=LARGEST_ANSWER_BYTES)
         try:
-            value = json.loads(body)
-        except (ValueError, RecursionError):
+            value = loads(body)
+        except ValueError:
             value = {}
         return status, value if isinstance(value, dict) else {}
 
@@ -122,10 +122,10 @@ def _from_vote(name: str, body: dict[str, Any], asked_at: Any) -> Peer:
     role, state = str(body.get("role", "")), str(body.get("state", ""))
     return Peer(
         name=name, asked_at=asked_at, answered=True, is_pgha=True, in_recovery=None if state not in ("running", "unknown") or role not in ("primary", "replica") else role == "replica",
-        timeline=int(body.get("timeline", 0)), lsn=int(body.get("lsn", 0)), frozen_epoch=int(body.get("epoch", -1)), running=state == "running",
+        timeline=_number(body.get("timeline", 0)), lsn=_number(body.get("lsn", 0)), frozen_epoch=_number(body.get("epoch", -1), least=-1), running=state == "running",
         candidate=body.get("candidate") is not False,
         tags=Tags.of(tags if isinstance(tags, dict) else {}), watchdog_failed=body.get("watchdog_failed") is True,
-        system_identifier=str(body.get("system_identifier", "")), history=msgspec.convert(body.get("history", []), tuple[HistoryRow, ...]),
+        system_identifier=_identifier(body.get("system_identifier", "")), history=_history(body.get("history", [])),
     )
 
 
@@ -133,13 +133,35 @@ def _from_patroni(name: str, body: dict[str, Any], asked_at: Any) -> Peer:
     """A reply without `xlog` says that its SQL does not answer: then nothing of it counts (compatibility spec 3.3)."""
     xlog = body.get("xlog")
     tags = body.get("tags")
-    identifier = str(body.get("database_system_identifier", ""))
+    identifier = _identifier(body.get("database_system_identifier", ""))
     if not isinstance(xlog, dict):
         return Peer(name=name, asked_at=asked_at, answered=bool(identifier), why="its PostgreSQL does not answer", system_identifier=identifier)
     in_recovery = "location" not in xlog
-    lsn = max(int(xlog.get("location") or 0), int(xlog.get("received_location") or 0), int(xlog.get("replayed_location") or 0))
-    return Peer(name=name, asked_at=asked_at, answered=True, in_recovery=in_recovery, timeline=int(body.get("timeline") or 0), lsn=lsn, running=True,
+    lsn = max(_number(xlog.get(key) or 0) for key in ("location", "received_location", "replayed_location"))
+    return Peer(name=name, asked_at=asked_at, answered=True, in_recovery=in_recovery, timeline=_number(body.get("timeline") or 0), lsn=lsn, running=True,
                 tags=Tags.of(tags if isinstance(tags, dict) else {}), watchdog_failed=body.get("watchdog_failed") is True, system_identifier=identifier)
+
+
+def _number(value: Any, *, least: int = 0) -> int:
+    """A count as it may be compared, published and written to the store. ValueError if it is none."""
+    number = int(value)
+    if not least <= number < 1 << 63:
+        raise ValueError("a number is out of range")
+    return number
+
+
+def _identifier(value: Any) -> str:
+    text = value if isinstance(value, (str, int)) else ""
+    if len(str(text)) > 64:
+        raise ValueError("a system identifier is too long")
+    return str(text)
+
+
+def _history(value: Any) -> tuple[HistoryRow, ...]:
+    rows = msgspec.convert(value, tuple[HistoryRow, ...])
+    if not all(0 <= row.timeline < 1 << 32 and 0 <= row.switch_lsn < 1 << 64 for row in rows):
+        raise ValueError("a timeline history is out of range")
+    return rows
 
 
 def _shape(peer: Peer) -> tuple[object, ...]:

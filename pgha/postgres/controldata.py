@@ -87,19 +87,31 @@ _LABELS: dict[str, tuple[str, ...]] = {
     "track_commit_timestamp": ("track_commit_timestamp setting",),
 }
 _TEXT = ("state", "system_identifier", "wal_level")
-_TRUE = ("on", "yes")
+_FLAGS = {"on": True, "yes": True, "off": False, "no": False}
+_FLAG_FIELDS = ("end_of_backup_required", "wal_log_hints", "track_commit_timestamp")
+#: Positions are computed with these: PostgreSQL takes powers of two in these bounds, and nothing else.
+_SIZES = {"wal_segment_bytes": (1 << 20, 1 << 30), "wal_block_bytes": (1 << 10, 1 << 16)}
 
 
 def _value(field: str, text: str) -> str | int | bool:
+    """ValueError if it is none of the field's kind."""
     if field in _TEXT:
+        if len(text) > 64:
+            raise ValueError(text[:64])
         return text
     if field.endswith("_lsn"):
         return parse_lsn(text)
-    if field == "checksums":
-        return int(text) != 0
-    if text in ("on", "off", "yes", "no"):
-        return text in _TRUE
-    return int(text)
+    if field in _FLAG_FIELDS:
+        if text not in _FLAGS:
+            raise ValueError(text)
+        return _FLAGS[text]
+    if not re.fullmatch(r"[0-9]{1,10}", text, re.ASCII):
+        raise ValueError(text[:64])
+    number = int(text)
+    least, most = _SIZES.get(field, (0, (1 << 32) - 1))
+    if not least <= number <= most or (field in _SIZES and number & (number - 1)):
+        raise ValueError(text)
+    return number != 0 if field == "checksums" else number
 
 
 def parse_control(output: str) -> ControlData:
@@ -113,7 +125,7 @@ def parse_control(output: str) -> ControlData:
         try:
             fields[field] = _value(field, text)
         except ValueError:
-            raise PostgresError(f"pg_controldata: {labels[0]} is {text!r}") from None
+            raise PostgresError(f"pg_controldata: {labels[0]} is {text[:80]!r}") from None
     return ControlData(**fields)  # type: ignore[arg-type]  # each value was converted by its own rule above
 
 

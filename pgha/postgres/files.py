@@ -22,6 +22,8 @@ BASE_CONF = "postgresql.base.conf"
 STANDBY_SIGNAL = "standby.signal"
 RECOVERY_SIGNAL = "recovery.signal"
 DYNAMIC_CACHE = "patroni.dynamic.json"
+#: What the store would take at most.
+LARGEST_CACHE_BYTES = 4 << 20
 
 #: Recovery targets are never wanted on a member that follows; `latest` is what lets it follow a promotion.
 FORCED_RECOVERY = {
@@ -85,6 +87,14 @@ def remove_file(path: Path) -> bool:
         return False
     sync_directory(path.parent)
     return True
+
+
+def read_beginning(path: Path, limit_bytes: int) -> bytes:
+    """Up to `limit_bytes` of a file. OSError. A file that others write may be of any size, and may be a pipe that nobody
+    fills: neither memory nor the caller is spent on it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        return file.read(limit_bytes) or b""
 
 
 # Signal files
@@ -239,7 +249,7 @@ def write_pgpass(path: Path, lines: Sequence[str]) -> bool:
 def read_dynamic_cache(data_dir: Path) -> bytes | None:
     """The last known cluster configuration as JSON text, or None."""
     try:
-        return (data_dir / DYNAMIC_CACHE).read_bytes()
+        return read_beginning(data_dir / DYNAMIC_CACHE, LARGEST_CACHE_BYTES)
     except FileNotFoundError:
         return None
 

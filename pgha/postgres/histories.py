@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from pgha.errors import PostgresError
 from pgha.model.wal import HistoryRow, parse_history_file
-from pgha.postgres.files import remove_file, write_file
+from pgha.postgres.files import read_beginning, remove_file, write_file
 
 _NAME = re.compile(r"([0-9A-F]{8})\.history")
 #: The first words of a block of ours; whatever else a file says, it is none.
@@ -45,8 +45,7 @@ def _files(data_dir: Path) -> list[tuple[int, Path]]:
 
 
 def _read(path: Path) -> str:
-    with path.open("rb") as f:
-        return f.read(_LIMIT_BYTES).decode(errors="replace")
+    return read_beginning(path, _LIMIT_BYTES).decode(errors="replace")
 
 
 def read_histories(data_dir: Path) -> dict[int, HistoryFile]:

@@ -22,9 +22,14 @@ import trio
 from msgspec import Struct
 
 from pgha.errors import PostgresError, PostgresTimeout
+from pgha.postgres.files import read_beginning
 
 #: The program's name; "postmaster" is the old symbolic link to it.
 NAMES = frozenset({"postgres", "postmaster"})
+#: Eight lines, two of them paths.
+PID_FILE_BYTES = 16 << 10
+#: pid_t; a system call takes no larger number.
+LARGEST_PID = (1 << 31) - 1
 #: Postmasters that this process started and that nobody has reaped yet, by pid.
 _children: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -54,12 +59,14 @@ class ProcessStat(Struct, frozen=True, kw_only=True):
 def read_postmaster_pid(data_dir: Path) -> PostmasterFile | None:
     """The file's content, whether or not that postmaster lives; None if there is no file or it is still being written."""
     try:
-        lines = (data_dir / "postmaster.pid").read_text(errors="replace").splitlines()
+        lines = read_beginning(data_dir / "postmaster.pid", PID_FILE_BYTES).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return None
     lines += [""] * (8 - len(lines))
     try:
         pid = int(lines[0])
+        if not 0 < abs(pid) <= LARGEST_PID:
+            return None
         return PostmasterFile(
             pid=abs(pid), single_user=pid < 0, data_dir=lines[1], start_epoch_s=int(lines[2] or 0),
             port=int(lines[3] or 0), socket_dir=lines[4], listen_address=lines[5], status=lines[7].strip())
@@ -223,9 +230,9 @@ def remove_dead_pid_file(data_dir: Path, *, socket_dirs: Iterable[Path] = ()) ->
     for directory in {*named, *socket_dirs}:
         lock = directory / f".s.PGSQL.{file.port}.lock"
         try:
-            pid, owner = lock.read_text(errors="replace").splitlines()[:2]
-        except (FileNotFoundError, PermissionError, ValueError):
-            continue  # none, or not of a server of ours
+            pid, owner = read_beginning(lock, PID_FILE_BYTES).decode(errors="replace").splitlines()[:2]
+        except (OSError, ValueError):
+            continue  # none, not of a server of ours, or no name that a file can have: the directory is what the file said
         if pid.strip() == str(file.pid) and owner == file.data_dir:
             lock.unlink(missing_ok=True)
     path.unlink(missing_ok=True)

@@ -19,7 +19,9 @@ from msgspec import Struct
 UNLIMITED = 1 << 63
 
 _LAG_UNITS = {"b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
-_LAG = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", re.ASCII)
+#: Applied to stripped text, and no two parts can match the same character: linear, whatever a client sends. 18 digits are
+#: more than any position has.
+_LAG = re.compile(r"([+-]?\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)", re.ASCII)
 
 
 class HealthFacts(Struct, frozen=True, kw_only=True):
@@ -62,7 +64,7 @@ def _verdict(ok: bool, why: str) -> Verdict:  # noqa: FBT001  (the one thing tha
 
 def parse_lag(text: str | None) -> int | None:
     """'16kB' → 16384, '1048576' → 1048576, '1.5MB' → 1572864; None if it cannot be read (then there is no limit)."""
-    match = _LAG.fullmatch(text or "")
+    match = _LAG.fullmatch((text or "").strip())
     if match is None:
         return None
     unit = _LAG_UNITS.get(match[2].lower() or "b")

@@ -15,6 +15,7 @@ from pgha.errors import ConfigError
 class Limits(Struct, frozen=True, kw_only=True):
     head_bytes: int = 16 << 10
     body_bytes: int = 1 << 20
+    bodies_bytes: int = 16 << 20  # of all connections together
     head_s: float = 5.0          # from the first moment a head is due until it is complete
     body_s: float = 10.0
     idle_s: float = 15.0         # between two requests of one connection

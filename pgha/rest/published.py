@@ -135,7 +135,7 @@ def publish_pass(seen: Observation, decision: Decision, *, scope: str, memory: M
     streams = receiver is not None and receiver.status == "streaming"
     health = HealthFacts(
         state=state, role=role, standby_cluster=standby_cluster, dcs_seen=view is not None and seen.dcs.unreachable_since is None,
-        paused=seen.settings.pause, sync_standby=in_sync and config.get("synchronous_mode") != "quorum",
+        paused=decision.paused, sync_standby=in_sync and config.get("synchronous_mode") != "quorum",
         quorum_standby=in_sync and config.get("synchronous_mode") == "quorum",
         replication_state="streaming" if streams else "in archive recovery" if answered and row is not None and row.in_recovery and row.restore_command else "",
         tags=seen.settings.tags.raw, optime=view.published_position.lsn or None if view else None,
@@ -153,6 +153,15 @@ def publish_pass(seen: Observation, decision: Decision, *, scope: str, memory: M
         view=view, decision=_decision(seen, decision), vote=decision.vote, observation=seen, memory=memory,
         failover_refusal=failover_refusal, gauges=gauges or {},
     )
+
+
+def store_gauges(seen: Observation) -> dict[str, float]:
+    """How full the store is, where this node watches it (the leader does; safety model 16)."""
+    capacity = seen.dcs.capacity
+    if capacity is None:
+        return {}
+    return {"store_used_bytes": float(capacity.used_bytes), "store_quota_bytes": float(capacity.quota_bytes), "store_alarms": float(len(capacity.alarms)),
+            "store_uncompacted_seconds": candidate_age_s(capacity.compacted_at or capacity.watched_since, seen.now)}
 
 
 def _node(seen: Observation, *, scope: str, answered: bool) -> NodeFacts:

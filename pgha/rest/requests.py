@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import trio
 from msgspec import Struct
 
+from pgha.clock import candidate_age_s
+from pgha.model.lock import wait_s
 from pgha.model.overview import synchronous, synchronous_names
 from pgha.rest.published import Board, Published
 from pgha.rest.wire import JSON, Request, Response, text_response
@@ -39,7 +41,7 @@ class Requests(Protocol):
     async def submit(self, kind: str, payload: Mapping[str, Any], *, deadline_s: float) -> Answer:
         """Hand in a request and wait for its answer, at most `deadline_s` (then an Answer 503 that says so).
 
-        switchover, failover: {"leader"?, "member"?}: write /failover, answer 200 and the revision, or 503 and the text
+        switchover, failover: {"leader"?, "member"?, "pgha"?}: write /failover, answer 200 and the revision, or 503 and the text
         "failed to write failover key into DCS". cancel_switchover: {}: empty /failover. restart: {"timeout_s"?}: waits
         for its end. reload: {}: 202. patch_config, put_config: the object: a guarded write after validation; 200 and the
         new configuration as JSON, 400 and the problems, 409, 503.
@@ -106,10 +108,12 @@ class Changes:
         for key, value in body.items():
             if key == "role" and value not in ("primary", "standby_leader", "replica"):
                 raise _Wrong(400, "PostgreSQL role should be either primary, standby_leader, or replica")
+            if key == "schedule" and self._board.current().health.paused:
+                raise _Wrong(500, "Can't schedule restart in the paused state")
             if key in ("schedule", "role", "postgres_version", "restart_pending"):
                 raise _Wrong(400, f"{key} is not supported yet by this version of pgha: only an immediate restart is")
             if key != "timeout":
-                raise _Wrong(400, f"Unknown filter: {key}")
+                raise _Wrong(400, f"Unknown filter: {key[:100]}")
         options: dict[str, Any] = {}
         published = self._board.current()
         start_s = published.primary_start_timeout_s
@@ -143,7 +147,10 @@ class Changes:
             kind = "switchover"
         before = self._board.current()
         _preconditions(kind, leader, candidate, body.get("scheduled_at"), before)
-        payload = {key: value for key, value in (("leader", leader), ("member", candidate)) if value}
+        payload: dict[str, Any] = {key: value for key, value in (("leader", leader), ("member", candidate)) if value}
+        own = body.get("pgha")
+        if isinstance(own, dict) and own.get("holder_is_down"):
+            payload["pgha"] = {"holder_is_down": _stated_down(kind, before)}
         answer = await self._requests.submit(kind, payload, deadline_s=WRITE_S)
         if answer.status != 200:
             return _response(answer)
@@ -211,6 +218,20 @@ def _preconditions(kind: str, leader: str, candidate: str, scheduled_at: Any, pu
         raise _Wrong(412, f"{kind} is not possible: no good candidates have been found ({'; '.join(obstacles)})")
 
 
+def _stated_down(kind: str, published: Published) -> dict[str, Any]:
+    """An operator states that the holder of a paused lock is down: of exactly the record that stands, if it looks so at all."""
+    lock = published.view.lock if published.view is not None else None
+    if kind != "failover" or lock is None or lock.mode != "paused":
+        raise _Wrong(412, "holder_is_down is for a failover from a lock that was paused: any other expires by itself")
+    seen = published.observation.dcs.lock_seen.since if published.observation is not None else None
+    age_s = candidate_age_s(seen, published.at) if seen is not None else 0.0
+    if published.observation is not None and published.observation.me.node_id == lock.node_id:
+        raise _Wrong(412, f"{lock.holder} is not down: it answers this request")
+    if age_s < wait_s(lock.ttl_s):
+        raise _Wrong(412, f"{lock.holder} does not look down: its lock was seen to be renewed {age_s:.1f} s ago, {wait_s(lock.ttl_s):.1f} s without are needed")
+    return {"holder": lock.holder, "incarnation": lock.incarnation, "sequence": lock.sequence}
+
+
 def _object(request: Request, *, required: bool = True) -> dict[str, Any]:
     """The body as a JSON object; empty only if it is not required."""
     if required and "content-length" not in request.headers and "transfer-encoding" not in request.headers:
@@ -219,6 +240,8 @@ def _object(request: Request, *, required: bool = True) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(request.body)
+        # What could be neither written to the store nor answered: half a character, and "not a number".
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise _Wrong(400, "the body is not JSON") from None
     if not isinstance(value, dict) or (required and not value):
@@ -238,7 +261,7 @@ def _name(body: Mapping[str, Any], key: str) -> str:
 def _seconds(value: Any) -> float:
     """A positive number, also as text with a unit of PostgreSQL's (ms, s, min, h, d)."""
     units = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "": 1.0}
-    text = str(value).strip()
+    text = str(value).strip()[:40] if isinstance(value, (str, int, float)) else ""
     number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
     try:
         seconds = float(number) * units[text[len(number):].strip()]

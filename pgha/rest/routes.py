@@ -127,16 +127,24 @@ class App:
 
     # --- everything --------------------------------------------------------------------------------------------------
 
+    def refuses(self, request: Request) -> Response | None:
+        """See server.Application."""
+        if request.method in SAFE_METHODS:
+            return None
+        if not self.changes.knows(request.method, _first(request.path)):
+            return text_response(501, f"{request.method} {request.path} is not supported")
+        return self.access.refuses(request)
+
     async def handle(self, request: Request) -> Response:
         """See server.Application."""
+        refusal = self.refuses(request)
+        if refusal is not None:
+            return refusal
         name = _first(request.path)
         if request.method in SAFE_METHODS:
             response = await self._read(request, name)
             return _without_body(response) if request.method == "OPTIONS" else response
-        if not self.changes.knows(request.method, name):
-            return text_response(501, f"{request.method} {request.path} is not supported")
-        refusal = self.access.refuses(request)
-        return refusal or await self.changes.handle(request, name)
+        return await self.changes.handle(request, name)
 
     async def _read(self, request: Request, name: str) -> Response:
         published = self.board.current()
@@ -181,7 +189,7 @@ class App:
         """This node's position for the election after `epoch`. `wait` (seconds, at most 2): how long to wait for one
         that is final for this epoch; whoever waits saves a question."""
         try:
-            epoch = int(request.query.get("epoch", "-1"))
+            epoch = int(request.query.get("epoch", "-1")[:24])
             wait_s = min(float(request.query.get("wait", "0")), VOTE_WAIT_S)
         except ValueError:
             return text_response(400, "epoch and wait are numbers")

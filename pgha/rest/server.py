@@ -5,8 +5,9 @@ its bytes are already there: no task, no parser, one send. Everything else gets 
 
 Rules of this file:
 * Nothing a client does ends anything but its own connection.
-* Every wait for a client has a deadline; whoever has not sent a whole head yet can be evicted for a newcomer.
-* Whatever blocks is not in the accept loop.
+* Every wait for a client has a deadline, and who is waited for can be evicted for a newcomer.
+* Whatever blocks is not in the accept loop; whatever takes long lets others run in between: the renewer is one of them.
+* What clients may make us keep is bounded for all of them together.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import socket
 from typing import Protocol
 
 import h11
+import msgspec
 import trio
 
 from pgha.log import Log
@@ -31,6 +33,12 @@ __all__ = ["Application", "Limits", "Listen", "open_sockets", "serve"]
 _BATCH = 32
 _RETRY_ACCEPT = {errno.ECONNABORTED, errno.EINTR, errno.EPROTO, errno.ENETDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPERM}
 _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+#: of a body, in one go; and so many chunks of it before others get their turn
+_PART_BYTES = 16 << 10
+_CHUNKS = 32
+_SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})
+#: the same defect, with its traceback, is logged again after this time
+_DEFECT_AGAIN_S = 60.0
 
 
 class Application(Protocol):
@@ -38,6 +46,10 @@ class Application(Protocol):
 
     def quick(self, key: bytes, *, keep_alive: bool) -> bytes | None:
         """The whole answer to an exact request (b"GET /primary"), or None if it must be handled. Never blocks."""
+        ...
+
+    def refuses(self, request: Request) -> Response | None:
+        """The refusal that needs no body to be read (`request` has none yet), or None."""
         ...
 
     async def handle(self, request: Request) -> Response:
@@ -71,7 +83,8 @@ async def serve(
 
 
 class _Connection:
-    """One client. In `_Server.waiting` while it owes us a head: then a newcomer may take its place."""
+    """One client. In `_Server.waiting` while we wait for it (for a head, a body, or that it reads): then a newcomer may take
+    its place."""
 
     def __init__(self, stream: trio.SocketStream, peer: str) -> None:
         self.stream: trio.SocketStream | trio.SSLStream[trio.SocketStream] = stream
@@ -94,6 +107,8 @@ class _Server:
         self.count = 0
         #: a dict keeps its order: the first has waited longest
         self.waiting: dict[_Connection, None] = {}
+        self.bodies_bytes = 0
+        self.defects: dict[str, float] = {}
 
     # --- the accept loop ---------------------------------------------------------------------------------------------
 
@@ -140,7 +155,9 @@ class _Server:
         if self.count >= self.at_most and not self._evict_one():
             try:
                 if not unsent:
-                    sock.send(self._bytes(text_response(503, "too many connections"), keep_alive=False))
+                    # A health check needs no place, also one that would have kept its connection.
+                    answer = self._answer_at_once(data, though_kept_alive=True) if data else None
+                    sock.send(answer or self._bytes(text_response(503, "too many connections"), keep_alive=False))
             except OSError:
                 pass   # it is refused either way
             sock.close()
@@ -153,15 +170,39 @@ class _Server:
         connection = _Connection(stream, peer)
         connection.buffer, connection.unsent = data, unsent
         self.count += 1
-        self.waiting[connection] = None
+        self._waits_for(connection)
         self.nursery.start_soon(self._serve_connection, connection)
 
-    def _answer_at_once(self, data: bytes) -> bytes | None:
+    def _answer_at_once(self, data: bytes, *, though_kept_alive: bool = False) -> bytes | None:
         """The answer, if `data` is one exact request after which the connection ends."""
         exact = exact_request(data)
-        if exact is None or exact.keep_alive or exact.length != len(data):
+        if exact is None or (exact.keep_alive and not though_kept_alive) or exact.length != len(data):
             return None
-        return self.app.quick(exact.key, keep_alive=False)
+        return self._quick(exact.key, keep_alive=False)
+
+    def _quick(self, key: bytes, *, keep_alive: bool) -> bytes | None:
+        try:
+            return self.app.quick(key, keep_alive=keep_alive)
+        except Exception as defect:
+            # The border, as in `_handled`: a defect in an answer must not stop the agent that holds the lock.
+            if self._is_news(defect):
+                log.exception("a health check could not be answered", request=key.decode("latin-1"))
+            return None
+
+    def _is_news(self, defect: Exception) -> bool:
+        """Is it worth a traceback in the log? Whoever found it may send it again and again."""
+        at = defect.__traceback__
+        while at is not None and at.tb_next is not None:
+            at = at.tb_next
+        kind, now_s = f"{type(defect).__name__} {at.tb_frame.f_code.co_filename if at else ''}:{at.tb_lineno if at else 0}", trio.current_time()
+        if now_s - self.defects.get(kind, -_DEFECT_AGAIN_S) < _DEFECT_AGAIN_S:
+            return False
+        self.defects[kind] = now_s
+        return True
+
+    def _waits_for(self, connection: _Connection) -> None:
+        if not connection.scope.cancel_called:     # else it was evicted, and gives no second place away
+            self.waiting.setdefault(connection)
 
     def _evict_one(self) -> bool:
         """Make room: end the connection that has waited longest without a request. False if all are at work."""
@@ -202,7 +243,7 @@ class _Server:
         wait_s = self.limits.head_s
         while await self._one_request(connection, wait_s):
             wait_s = self.limits.idle_s
-            self.waiting[connection] = None
+            self._waits_for(connection)
 
     async def _one_request(self, connection: _Connection, wait_s: float) -> bool:
         """Read, answer. False: the connection is done with."""
@@ -210,8 +251,7 @@ class _Server:
             if not await self._head(connection, wait_s):
                 return False
             exact = exact_request(connection.buffer)
-            answer = self.app.quick(exact.key, keep_alive=exact.keep_alive) if exact is not None else None
-            self.waiting.pop(connection, None)
+            answer = self._quick(exact.key, keep_alive=exact.keep_alive) if exact is not None else None
             if exact is not None and answer is not None:
                 connection.buffer = connection.buffer[exact.length:]
                 await self._send(connection, answer)
@@ -255,8 +295,15 @@ class _Server:
                 raise _Refused(400, "the request is not complete")
             if head.http_version not in (b"1.0", b"1.1"):
                 raise _Refused(505, "this is not HTTP/1.0 or HTTP/1.1")
+            request = self._request(connection, head)
+            refusal = self.app.refuses(request)
+            if refusal is not None and _has_body(head):
+                await self._send(connection, self._bytes(refusal, keep_alive=False))
+                await self._linger(connection)
+                return False
             body = await self._body(connection, parser, head)
-            response = await self._handled(connection, head, body)
+            self.waiting.pop(connection, None)
+            response = refusal or await self._handled(msgspec.structs.replace(request, body=body))
             keep_alive = parser.our_state is h11.SEND_RESPONSE and parser.their_state is not h11.MUST_CLOSE and _wants_keep_alive(head)
             connection.buffer = parser.trailing_data[0]
             if head.method == b"HEAD":
@@ -271,42 +318,56 @@ class _Server:
         length = next((value for name, value in head.headers if name == b"content-length"), b"0")
         if int(length) > self.limits.body_bytes:
             raise _Refused(413, f"the body is longer than {self.limits.body_bytes} bytes")
-        chunks: list[bytes] = []
-        size = 0
-        with trio.move_on_after(self.limits.body_s):
-            while True:
-                event = parser.next_event()
-                if isinstance(event, h11.Data):
-                    chunks.append(bytes(event.data))
-                    size += len(event.data)
-                    if size > self.limits.body_bytes:
-                        raise _Refused(413, f"the body is longer than {self.limits.body_bytes} bytes")
-                elif isinstance(event, h11.EndOfMessage):
-                    return b"".join(chunks)
-                elif event is h11.NEED_DATA:
-                    if parser.they_are_waiting_for_100_continue:
-                        parser.send(h11.InformationalResponse(status_code=100, headers=[]))
-                        await connection.stream.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
-                    parser.receive_data(bytes(await connection.stream.receive_some(65536)))
-                else:
-                    raise _Refused(400, "the body is not complete")
+        body, size, kept, chunks = bytearray(), 0, 0, 0
+        try:
+            with trio.move_on_after(self.limits.body_s):
+                while True:
+                    event = parser.next_event()
+                    if isinstance(event, h11.Data):
+                        size += len(event.data)
+                        if size > self.limits.body_bytes:
+                            raise _Refused(413, f"the body is longer than {self.limits.body_bytes} bytes")
+                        if head.method not in _SAFE:       # nobody reads what comes with a question
+                            if self.bodies_bytes + len(event.data) > self.limits.bodies_bytes:
+                                raise _Refused(503, "too many bodies at once")
+                            body += event.data
+                            kept += len(event.data)
+                            self.bodies_bytes += len(event.data)
+                        chunks += 1
+                        if chunks % _CHUNKS == 0:
+                            await trio.lowlevel.checkpoint()
+                    elif isinstance(event, h11.EndOfMessage):
+                        return bytes(body)
+                    elif event is h11.NEED_DATA:
+                        if parser.they_are_waiting_for_100_continue:
+                            parser.send(h11.InformationalResponse(status_code=100, headers=[]))
+                            await connection.stream.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
+                        parser.receive_data(bytes(await connection.stream.receive_some(_PART_BYTES)))
+                    else:
+                        raise _Refused(400, "the body is not complete")
+        finally:
+            self.bodies_bytes -= kept
         raise _Refused(408, f"no complete body within {self.limits.body_s:g} s")
 
-    async def _handled(self, connection: _Connection, head: h11.Request, body: bytes) -> Response:
+    def _request(self, connection: _Connection, head: h11.Request) -> Request:
+        """The request as far as its head tells."""
         try:
             path, query = split_target(head.target.decode("latin-1"))
         except ValueError as error:
             raise _Refused(400, f"the request's target cannot be read: {error}") from None
-        request = Request(
-            method=head.method.decode("latin-1"), path=path, query=query, body=body, peer=connection.peer, client_cert=connection.client_cert,
+        return Request(
+            method=head.method.decode("latin-1"), path=path, query=query, peer=connection.peer, client_cert=connection.client_cert,
             headers={name.decode("latin-1"): value.decode("latin-1") for name, value in head.headers},
         )
+
+    async def _handled(self, request: Request) -> Response:
         with trio.move_on_after(self.limits.handler_s):
             try:
                 return await self.app.handle(request)
-            except Exception:
+            except Exception as defect:
                 # The border: a defect in an answer must not stop the agent that holds the lock.
-                log.exception("a REST request could not be answered", method=request.method, path=request.path)
+                if self._is_news(defect):
+                    log.exception("a REST request could not be answered", method=request.method, path=request.path)
                 return text_response(500, "internal error, see the agent's log")
         return text_response(504, f"no answer within {self.limits.handler_s:g} s")
 
@@ -319,8 +380,10 @@ class _Server:
         return self._head_bytes(response, keep_alive=keep_alive) + response.body
 
     async def _send(self, connection: _Connection, data: bytes) -> None:
+        self._waits_for(connection)
         with trio.move_on_after(self.limits.write_s) as bound:
             await connection.stream.send_all(data)
+        self.waiting.pop(connection, None)
         if bound.cancelled_caught:
             raise trio.BrokenResourceError("the client does not read")
 
@@ -337,6 +400,10 @@ class _Server:
                 if not more:
                     return
                 left -= len(more)
+
+
+def _has_body(head: h11.Request) -> bool:
+    return any((name == b"content-length" and value.strip(b"0")) or name == b"transfer-encoding" for name, value in head.headers)
 
 
 def _wants_keep_alive(head: h11.Request) -> bool:

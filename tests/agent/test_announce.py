@@ -228,7 +228,7 @@ def seen(row: Row | None, **settings: Any) -> Observation:
 
 def value_of(row: Row | None, role: str, *, state: str = "running", pending: bool = False, **settings: Any) -> dict[str, Any]:
     golden = recorded("n1" if role == "primary" else "n2")
-    return member_value(seen(row, **settings), Decision(situation="x", summary="x", state=state, role=role), api_url=golden["api_url"],
+    return member_value(seen(row, **settings), Decision(situation="x", summary="x", state=state, role=role, paused=settings.get("pause", False)), api_url=golden["api_url"],
                         conn_url=golden["conn_url"], checkpoint_pending=pending)
 
 

@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from installed import USER, install
 
 from pgha.demo.bed import Bed, BedTimeout
 from pgha.demo.node import FAST
 from pgha.demo.processes import Reaper
 from pgha.demo.programs import Program, find_etcd, find_postgres
 
-ROOT = Path(__file__).parents[2]
-USER = "postgres"
 _LOG_LINES = 30  # of each agent, that a failure prints
 
 
@@ -41,22 +38,7 @@ def bench() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def program(bench: Path, request: pytest.FixtureRequest) -> Program:
-    """pgha as postgres can start it: a fresh archive, copied to where postgres can read it."""
-    place = bench / "program"
-    place.mkdir()
-    if request.config.getoption("--sources"):
-        shutil.copytree(ROOT / "pgha", place / "pgha", ignore=shutil.ignore_patterns("__pycache__"))
-        return Program((sys.executable, "-m", "pgha"), {"PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"})
-    archive = ROOT / "dist/pgha.pyz"
-    newest = max(p.stat().st_mtime for folder in ("pgha", "build") for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc")
-    if not archive.exists() or archive.stat().st_mtime < newest:
-        subprocess.run([ROOT / "build/pyz"], check=True, timeout=300)
-    copy = Path(shutil.copy(archive, place / "pgha.pyz"))
-    copy.chmod(0o644)
-    cache = place / "cache"
-    cache.mkdir(mode=0o700)
-    shutil.chown(cache, USER, USER)
-    return Program(("/usr/bin/python3", "-IS", str(copy)), {"PGHA_CACHE": str(cache)})
+    return install(bench / "program", sources=request.config.getoption("--sources"))
 
 
 class Beds:

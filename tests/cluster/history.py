@@ -1,6 +1,6 @@
 """What clients remember, and what follows from it: nobody wrote beside the primary, and how much was lost?
 
-A line of a history: kind, node, id, timeline, life (start of the postmaster), stamp (the server's clock before the
+A line of a history: kind, node, id, timeline, position in the write-ahead log, life (start of the postmaster), stamp (the server's clock before the
 commit), sent and acknowledged (the client's monotonic clock), acknowledged by wall clock. All times in microseconds. A line that begins with # notes a failure.
 Server and client run on one machine, so stamps and wall clock acknowledgements are of one clock.
 
@@ -22,6 +22,7 @@ class Ack(NamedTuple):
     node: str
     id: int
     timeline: int
+    lsn: int
     life_us: int
     stamp_us: int
     sent_us: int
@@ -42,6 +43,14 @@ class Reign(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.node} on timeline {self.timeline} (postmaster of {self.life_us % 10**9 / 1e6:.3f}, {self.acks} rows)"
+
+
+class Breach(NamedTuple):
+    """Something that must not be. `old` wrote beside another for `overlap_s`, if that is what it is."""
+
+    text: str
+    old: Reign | None = None
+    overlap_s: float = 0.0
 
 
 class Gap(NamedTuple):
@@ -68,9 +77,13 @@ class Verdict(NamedTuple):
 
 
 def read(path: Path) -> list[Ack]:
+    return parse(path.read_text(encoding="utf-8"))
+
+
+def parse(text: str) -> list[Ack]:
     """A last line that was cut off by SIGKILL is left out."""
     acks = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in text.splitlines(keepends=True):
         fields = line.split()
         if line.endswith("\n") and fields[0] != "#":
             acks.append(Ack(fields[0], fields[1], *map(int, fields[2:])))
@@ -98,25 +111,26 @@ def judge(acks: Sequence[Ack], present: set[int]) -> Verdict:
     """`present`: ids in the final primary's table."""
     reigns = reigns_of(acks)
     lost = tuple(ack for ack in acks if ack.id not in present)
-    return Verdict(len(acks), reigns, tuple(_violations(reigns)), lost, longest_gap([a.ack_us for a in acks]))
+    return Verdict(len(acks), reigns, tuple(breach.text for breach in breaches(reigns)), lost, longest_gap([a.ack_us for a in acks]))
 
 
-def _violations(reigns: Sequence[Reign]) -> Iterable[str]:
+def breaches(reigns: Sequence[Reign]) -> Iterable[Breach]:
+    """Everything that a cluster with one writer at a time cannot have done."""
     for i, old in enumerate(reigns):
         for new in reigns[i + 1:]:
             excess_us = old.last_stamp_us - new.first_ack_wall_us
             if excess_us > 0:
-                yield f"{old} acknowledged a row stamped {excess_us / 1e6:.3f} s after the first acknowledgement of {new}"
+                yield Breach(f"{old} acknowledged a row stamped {excess_us / 1e6:.3f} s after the first acknowledgement of {new}", old, excess_us / 1e6)
             elif old.node == new.node and (late_us := old.last_stamp_us - new.life_us) > 0 and old.life_us != new.life_us:
-                yield f"{old} acknowledged a row stamped {late_us / 1e6:.3f} s after its successor {new} was started"
+                yield Breach(f"{old} acknowledged a row stamped {late_us / 1e6:.3f} s after its successor {new} was started", old)
             if old.timeline > new.timeline:
-                yield f"{new} began after {old}, on an older timeline"
+                yield Breach(f"{new} began after {old}, on an older timeline", old)
     writers: dict[int, set[str]] = defaultdict(set)
     for reign in reigns:
         writers[reign.timeline].add(reign.node)
     for timeline, nodes in sorted(writers.items()):
         if len(nodes) > 1:
-            yield f"timeline {timeline} was written by {' and '.join(sorted(nodes))}"
+            yield Breach(f"timeline {timeline} was written by {' and '.join(sorted(nodes))}")
 
 
 def longest_gap(moments_us: Sequence[int]) -> Gap:

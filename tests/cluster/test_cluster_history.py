@@ -10,7 +10,7 @@ def ack(node, at_s, *, timeline=1, life_s=0, stamp_s=None, id=None, late_s=0.0):
     at_us = round(at_s * S)
     stamp_us = at_us - 500 if stamp_s is None else round(stamp_s * S)
     done_us = at_us + round(late_s * S)
-    return history.Ack("plain", node, at_us if id is None else id, timeline, life_s * S, stamp_us, at_us - 1000, done_us, done_us)
+    return history.Ack("plain", node, at_us if id is None else id, timeline, at_us, life_s * S, stamp_us, at_us - 1000, done_us, done_us)
 
 
 def row(what, acks, *expected):
@@ -54,5 +54,5 @@ def test_nothing_acknowledged_is_no_crash():
 
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path):
     file = tmp_path / "acks"
-    file.write_text("plain n1 7 1 10 20 30 40 50\nplain n1 8 1 10 2")
-    assert history.read(file) == [history.Ack("plain", "n1", 7, 1, 10, 20, 30, 40, 50)]
+    file.write_text("plain n1 7 1 99 10 20 30 40 50\nplain n1 8 1 99 10 2")
+    assert history.read(file) == [history.Ack("plain", "n1", 7, 1, 99, 10, 20, 30, 40, 50)]

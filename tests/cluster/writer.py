@@ -10,6 +10,10 @@ counts as not acknowledged.
                acknowledged = the Sync after the row was answered, since that is its commit
     procedure  a DO block that commits in a loop; acknowledged = a NOTICE that was raised after the COMMIT
 
+A commit that was answered together with the warning that its wait for a synchronous standby was cancelled counts as not
+acknowledged. With `names` (address → node) in SPEC the client roams: the connection string names several nodes, and each
+row is of the node that took it.
+
 A frozen server is waited for without end: what it acknowledges after its thaw is exactly what must not exist.
 """
 
@@ -37,19 +41,24 @@ UNAVAILABLE = (psycopg.OperationalError, psycopg.InternalError, psycopg.errors.U
 PIPELINE_DEPTH = 2000
 PROCEDURE_ROUNDS = 100000
 
-#: The timeline is that of the write-ahead log which this row goes to; the stamp precedes the commit.
+#: What PostgreSQL says when a wait for a synchronous standby was given up: committed here, perhaps nowhere else.
+CANCELLED_WAIT = re.compile(r"cancell?ing (the )?wait for synchronous replication")
+
+#: The timeline is that of the write-ahead log which this row goes to; stamp and position precede the commit.
 INSERT = """INSERT INTO traffic (id, stamp) VALUES ({}, clock_timestamp())
-RETURNING (extract(epoch FROM stamp) * 1e6)::bigint, ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int"""
+RETURNING (extract(epoch FROM stamp) * 1e6)::bigint, ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int,
+    (pg_current_wal_insert_lsn() - '0/0')::bigint"""
 LIFE = "SELECT (extract(epoch FROM pg_postmaster_start_time()) * 1e6)::bigint"
 PROCEDURE = """DO $$
-DECLARE at timestamptz; line int;
+DECLARE at timestamptz; line int; position bigint;
 BEGIN
   FOR i IN 1 .. {rounds} LOOP
     at := clock_timestamp();
     INSERT INTO traffic (id, stamp) VALUES ({base} + i, at);
     line := ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::int;
+    position := pg_current_wal_insert_lsn() - '0/0';
     COMMIT;
-    RAISE NOTICE 'committed % % %', {base} + i, (extract(epoch FROM at) * 1e6)::bigint, line;
+    RAISE NOTICE 'committed % % % %', {base} + i, (extract(epoch FROM at) * 1e6)::bigint, line, position;
   END LOOP;
 END $$"""
 
@@ -64,17 +73,31 @@ class Writer:
         self.node: str = spec["node"]
         self.interval_s = 1 / spec["rate"]
         self.next_id = spec["number"] * 10**12 + 1
+        self.names: dict[str, str] = spec.get("names", {})
         self.life = 0
+        self.wait_was_cancelled = False
 
-    def acknowledged(self, row: int, stamp_us: int, timeline: int, sent_ns: int) -> None:
+    def acknowledged(self, row: int, stamp_us: int, timeline: int, lsn: int, sent_ns: int) -> None:
         ack_ns, wall_ns = time.monotonic_ns(), time.time_ns()
-        self.out.write(f"{self.kind} {self.node} {row} {timeline} {self.life} {stamp_us} {sent_ns // 1000} {ack_ns // 1000} {wall_ns // 1000}\n")
+        if self.wait_was_cancelled:
+            self.wait_was_cancelled = False
+            self.out.write(f"# {ack_ns // 1000} cancelled-wait row {row}\n")
+            return
+        self.out.write(f"{self.kind} {self.node} {row} {timeline} {lsn} {self.life} {stamp_us} {sent_ns // 1000} {ack_ns // 1000} {wall_ns // 1000}\n")
+
+    def heard(self, diagnostic: psycopg.errors.Diagnostic) -> None:
+        """A warning comes before the answer to the commit that it is about."""
+        if CANCELLED_WAIT.search(diagnostic.message_primary or ""):
+            self.wait_was_cancelled = True
 
     def run(self) -> None:
         work = {"plain": self.plain, "pipeline": self.pipeline, "procedure": self.procedure}[self.kind]
         while True:
             try:
                 with psycopg.connect(self.dsn, autocommit=True, connect_timeout=2, sslmode="disable", gssencmode="disable") as connection:
+                    self.node = self.names.get(connection.info.host, self.node)
+                    self.wait_was_cancelled = False
+                    connection.add_notice_handler(self.heard)
                     self.life = connection.execute(LIFE).fetchone()[0]
                     work(connection)
             except psycopg.errors.ReadOnlySqlTransaction:
@@ -92,11 +115,11 @@ class Writer:
         while True:
             row, sent_ns = self.new_id(), time.monotonic_ns()
             try:
-                stamp_us, timeline = connection.execute(INSERT.format("%s"), (row,)).fetchone()
+                stamp_us, timeline, lsn = connection.execute(INSERT.format("%s"), (row,)).fetchone()
             except psycopg.errors.ReadOnlySqlTransaction:
                 time.sleep(RETRY_S)
                 continue
-            self.acknowledged(row, stamp_us, timeline, sent_ns)
+            self.acknowledged(row, stamp_us, timeline, lsn, sent_ns)
             due = max(due + self.interval_s, time.monotonic())
             time.sleep(max(0.0, due - time.monotonic()))
 
@@ -107,7 +130,7 @@ class Writer:
         server.enter_pipeline_mode()
         query = INSERT.format("$1").encode()
         waiting: list[tuple[int, int]] = []
-        row: tuple[int, int] | None = None
+        row: tuple[int, int, int] | None = None
         while True:
             while len(waiting) < PIPELINE_DEPTH:
                 fresh = self.new_id()
@@ -122,7 +145,7 @@ class Writer:
                 if result is None:
                     continue  # the end of one query's results
                 if result.status == pq.ExecStatus.TUPLES_OK:
-                    row = (int(result.get_value(0, 0) or 0), int(result.get_value(0, 1) or 0))
+                    row = (int(result.get_value(0, 0) or 0), int(result.get_value(0, 1) or 0), int(result.get_value(0, 2) or 0))
                 elif result.status == pq.ExecStatus.PIPELINE_SYNC:
                     number, sent_ns = waiting.pop(0)
                     if row is not None:
@@ -139,9 +162,9 @@ class Writer:
         sent_ns = time.monotonic_ns()
 
         def notice(diagnostic: psycopg.errors.Diagnostic) -> None:
-            found = re.fullmatch(r"committed (\d+) (\d+) (\d+)", diagnostic.message_primary or "")
+            found = re.fullmatch(r"committed (\d+) (\d+) (\d+) (\d+)", diagnostic.message_primary or "")
             if found:
-                self.acknowledged(int(found[1]), int(found[2]), int(found[3]), sent_ns)
+                self.acknowledged(int(found[1]), int(found[2]), int(found[3]), int(found[4]), sent_ns)
 
         connection.add_notice_handler(notice)
         base = self.next_id

@@ -99,6 +99,10 @@ LOOKS = [
     row("… of somebody else", upstream=Upstream(name="c", asked_at=ago(1), ok=True, timeline=4), does="InspectUpstream"),
     row("… which was not given", upstream=Upstream(name="a", asked_at=ago(1), why="timed out", timeline=4), does="InspectUpstream"),
     row("… still in recovery", upstream=Upstream(name="a", asked_at=ago(1), ok=True, in_recovery=True, timeline=4), does="InspectUpstream"),
+    row("it has gone over to the leader's timeline, the directory was read before that", postgres__row__timeline=4, directory__history_of=3,
+        upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=4, history=WENT_ON.history), memory__upstream_asked_at=ago(1), does="", refuses=""),
+    row("it has gone over to a timeline of the same number, which branched elsewhere", postgres__row__timeline=4, directory__history_of=4,
+        upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=4, history=WENT_ON.history), refuses="rejoin.judge", does="Stop", says="but it branched at"),
     row("it can follow", upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=3, history=HISTORY), memory__upstream_asked_at=ago(1), does="", refuses=""),
 ]
 

@@ -42,6 +42,7 @@ def ask(op, agent=ME, sequence=0, in_s=None):
 
 
 LATCHED, STANDBY, OFFLINE, IDLE = (held(s) for s in (State.LATCHED, State.STANDBY, State.OFFLINE, State.IDLE))
+PAUSED = held(State.PAUSED)
 
 
 @pytest.mark.parametrize(("before", "request_", "state", "in_s"), [
@@ -59,6 +60,17 @@ LATCHED, STANDBY, OFFLINE, IDLE = (held(s) for s in (State.LATCHED, State.STANDB
     *[(h, ask(Op.FENCE_NOW), State.LATCHED, None) for h in (armed(), LATCHED, STANDBY, OFFLINE, IDLE)],
     (armed(), ask(Op.FENCE_NOW, NEWER), State.LATCHED, None),
     (armed(), Request(Op.STATUS), State.ARMED, 10),
+    # a committed pause: no deadline, from every state, by a newer licence
+    *[(h, ask(Op.PAUSE, sequence=6), State.PAUSED, None) for h in (armed(), LATCHED, STANDBY, OFFLINE, IDLE, PAUSED)],
+    (PAUSED, ask(Op.PAUSE, sequence=5), State.PAUSED, None),               # repeated
+    (PAUSED, ask(Op.PAUSE, NEWER, 1), State.PAUSED, None),                 # a restarted agent that has re-adopted
+    (armed(), ask(Op.PAUSE, NEWER, 1), State.PAUSED, None),
+    (PAUSED, ask(Op.ARM, sequence=6, in_s=20), State.ARMED, 20),           # resumed
+    (PAUSED, ask(Op.NARROW, sequence=5, in_s=4), State.ARMED, 4),          # about to be resumed
+    (PAUSED, ask(Op.NARROW, NEWER, 0, 4), State.ARMED, 4),
+    (PAUSED, ask(Op.NARROW, sequence=5, in_s=0), State.LATCHED, None),     # about to be released
+    (PAUSED, ask(Op.FENCE_NOW), State.LATCHED, None),
+    (PAUSED, Request(Op.STATUS), State.PAUSED, None),
 ])
 def test_granted(before, request_, state, in_s):
     verdict = answer(before, request_, Facts(), NOW)
@@ -81,6 +93,11 @@ def test_granted(before, request_, state, in_s):
     (STANDBY, ask(Op.OFFLINE, in_s=MAX_OFFLINE_S + 1), "must be within"),
     (STANDBY, ask(Op.OFFLINE, in_s=0), "must be within"),
     (LATCHED, ask(Op.BYE), "latched"),
+    *[(h, ask(Op.PAUSE, sequence=5), "was used up") for h in (armed(), LATCHED, STANDBY, OFFLINE)],
+    *[(h, ask(Op.PAUSE, sequence=4), "is older") for h in (armed(), LATCHED, STANDBY, OFFLINE, PAUSED)],
+    (PAUSED, ask(Op.ARM, sequence=5, in_s=20), "was used up"),
+    (PAUSED, ask(Op.ARM, sequence=6, in_s=-1), "fence_at passed"),
+    (PAUSED, ask(Op.PAUSE, OLDER, 9), "an agent that started later"),
 ])
 def test_refused_and_nothing_changed(before, request_, error):
     verdict = answer(before, request_, Facts(look=EMPTY_LOOK), NOW)
@@ -97,6 +114,15 @@ def test_an_arm_that_narrowing_made_old_stays_old():
     assert answer(narrowed, ask(Op.ARM, sequence=8, in_s=5), Facts(), NOW).held.fence_at == NOW.plus_s(5)
 
 
+def test_a_pause_that_narrowing_made_old_stays_old():
+    """What comes late, or twice, never takes away a deadline that was told after it."""
+    narrowed = answer(PAUSED, ask(Op.NARROW, sequence=7, in_s=4), Facts(), NOW).held
+    assert answer(narrowed, ask(Op.PAUSE, sequence=6), Facts(), NOW).held == narrowed
+    assert answer(narrowed, ask(Op.PAUSE, sequence=7), Facts(), NOW).held == narrowed
+    assert answer(narrowed, ask(Op.PAUSE, sequence=8), Facts(), NOW).held.state is State.PAUSED
+    assert lapse(narrowed, NOW.plus_s(4)).state is State.LATCHED
+
+
 def test_a_refused_newcomer_does_not_take_over():
     verdict = answer(armed(), ask(Op.ARM, NEWER, 1, -1), Facts(), NOW)
     assert verdict.held.agent == ME
@@ -109,6 +135,10 @@ def test_a_refused_newcomer_does_not_take_over():
     *[(h, 0, None, False) for h in (armed(), LATCHED, STANDBY, OFFLINE, IDLE)],
     (STANDBY, 6, STANDBY_LOOK, True),
     (armed(), 6, STANDBY_LOOK, True),       # a promotion that was given up
+    (PAUSED, 0, EMPTY_LOOK, True),          # stopped by hand
+    (PAUSED, 6, STANDBY_LOOK, True),        # stopped and started by hand
+    (PAUSED, 6, PRIMARY_LOOK, False),
+    (PAUSED, 6, STANDBY_LOOK._replace(status_before="starting", status_after="starting"), False),
     (IDLE, 6, STANDBY_LOOK, True),
     (LATCHED, 6, STANDBY_LOOK, False),      # it was signalled: wait for its exit
     (OFFLINE, 1, STANDBY_LOOK, False),
@@ -148,7 +178,7 @@ def test_bye(before, processes, ends):
     (armed(10), 0, 10, State.LATCHED),
     (OFFLINE, 99.9, 99.9, State.OFFLINE),
     (OFFLINE, 100, 100, State.LATCHED),
-    *[(h, 1e6, 1e6, h.state) for h in (LATCHED, STANDBY, IDLE)],
+    *[(h, 1e6, 1e6, h.state) for h in (LATCHED, STANDBY, IDLE, PAUSED)],
 ])
 def test_time(before, boot_s, raw_s, state):
     now = Instant(NOW.boot_ns + round(boot_s * 1e9), NOW.raw_ns + round(raw_s * 1e9))
@@ -185,7 +215,8 @@ def test_what_a_server_is(before, after, control, signal, role):
     (IDLE, STANDBY_LOOK, True, State.STANDBY),
     (IDLE, PRIMARY_LOOK, True, State.ARMED),
     (IDLE, PRIMARY_LOOK, False, State.IDLE),
-    *[(h, PRIMARY_LOOK, True, h.state) for h in (armed(), LATCHED, OFFLINE)],
+    *[(h, PRIMARY_LOOK, True, h.state) for h in (armed(), LATCHED, OFFLINE, PAUSED)],
+    (PAUSED, STANDBY_LOOK._replace(standby_signal=False), True, State.PAUSED),
 ])
 def test_what_a_look_makes_of_it(before, look, server, state):
     after = after_look(before, look, server=server, now=NOW)
@@ -199,7 +230,7 @@ def test_what_a_look_makes_of_it(before, look, server, state):
 
 @pytest.mark.parametrize("request_", [
     ask(Op.ARM, sequence=3, in_s=1), ask(Op.NARROW, sequence=0, in_s=1), ask(Op.OFFLINE, in_s=1), ask(Op.STANDBY),
-    ask(Op.FENCE_NOW), ask(Op.BYE), Request(Op.STATUS),
+    ask(Op.FENCE_NOW), ask(Op.BYE), Request(Op.STATUS), ask(Op.PAUSE, sequence=3),
 ])
 def test_a_request_survives_the_line(request_):
     assert parse_request(encode_request(request_)) == request_

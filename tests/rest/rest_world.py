@@ -114,7 +114,7 @@ def published(*, primary: bool = True, etcd: Mapping[str, Any] | None = None, ro
         settings=Settings(ttl_s=ttl_s, pause=pause, tags=Tags.of(dict(tags or {}))), dcs=DcsFacts(view=view, heard_at=NOW if seen else None, lock_seen=LockSeen(since=NOW.plus_s(-seen_lock_s_ago))),
         licence=licence, postgres=PostgresFacts(process="running", answer=answer, row=row or (primary_row() if primary else replica_row())),
     )
-    decision = Decision(situation="leading" if primary else "following", summary="no action", state=state, reasons=reasons,
+    decision = Decision(situation="leading" if primary else "following", summary="no action", state=state, reasons=reasons, paused=pause,
                         role="primary" if primary else "replica", vote=vote or Vote(timeline=2, lsn=67837408))
     return publish_pass(observation, decision, scope="bench", failover_refusal=refusal)
 

@@ -296,6 +296,8 @@ REFUSALS: list[tuple[str, str, Any, dict[str, Any], int, str]] = [
     ("POST", "/switchover", {"leader": "n1", "scheduled_at": "2099-01-01T00:00:00+00:00"}, {}, 400, "not supported yet"),
     ("POST", "/switchover", {"leader": "n1", "scheduled_at": "x"}, {"pause": True}, 400, "Can't schedule switchover in the paused state"),
     ("POST", "/switchover", {"leader": "n1"}, {"pause": True}, 400, "Switchover is possible only to a specific candidate in a paused state"),
+    ("POST", "/restart", {"schedule": "2099-01-01T00:00:00+00:00"}, {"pause": True}, 500, "Can't schedule restart in the paused state"),
+    ("POST", "/failover", {"candidate": "n2", "pgha": {"holder_is_down": True}}, {}, 412, "for a failover from a lock that was paused"),
     ("POST", "/switchover", {"leader": "n1", "candidate": "n1"}, {}, 400, "Switchover target and source are the same"),
     ("POST", "/switchover", {"leader": "nobody"}, {}, 412, "leader name does not match"),
     ("POST", "/failover", {"leader": "nobody", "candidate": "n2"}, {}, 412, "leader name does not match"),

@@ -41,6 +41,9 @@ class Slow:
     def quick(self, key: bytes, *, keep_alive: bool) -> bytes | None:
         return b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n" if key == b"GET /quick" else None
 
+    def refuses(self, request: Request) -> Response | None:
+        return None
+
     async def handle(self, request: Request) -> Response:
         self.seen.append(request)
         if request.path == "/defect":

@@ -51,3 +51,239 @@ class Truth:
 
     def removed(self, instance: Any, data: Any) -> None:
         self._tell("removed", instance, data)
+
+
+class Checker:
+    """One promise. `world`: what to report to, and the truth about hosts and store."""
+
+    def __init__(self, world: Any) -> None:
+        self.world = world
+
+    def broken(self, text: str) -> None:
+        self.world.violation(type(self).__name__, text)
+
+    @property
+    def now_s(self) -> float:
+        now: float = self.world.scheduler.now_s
+        return now
+
+
+#: Agent or guard that has just come back needs a moment to act.
+COMES_BACK_S = 0.3
+
+
+class OnePrimary(Checker):
+    """Never two nodes accept commits at one instant. With agent and guard of one of them out of action, it is an exposure."""
+
+    def __init__(self, world: Any) -> None:
+        super().__init__(world)
+        self.accepting_now: dict[str, float] = {}
+
+    def accepting(self, instance: Any, now: bool) -> None:
+        if not now:
+            self.accepting_now.pop(instance.name, None)
+            return
+        others = [n for n in self.accepting_now if n != instance.name]
+        self.accepting_now[instance.name] = self.now_s
+        if not others:
+            return
+        bare = [n for n in (*others, instance.name) if self._bare(n)]
+        text = f"{instance.name} begins to accept commits while {', '.join(others)} does"
+        if bare:
+            self.world.exposure("OnePrimary", f"{text}; neither agent nor guard of {', '.join(bare)} could act")
+        else:
+            self.broken(text)
+
+    def _bare(self, name: str) -> bool:
+        host = self.world.hosts[name]
+        return not host.protected or (host.bare_since_ns and self.world.scheduler.now_ns - host.bare_since_ns < COMES_BACK_S * 1e9)
+
+
+class NothingPromisedIsLost(Checker):
+    """A commit that was acknowledged in a synchronous mode is on every later primary."""
+
+    def __init__(self, world: Any) -> None:
+        super().__init__(world)
+        self.branches: list[Any] = []
+
+    def acknowledged(self, instance: Any, branch: Any, lsn: int) -> None:
+        if self.world.promises(instance):
+            if not branch.promised:
+                self.branches.append(branch)
+            branch.promised = max(branch.promised, lsn)
+
+    def becomes_primary(self, instance: Any, how: str) -> None:
+        from tests.simulation.postgres import contains
+
+        data = instance.dir
+        for branch in self.branches:
+            if not contains(data.branch, data.lsn, branch, branch.promised):
+                self.broken(f"{instance.name} becomes primary ({how}) at {data.lsn} on timeline {data.timeline} without what was acknowledged up to "
+                            f"{branch.promised} on timeline {branch.number}")
+                branch.promised = 0
+        self.branches = [b for b in self.branches if b.promised]
+
+
+class LossIsBounded(Checker):
+    """Asynchronous: at a failover only so much is lost as was written since the last published position, and
+    maximum_lag_on_failover; and nothing that is older than a partitioned primary may have gone on for."""
+
+    def __init__(self, world: Any) -> None:
+        super().__init__(world)
+        self.previous: Any = None       # (branch, instance) of the last primary
+        self.lost_bytes = 0
+        self.losses = 0
+
+    def becomes_primary(self, instance: Any, how: str) -> None:
+        from tests.simulation.postgres import common
+
+        data, world = instance.dir, self.world
+        before, self.previous = self.previous, data.branch
+        if before is None or data.bootstrap_mark == "making" or not before.acknowledged:
+            return
+        at, lsn = common(data.branch, data.lsn, before, before.end)
+        told = before.acknowledged[-1][0] if at is before else before.end
+        if at is before and told <= lsn:
+            return
+        lost = [(n, t) for n, t in before.acknowledged if at is not before or n > lsn]
+        if not lost:
+            return
+        self.losses += 1
+        self.lost_bytes += lost[-1][0] - (lsn if at is before else before.fork_lsn)
+        if world.loss_is_permitted():
+            return
+        published, at_s, limit = *world.published_before(instance), world.maximum_lag()
+        if at is before and min(published, before.end) - lsn > limit:
+            self.broken(f"{instance.name} becomes primary ({how}) at {lsn}, {min(published, before.end) - lsn} bytes behind the published position "
+                        f"{published}, limit {limit}")
+        unpublished = [t / 1e9 for n, t in lost if n > published]
+        if unpublished and at_s and unpublished[0] < at_s - world.publication_is_old_by_s():
+            self.broken(f"{instance.name} becomes primary ({how}) without a commit that was acknowledged at {unpublished[0]:.1f} s: the position published "
+                        f"at {at_s:.1f} s, {published}, does not hold it")
+        if unpublished and at_s and unpublished[-1] > at_s + world.longest_ttl_s * 1.02 + 1.0:
+            self.broken(f"{instance.name} becomes primary ({how}) without a commit that was acknowledged at {unpublished[-1]:.1f} s, more than a ttl after "
+                        f"the last publication at {at_s:.1f} s")
+
+
+class PromotesUnderTheLock(Checker):
+    """Nobody leaves recovery, or starts out of it, but while his host's licence is valid on its own clock, and the store says so."""
+
+    def becomes_primary(self, instance: Any, how: str) -> None:
+        from pgha.clock import remaining_s
+
+        if instance.dir.bootstrap_mark == "making":
+            return          # for nobody to connect to
+        host, world = self.world.hosts[instance.name], self.world
+        left_s = remaining_s(host.valid_until, host.clock.now()) if host.valid_until is not None else -1.0
+        if left_s <= 0:
+            if self._bare(host):
+                world.exposure("PromotesUnderTheLock", f"{instance.name} becomes primary ({how}) while neither agent nor guard could act")
+                return
+            self.broken(f"{instance.name} becomes primary ({how}) without a valid licence ({left_s:.2f} s left)")
+            return
+        record = world.lock_record()
+        if record is not None and record.node_id != host.node_id and not world.store_was_tampered(60.0):
+            self.broken(f"{instance.name} becomes primary ({how}) while the store says that {record.holder} holds the lock")
+
+    def _bare(self, host: Any) -> bool:
+        return not host.protected
+
+
+class TimelinesAreTold(Checker):
+    """Timelines only grow, no number is used twice, and `/history` tells them truly."""
+
+    def __init__(self, world: Any) -> None:
+        super().__init__(world)
+        self.used: dict[int, Any] = {}
+        self.first: Any = None
+
+    def becomes_primary(self, instance: Any, how: str) -> None:
+        branch = instance.dir.branch
+        if how != "promotion":
+            return
+        other = self.used.get(branch.number)
+        if other is not None and other is not branch and not self.world.store_was_replaced():
+            self.broken(f"{instance.name} promotes to timeline {branch.number}, which another promotion has used")
+        self.used[branch.number] = branch
+
+    def forked(self, instance: Any) -> None:
+        if not self.world.hosts[instance.name].protected:
+            self.world.exposure("TimelinesAreTold", f"{instance.name} writes timeline {instance.dir.timeline} where another has written already")
+            return
+        self.broken(f"{instance.name} writes timeline {instance.dir.timeline} where another has written already")
+
+    def mixed(self, instance: Any, upstream: Any) -> None:
+        self.broken(f"{instance.name} streams from {upstream.name} although it has rows of its own: it serves what is nobody's history")
+
+    def started_half_rewound(self, instance: Any) -> None:
+        self.broken(f"{instance.name} is started although a rewind of it was begun and not ended")
+
+    def settled(self, primary: Any) -> None:
+        view = self.world.view()
+        told = [(e.timeline, e.lsn) for e in view.history or ()]
+        true = [(r.timeline, r.switch_lsn) for r in primary.dir.branch.history()]
+        if primary.dir.timeline > 1 and told != true[-len(told):] if told else primary.dir.timeline > 1:
+            self.broken(f"/history says {told[-3:]}, the primary's timelines are {true[-3:]}")
+
+
+class NewestCopyStays(Checker):
+    """No data directory is deleted while it is the only one that holds what the last primary acknowledged."""
+
+    def __init__(self, world: Any) -> None:
+        super().__init__(world)
+        self.newest: Any = None         # (branch, lsn)
+
+    def acknowledged(self, instance: Any, branch: Any, lsn: int) -> None:
+        self.newest = (branch, lsn)
+
+    def becomes_primary(self, instance: Any, how: str) -> None:
+        self.newest = (instance.dir.branch, instance.dir.lsn)
+
+    def removed(self, instance: Any, data: Any) -> None:
+        from tests.simulation.postgres import contains
+
+        if self.newest is None or data.branch is None or not contains(data.branch, data.lsn, *self.newest):
+            return
+        for other in self.world.instances.values():
+            for copy in (other.dir, *other.aside):
+                if copy is not data and copy.content == "valid" and copy.branch is not None and contains(copy.branch, copy.lsn, *self.newest):
+                    return
+        self.broken(f"{instance.name} deletes the only copy that has everything up to {self.newest[1]} on timeline {self.newest[0].number}")
+
+
+class NoFlapping(Checker):
+    """At most one role change per fault (its begin and its end are two)."""
+
+    def __init__(self, world: Any) -> None:
+        super().__init__(world)
+        self.changes = 0
+
+    def becomes_primary(self, instance: Any, how: str) -> None:
+        if instance.dir.bootstrap_mark != "making":
+            self.changes += 1
+
+    def judge(self, edges: int) -> None:
+        if self.changes > edges + 1:
+            self.broken(f"{self.changes} times somebody became primary, after {edges} faults and ends of faults")
+
+
+class TrafficIsBounded(Checker):
+    """A calm cluster asks the store no more than its budget."""
+
+    def judge(self, requests: int, seconds: float, nodes: int, ttl_s: float, loop_wait_s: float) -> None:
+        # The leader: a renewal and a status; everybody: a position in the member key, the lease; the watch's checks.
+        per_s = 1 / min(loop_wait_s, ttl_s / 3) + 1 / loop_wait_s + nodes * (1 / loop_wait_s + 1 / (0.4 * ttl_s) + 1 / (2.5 * min(loop_wait_s, ttl_s / 3) + 1)) + 0.2
+        allowed = per_s * seconds * 1.25 + 10
+        if requests > allowed:
+            self.broken(f"{requests} requests in {seconds:.0f} calm seconds of {nodes} nodes, ttl {ttl_s:g}, loop_wait {loop_wait_s:g}; budget {allowed:.0f}")
+
+
+class ComesBack(Checker):
+    """Once faults have ended, one primary, and every member streaming from it, within a stated time."""
+
+    def judge(self, why_not: str, within_s: float) -> None:
+        if why_not:
+            self.broken(f"{within_s:g} s after the last fault has ended: {why_not}")
+
+
+ALL = (OnePrimary, NothingPromisedIsLost, LossIsBounded, PromotesUnderTheLock, TimelinesAreTold, NewestCopyStays, NoFlapping, TrafficIsBounded, ComesBack)

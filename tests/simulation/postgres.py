@@ -174,6 +174,8 @@ class Instance:
         self._pids = 0
         self.dir = DataDir()
         self.aside: list[DataDir] = []      # what was put away under another name
+        self.replaced: list[DataDir] = []   # of those: by a clone, to be deleted once it streams
+        self.removing: list[DataDir] = []   # of those: being deleted
         self.clone: DataDir | None = None   # <data_dir>.clone
         self.clone_whole = False
         self.server: Server | None = None
@@ -191,6 +193,7 @@ class Instance:
         self.slow_stop_s = 0.0
         self.disk_full = False
         self.disk_hung = False
+        self.no_room = False                # for a second copy
         self.fail_programs = False          # rewinds and clones end half way
         self.work_s = 0.0                   # how much longer rewind and clone take
         self.accepting = False
@@ -249,7 +252,7 @@ class Instance:
         if server.primary:
             replication = tuple(
                 {"application_name": name, "usename": "replicator", "client_addr": name, "state": "streaming", "sync_state": self.sync_state(server, name),
-                 "sync_priority": 0, "pid": 1000 + i, "sent_lsn": data.lsn, "write_lsn": s.downstream.dir.lsn, "flush_lsn": s.downstream.dir.lsn,
+                 "sync_priority": int(self.sync_state(server, name) != "async"), "pid": 1000 + i, "sent_lsn": data.lsn, "write_lsn": s.downstream.dir.lsn, "flush_lsn": s.downstream.dir.lsn,
                  "replay_lsn": s.downstream.dir.lsn}
                 for i, (name, s) in enumerate(server.downstream.items()) if s.open)
         else:
@@ -554,6 +557,8 @@ class Instance:
             self._die(server, "PANIC: no space for WAL")
             return False
         self._append(size)
+        if hasattr(answered, "lsn"):
+            answered.lsn = self.dir.lsn
         if server.synchronous_standby_names:
             server.waiting.append((self.dir.lsn, answered))
             self._release_waiting(server)

@@ -1,0 +1,322 @@
+"""What goes wrong, and what operators do meanwhile: programs of (when, what, with what) that serialise.
+
+A fault has a begin and, unless it is over at once, an end. A program is drawn from a seed by `draw`; `build/simulate
+--minimise` takes steps out of it, and regressions/ keep what was left.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+from msgspec import Struct
+
+from tests.simulation.store import MEMBERS
+
+
+class Step(Struct, frozen=True):
+    """`for_s` 0: over at once."""
+
+    at_s: float
+    fault: str
+    with_: dict[str, Any] = {}
+    for_s: float = 0.0
+
+
+Begin = Callable[[Any, dict[str, Any]], None]
+
+
+class Kind(Struct, frozen=True):
+    """`draw(random, names, ttl_s)` → parameters; `lasts`: (least, most) seconds."""
+
+    weight: float
+    draw: Callable[[Random, list[str], float], dict[str, Any]]
+    begin: Begin
+    end: Begin | None = None
+    lasts: tuple[float, float] = (0.0, 0.0)
+
+
+def _who(random: Random, names: list[str]) -> str:
+    """A node, or whoever leads at that moment: the interesting one."""
+    return "leader" if random.random() < 0.55 else names[int(random.random() * len(names))]
+
+
+def _node(random: Random, names: list[str], ttl_s: float) -> dict[str, Any]:
+    return {"node": _who(random, names)}
+
+
+def _none(random: Random, names: list[str], ttl_s: float) -> dict[str, Any]:
+    return {}
+
+
+def _member(random: Random, names: list[str], ttl_s: float) -> dict[str, Any]:
+    return {"member": MEMBERS[int(random.random() * 3)]}
+
+
+def _partition(random: Random, names: list[str], ttl_s: float) -> dict[str, Any]:
+    shape = random.choice(("from_all", "from_store", "from_peers", "to_store", "from_store_one_way", "from_clients", "split"))
+    some = [n for n in names if random.random() < 0.5]
+    return {"node": _who(random, names), "shape": shape, "some": some, "members": [m for m in MEMBERS if random.random() < 0.5]}
+
+
+def _sides(sim: Any, with_: dict[str, Any]) -> list[tuple[list[str], list[str]]]:
+    node = [with_["at"]]
+    peers = [n for n in sim.names if n != with_["at"]]
+    everybody = [*sim.names, *MEMBERS, "client"]
+    match with_["shape"]:
+        case "from_all":
+            rest = [n for n in everybody if n != with_["at"]]
+            return [(node, rest), (rest, node)]
+        case "from_store":
+            return [(node, list(MEMBERS)), (list(MEMBERS), node)]
+        case "to_store":
+            return [(node, list(MEMBERS))]
+        case "from_store_one_way":
+            return [(list(MEMBERS), node)]
+        case "from_peers":
+            return [(node, peers), (peers, node)]
+        case "from_clients":
+            return [(node, ["client"]), (["client"], node)]
+        case _:
+            left = [*with_["some"], *with_["members"]]
+            right = [n for n in everybody if n not in left]
+            return [(left, right), (right, left)]
+
+
+def _cut(sim: Any, with_: dict[str, Any]) -> None:
+    with_["sides"] = _sides(sim, with_)
+    for sources, targets in with_["sides"]:
+        sim.network.cut(sources, targets)
+
+
+def _mend(sim: Any, with_: dict[str, Any]) -> None:
+    for sources, targets in with_["sides"]:
+        sim.network.mend(sources, targets)
+
+
+def _process(what: str, which: str) -> Begin:
+    def do(sim: Any, with_: dict[str, Any]) -> None:
+        host = sim.hosts[with_["at"]]
+        for name in which.split("+"):
+            owner = host.agent if name == "agent" else host.guard
+            if owner is None or not owner.process.alive:
+                continue
+            if what == "freeze":
+                owner.process.freeze()
+            elif what == "thaw" and not host.suspended:
+                owner.process.thaw()
+        host.note_bare()
+    return do
+
+
+def _kill_agent(sim: Any, with_: dict[str, Any]) -> None:
+    sim.hosts[with_["at"]].kill_agent(restart_after_s=with_["again_s"])
+
+
+def _kill_both(sim: Any, with_: dict[str, Any]) -> None:
+    host = sim.hosts[with_["at"]]
+    host.kill_agent(restart_after_s=with_["again_s"])
+    host.kill_guard()
+    host.note_bare()
+
+
+def _instance(method: str, **arguments: Any) -> Begin:
+    def do(sim: Any, with_: dict[str, Any]) -> None:
+        getattr(sim.instances[with_["at"]], method)(**arguments)
+    return do
+
+
+def _attribute(name: str, value: Any, of: str = "instance") -> Begin:
+    def do(sim: Any, with_: dict[str, Any]) -> None:
+        target = sim.instances[with_["at"]] if of == "instance" else sim.store
+        setattr(target, name, with_.get("value", value) if value is None else value)
+    return do
+
+
+def _hang_sql(on: bool) -> Begin:
+    def do(sim: Any, with_: dict[str, Any]) -> None:
+        server = sim.instances[with_["at"]].server
+        if on and server is not None:
+            server.hung = True
+            with_["server"] = server
+        elif not on and with_.get("server") is not None:
+            with_["server"].hung = False
+    return do
+
+
+def _restore(sim: Any, with_: dict[str, Any]) -> None:
+    saved = None if with_["how"] == "empty" or not sim.store.backups else sim.store.backups[int(with_["which"] * len(sim.store.backups))]
+    if saved is None and sim.store.backups and with_["how"] != "empty":
+        saved = sim.store.backups[-1]
+    sim.store_replaced()
+    sim.store.restore(saved, new_id=with_["new_id"])
+
+
+def _switchover(sim: Any, with_: dict[str, Any]) -> None:
+    leader = sim.leader()
+    if leader is None:
+        return
+    value: dict[str, Any] = {}
+    if with_["kind"] == "switchover":
+        value["leader"] = leader
+    if with_["candidate"]:
+        value["member"] = with_["candidate"]
+    if value and value.get("member") != leader:
+        sim.operator_asks_failover(json.dumps(value).encode(), manual=with_["kind"] == "failover")
+
+
+def _configure(sim: Any, with_: dict[str, Any]) -> None:
+    sim.change_config(with_["change"])
+
+
+def _draw_config(random: Random, names: list[str], ttl_s: float) -> dict[str, Any]:
+    ttl, loop_wait, retry = random.choice(((30, 10, 10), (20, 5, 5), (5, 1, 2), (3, 1, 1), (10, 2, 4)))
+    change: dict[str, Any] = random.choice((
+        {"ttl": ttl, "loop_wait": loop_wait, "retry_timeout": retry}, {"ttl": ttl, "loop_wait": loop_wait, "retry_timeout": retry},
+        {"maximum_lag_on_failover": random.choice((0, 1048576, 10485760))}, {"check_timeline": random.random() < 0.5},
+        {"primary_start_timeout": random.choice((0, 3, 30, 300))}))
+    return {"change": change}
+
+
+def _restart(sim: Any, with_: dict[str, Any]) -> None:
+    agent = sim.hosts[with_["at"]].agent
+    if agent is not None and agent.process.alive:
+        agent.request("restart")
+
+
+def _stop_agent(sim: Any, with_: dict[str, Any]) -> None:
+    host = sim.hosts[with_["at"]]
+    host.wanted = False
+    if host.agent is not None and host.agent.process.alive:
+        host.agent.stop()
+
+
+def _start_agent(sim: Any, with_: dict[str, Any]) -> None:
+    host = sim.hosts[with_["at"]]
+    host.wanted = True
+    host.start_agent()
+
+
+def _all_hosts(method: str) -> Begin:
+    def do(sim: Any, with_: dict[str, Any]) -> None:
+        for host in sim.hosts.values():
+            getattr(host, method)()
+    return do
+
+
+def _store(method: str, *arguments: Any) -> Begin:
+    def do(sim: Any, with_: dict[str, Any]) -> None:
+        getattr(sim.store, method)(*(with_[a[1:]] if isinstance(a, str) and a.startswith("$") else a for a in arguments))
+    return do
+
+
+def _all_down(down: bool) -> Begin:
+    def do(sim: Any, with_: dict[str, Any]) -> None:
+        for member in MEMBERS:
+            sim.store.set_down(member, down)
+    return do
+
+
+def _delete_key(sim: Any, with_: dict[str, Any]) -> None:
+    sim.store_tampered()
+    sim.store.delete(sim.path(with_["key"]))
+
+
+def _no_space(on: bool) -> Begin:
+    def do(sim: Any, with_: dict[str, Any]) -> None:
+        sim.store.world.quota_bytes = 1 if on else 0
+    return do
+
+
+def _again(random: Random, names: list[str], ttl_s: float) -> dict[str, Any]:
+    return {"node": _who(random, names), "again_s": random.choice((0.2, 1.0, 3.0, 10.0, 60.0))}
+
+
+def _by_hand(sim: Any, with_: dict[str, Any]) -> None:
+    """The distribution's service, or a person, starts PostgreSQL behind the agent's back."""
+    instance = sim.instances[with_["at"]]
+    if not instance.lives and sim.hosts[with_["at"]].up:
+        instance.start()
+
+
+KINDS: dict[str, Kind] = {
+    "partition": Kind(10, _partition, _cut, _mend, (1.0, 90.0)),
+    "freeze agent": Kind(4, _node, _process("freeze", "agent"), _process("thaw", "agent"), (1.0, 70.0)),
+    "freeze guard": Kind(3, _node, _process("freeze", "guard"), _process("thaw", "guard"), (1.0, 70.0)),
+    "kill agent": Kind(5, _again, _kill_agent),
+    "kill guard": Kind(3, _node, lambda sim, w: sim.hosts[w["at"]].kill_guard()),
+    "kill agent and guard": Kind(1, _again, _kill_both),
+    "freeze agent and guard": Kind(0.7, _node, _process("freeze", "agent+guard"), _process("thaw", "agent+guard"), (1.0, 60.0)),
+    "stop agent": Kind(2, _node, _stop_agent, _start_agent, (5.0, 60.0)),
+    "kill postmaster": Kind(4, _node, _instance("kill_postmaster")),
+    "kill postgres": Kind(4, _node, lambda sim, w: sim.instances[w["at"]].kill_all() and None),
+    "crash": Kind(4, _node, _instance("crash")),
+    "freeze postmaster": Kind(2, _node, _instance("freeze", everything=False), _instance("thaw"), (1.0, 60.0)),
+    "freeze postgres": Kind(3, _node, _instance("freeze", everything=True), _instance("thaw"), (1.0, 60.0)),
+    "hang sql": Kind(2, _node, _hang_sql(True), _hang_sql(False), (1.0, 60.0)),
+    "start by hand": Kind(1, _node, _by_hand),
+    "power": Kind(4, _node, lambda sim, w: sim.hosts[w["at"]].power_off(), lambda sim, w: sim.hosts[w["at"]].power_on(), (3.0, 120.0)),
+    "power everywhere": Kind(0.6, _none, _all_hosts("power_off"), _all_hosts("power_on"), (3.0, 60.0)),
+    "suspend host": Kind(1, _node, lambda sim, w: sim.hosts[w["at"]].suspend(clocks=True), lambda sim, w: sim.hosts[w["at"]].resume(), (1.0, 60.0)),
+    "pause guest": Kind(1, _node, lambda sim, w: sim.hosts[w["at"]].suspend(clocks=False), lambda sim, w: sim.hosts[w["at"]].resume(), (1.0, 60.0)),
+    "wall clock jumps": Kind(1.5, lambda r, n, t: {"node": _who(r, n), "by_s": r.choice((-3600.0, -5.0, 2.0, 60.0, 86400.0))},
+                             lambda sim, w: sim.hosts[w["at"]].clock.jump_wall(w["by_s"])),
+    "slow start": Kind(2, lambda r, n, t: {"node": _who(r, n), "value": r.choice((1.0, 5.0, 20.0))}, _attribute("slow_start_s", None),
+                       _attribute("slow_start_s", 0.0), (20.0, 120.0)),
+    "slow stop": Kind(2, lambda r, n, t: {"node": _who(r, n), "value": r.choice((1.0, 5.0, 20.0))}, _attribute("slow_stop_s", None),
+                      _attribute("slow_stop_s", 0.0), (20.0, 120.0)),
+    "slow programs": Kind(1.5, lambda r, n, t: {"node": _who(r, n), "value": r.choice((10.0, 40.0))}, _attribute("work_s", None), _attribute("work_s", 0.0),
+                          (20.0, 120.0)),
+    "programs fail": Kind(1.5, _node, _attribute("fail_programs", True), _attribute("fail_programs", False), (20.0, 120.0)),
+    "disk full": Kind(1.5, _node, _attribute("disk_full", True), _attribute("disk_full", False), (5.0, 90.0)),
+    "disk hangs": Kind(1.5, _node, _attribute("disk_hung", True), _attribute("disk_hung", False), (2.0, 60.0)),
+    "no room for a copy": Kind(0.7, _node, _attribute("no_room", True), _attribute("no_room", False), (30.0, 200.0)),
+    "lag": Kind(2, lambda r, n, t: {"node": n[int(r.random() * len(n))], "by_s": r.choice((0.05, 0.3, 2.0))},
+                lambda sim, w: sim.network.slow_down(w["at"], w["by_s"]), lambda sim, w: sim.network.slow_down(w["at"], 0.0), (5.0, 60.0)),
+    "loss": Kind(2, lambda r, n, t: {"node": n[int(r.random() * len(n))], "share": r.choice((0.05, 0.3))},
+                 lambda sim, w: sim.network.lose(w["at"], w["share"]), lambda sim, w: sim.network.lose(w["at"], 0.0), (5.0, 60.0)),
+    # the store
+    "store election": Kind(3, lambda r, n, t: {"seconds": 1.0 + 2.0 * r.random()}, _store("elect", "$seconds")),
+    "store member down": Kind(2, _member, _store("set_down", "$member", True), _store("set_down", "$member", False), (1.0, 60.0)),
+    "store member hangs": Kind(2, _member, _store("set_hung", "$member", True), _store("set_hung", "$member", False), (7.0, 30.0)),
+    "store down": Kind(1.5, _none, _all_down(True), _all_down(False), (2.0, 90.0)),
+    "answers lost": Kind(2, lambda r, n, t: {"value": r.choice((0.2, 0.6, 1.0))}, _attribute("lose_answers", None, "store"),
+                         _attribute("lose_answers", 0.0, "store"), (2.0, 30.0)),
+    "requests lost": Kind(1, lambda r, n, t: {"value": r.choice((0.2, 0.6))}, _attribute("lose_requests", None, "store"),
+                          _attribute("lose_requests", 0.0, "store"), (2.0, 30.0)),
+    "slow answers": Kind(2, lambda r, n, t: {"value": r.choice((0.3, 1.0, 7.0))}, _attribute("slow_s", None, "store"), _attribute("slow_s", 0.0, "store"), (2.0, 30.0)),
+    "silent watch": Kind(2, _node, lambda sim, w: sim.store.silence_watches(w["at"], silent=True),
+                         lambda sim, w: sim.store.silence_watches(w["at"], silent=False), (5.0, 60.0)),
+    "lease lost": Kind(1.5, lambda r, n, t: {"index": r.random()}, _store("lose_lease", "$index")),
+    "key deleted": Kind(1.5, lambda r, n, t: {"key": r.choice(("pgha/lock", "pgha/lock", "leader", "status", "history", "config", "initialize", "pgha/epoch"))}, _delete_key),
+    "store out of space": Kind(1, _none, _no_space(True), _no_space(False), (2.0, 60.0)),
+    "store compacts": Kind(0.5, _none, lambda sim, w: sim.store.world.compact(sim.store.world.revision)),
+    "store backup": Kind(1, _none, _store("backup")),
+    "store restored": Kind(0.8, lambda r, n, t: {"how": r.choice(("backup", "backup", "empty")), "which": r.random(), "new_id": r.random() < 0.5}, _restore),
+    # operators
+    "switchover": Kind(6, lambda r, n, t: {"kind": r.choice(("switchover", "switchover", "failover")), "candidate": r.choice((*n, "")) }, _switchover),
+    "restart": Kind(2, _node, _restart),
+    "configuration": Kind(3, _draw_config, _configure),
+    "pause": Kind(2, _none, lambda sim, w: sim.change_config({"pause": True}), lambda sim, w: sim.change_config({"pause": False}), (5.0, 120.0)),
+}
+
+
+def draw(seed: int, names: list[str], *, ttl_s: float, from_s: float, for_s: float, faults: int) -> list[Step]:
+    """A program of so many faults, at random times, some of them close together."""
+    random = Random(f"{seed}/program")
+    kinds = list(KINDS)
+    weights = [KINDS[k].weight for k in kinds]
+    steps = []
+    at_s = from_s
+    gap_s = for_s / max(1, faults)
+    for _ in range(faults):
+        name = random.choices(kinds, weights)[0]
+        kind = KINDS[name]
+        least, most = kind.lasts
+        lasts = 0.0 if kind.end is None else round(least + (most - least) * random.random() ** 2, 2)
+        steps.append(Step(round(at_s, 3), name, kind.draw(random, names, ttl_s), lasts))
+        # Half of them in quick succession, so that they overlap.
+        at_s += gap_s * (0.1 * random.random() if random.random() < 0.4 else 0.6 + 2.0 * random.random())
+    return steps

@@ -1,0 +1,358 @@
+"""One run: a cluster is born, lives through a program of faults, is healed, and has to come back. Both levels.
+
+`run(options)` → `Outcome`. Level (a) makes its agents here; level (b) hands in its own `make_agent` and its own `drive`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from random import Random
+from typing import Any, TextIO
+
+from msgspec import Struct
+
+from pgha.dcs import Snapshot
+from pgha.dcs.keys import LOCK, Keys, parse, parse_lock
+from pgha.model.lock import LockRecord
+from tests.simulation import checkers, faults, kernel
+from tests.simulation.checkers import Violation
+from tests.simulation.faults import KINDS, Step
+from tests.simulation.scheduler import SECOND
+from tests.simulation.world import World
+from tests.simulation.writers import Writers
+
+KEYS = Keys("service", "sim")
+#: The cluster is to be whole this long after its birth; faults begin then.
+BORN_WITHIN_S = 120.0
+#: After the last fault has ended: time for records to expire, absence to be believed, clones to be made.
+CALM_S = 60.0
+
+
+class Options(Struct, frozen=True, kw_only=True):
+    """What a run is made of. Everything else follows from it. `program` None: drawn from the seed."""
+
+    seed: int
+    level: str = "a"
+    nodes: int = 0              # 0: drawn, 2 to 7
+    ttl: int = 0                # 0: drawn, of 3, 5, 20, 30
+    faults: int = 20
+    for_s: float = 1500.0
+    program: tuple[Step, ...] | None = None
+
+
+class Outcome(Struct, kw_only=True):
+    options: Options
+    violations: list[Violation] = []
+    exposures: list[Violation] = []
+    virtual_s: float = 0.0
+    passes: int = 0
+    faults: int = 0
+    role_changes: int = 0
+    events: int = 0
+    acknowledged: int = 0
+    losses: int = 0
+    settled_s: float = 0.0
+    digest: str = ""
+    last_lines: list[str] = []
+    coverage: dict[tuple[str, str], int] = {}
+    program: tuple[Step, ...] = ()
+
+
+class Simulation(World):
+    """A world with writers, checkers and a program."""
+
+    def __init__(self, options: Options, *, out: TextIO | None = None, make_agent: Callable[..., Any] | None = None) -> None:
+        super().__init__(options.seed, out=out)
+        self.options = options
+        random = Random(f"{options.seed}/options")
+        self.count = options.nodes or random.choice((2, 3, 3, 3, 3, 4, 5, 5, 6, 7))
+        self.ttl = options.ttl or random.choice((3, 5, 5, 20, 30, 30))
+        loop_wait, retry = {3: (1, 1), 5: (1, 2), 20: (5, 5), 30: (10, 10)}.get(self.ttl, (max(1, self.ttl // 3), max(1, self.ttl // 3)))
+        self.config: dict[str, Any] = {
+            "ttl": self.ttl, "loop_wait": loop_wait, "retry_timeout": retry, "maximum_lag_on_failover": random.choice((1048576, 1048576, 100000)),
+            "check_timeline": random.random() < 0.3,
+            "postgresql": {"use_pg_rewind": random.random() < 0.8, "remove_data_directory_on_diverged_timelines": True,
+                           "remove_data_directory_on_rewind_failure": True}}
+        self.longest_ttl_s = float(self.ttl)
+        self.modes: set[str] = set()
+        make = make_agent or _level_a
+        self.make_agent = lambda host, incarnation: make(host, incarnation=incarnation)
+        devices = random.random() < 0.3
+        for number in range(self.count):
+            name = f"n{number + 1}"
+            host = self.add_host(name)
+            host.first_config = self.config
+            host.device.present = devices
+            tags: dict[str, Any] = {}
+            if random.random() < 0.08 and number:
+                tags["nofailover"] = True
+            elif random.random() < 0.1:
+                tags["failover_priority"] = random.choice((1, 2, 5))
+            if random.random() < 0.05:
+                tags["clonefrom"] = True
+            host.tags = tags                # type: ignore[attr-defined]
+        self.writers = Writers(self)
+        self.checkers = {c.__name__: c(self) for c in checkers.ALL}
+        self.truth.checkers = list(self.checkers.values())
+        self.edges = 0
+        self.faults_done = 0
+        self._publications: list[tuple[str, int, float]] = []   # (node_id, lsn, when), the last of each holder in a row
+        self._lock_revision = 0
+        self._tampered_ns: int | None = None
+        self._replaced = False
+        self._manual_ns: int | None = None
+        after_change = self.store._after_change
+
+        def noticed() -> None:
+            after_change()
+            self._notice_publication()
+        self.store._after_change = noticed      # type: ignore[method-assign]
+        program = options.program if options.program is not None else tuple(faults.draw(
+            options.seed, self.names, ttl_s=float(self.ttl), from_s=BORN_WITHIN_S, for_s=options.for_s, faults=options.faults))
+        self.program = program
+        self.ends_s = max([BORN_WITHIN_S, *(s.at_s + s.for_s for s in program)])
+        for step in program:
+            self.scheduler.at(round(step.at_s * 1e9), self._begin, step)
+        for host in self.hosts.values():
+            self.scheduler.after(0.1 + random.random(), host.start_agent)
+
+    # --- the program -------------------------------------------------------------------------------------------------------
+
+    def _begin(self, step: Step) -> None:
+        kind = KINDS[step.fault]
+        with_ = dict(step.with_)
+        if "node" in with_:
+            with_["at"] = (self.leader() or self.names[0]) if with_["node"] == "leader" else with_["node"]
+            if with_["at"] not in self.hosts:
+                return
+        self.trace("fault", step.fault, **{k: v for k, v in with_.items() if isinstance(v, str | int | float)}, for_s=step.for_s)
+        self.edges += 1
+        self.faults_done += 1
+        self.writers.hurry()
+        kind.begin(self, with_)
+        if kind.end is not None:
+            self.scheduler.after(step.for_s, self._end, kind, step, with_)
+
+    def _end(self, kind: faults.Kind, step: Step, with_: dict[str, Any]) -> None:
+        self.trace("fault", f"end of {step.fault}", **{k: v for k, v in with_.items() if k == "at"})
+        self.edges += 1
+        self.writers.hurry()
+        assert kind.end is not None
+        kind.end(self, with_)
+
+    def heal(self) -> None:
+        """Whatever is still wrong ends."""
+        self.trace("fault", "everything is healed")
+        self.edges += 1
+        self.network.heal()
+        self.store.heal()
+        if self.config.get("pause"):
+            self.change_config({"pause": False})
+        for host in self.hosts.values():
+            instance = host.instance
+            instance.slow_start_s = instance.slow_stop_s = instance.work_s = 0.0
+            instance.disk_full = instance.disk_hung = instance.fail_programs = instance.no_room = False
+            if instance.server is not None:
+                instance.server.hung = False
+            host.wanted = True
+            host.resume()
+            instance.thaw()
+            for process in (host.guard, host.agent):
+                if process is not None:
+                    process.process.thaw()
+            host.power_on()
+            host.start_agent()
+        self.writers.hurry()
+
+    # --- what faults and checkers ask ----------------------------------------------------------------------------------------
+
+    def path(self, key: str) -> str:
+        return KEYS.path(key)
+
+    def leader(self) -> str | None:
+        accepting = self.checkers["OnePrimary"].accepting_now
+        return next(iter(accepting), None)
+
+    def view(self) -> Any:
+        return parse(Snapshot(revision=self.store.world.revision, entries=dict(sorted(self.store.world._entries.items())), generation=self.store.world.generation()), KEYS)
+
+    def lock_record(self) -> LockRecord | None:
+        entry = self.store.world._entries.get(KEYS.path(LOCK))
+        return parse_lock(entry.value) if entry else None
+
+    def _notice_publication(self) -> None:
+        entry = self.store.world._entries.get(KEYS.path(LOCK))
+        if entry is None or entry.revision == self._lock_revision:
+            return
+        self._lock_revision = entry.revision
+        record = parse_lock(entry.value)
+        if self._publications and self._publications[-1][0] == record.node_id:
+            self._publications.pop()
+        self._publications.append((record.node_id, record.lsn, self.scheduler.now_s))
+        self.longest_ttl_s = max(self.longest_ttl_s, record.ttl_s)
+
+    def published_before(self, instance: Any) -> tuple[int, float]:
+        """The last position that another holder published, and when; of its own if there was no other."""
+        mine = self.hosts[instance.name].node_id
+        for node_id, lsn, at_s in reversed(self._publications):
+            if node_id != mine:
+                return lsn, at_s
+        return 0, 0.0
+
+    def publication_is_old_by_s(self) -> float:
+        """A record's position is that of the last pass, which is a probe's."""
+        return self.longest_ttl_s + 5.0
+
+    def maximum_lag(self) -> int:
+        return int(self.config["maximum_lag_on_failover"])
+
+    def loss_is_permitted(self) -> bool:
+        manual = self._manual_ns is not None and self.scheduler.now_ns - self._manual_ns < 90 * SECOND
+        return manual or self.store_was_tampered(150.0) or self._replaced
+
+    def store_tampered(self) -> None:
+        self._tampered_ns = self.scheduler.now_ns
+
+    def store_replaced(self) -> None:
+        self.store_tampered()
+        self._replaced = True
+
+    def store_was_tampered(self, within_s: float) -> bool:
+        return self._tampered_ns is not None and self.scheduler.now_ns - self._tampered_ns < within_s * SECOND
+
+    def store_was_replaced(self) -> bool:
+        return self._replaced
+
+    def promises(self, instance: Any) -> bool:
+        """Is an acknowledgement of this primary a promise that every later primary has the commit?"""
+        if self.config.get("synchronous_mode", "off") in ("off", False):
+            return False
+        entry = self.store.world._entries.get(KEYS.path("sync"))
+        try:
+            value = json.loads(entry.value) if entry else None
+        except ValueError:
+            value = None
+        return isinstance(value, dict) and value.get("leader") == instance.name
+
+    # operators
+
+    def operator_asks_failover(self, value: bytes, *, manual: bool) -> None:
+        if manual:
+            self._manual_ns = self.scheduler.now_ns
+        self.store.put(KEYS.path("failover"), value)
+
+    def change_config(self, change: dict[str, Any]) -> None:
+        self.config = {**self.config, **change}
+        self.longest_ttl_s = max(self.longest_ttl_s, float(self.config["ttl"]))
+        if KEYS.path("config") in self.store.world._entries:
+            self.store.put(KEYS.path("config"), json.dumps(self.config).encode())
+
+    # --- at the end ------------------------------------------------------------------------------------------------------------
+
+    def why_not_settled(self) -> str:
+        accepting = list(self.checkers["OnePrimary"].accepting_now)
+        if len(accepting) != 1:
+            return f"primaries: {', '.join(accepting) or 'none'}"
+        primary = self.instances[accepting[0]]
+        missing = []
+        for name, instance in self.instances.items():
+            if name == primary.name:
+                continue
+            server = instance.server
+            if server is None or server.stream is None or not self._leads_to(instance, primary):
+                agent = self.agents.get(name)
+                said = agent.decision.summary if agent is not None and agent.process.alive and agent.decision is not None else "has no agent"
+                missing.append(f"{name} does not stream ({said})")
+        return "; ".join(missing)
+
+    def _leads_to(self, instance: Any, primary: Any) -> bool:
+        for _ in range(len(self.names)):
+            server = instance.server
+            if instance is primary:
+                return True
+            if server is None or server.stream is None:
+                return False
+            instance = server.stream.upstream
+        return False
+
+    def settle_within_s(self) -> float:
+        """An absent record is believed after 30 s or the longest ttl, a changed store as long; then clones, one after the other."""
+        return 60.0 + 4.0 * max(30.0, self.longest_ttl_s)
+
+    def outcome(self) -> Outcome:
+        flapping: Any = self.checkers["NoFlapping"]
+        loss: Any = self.checkers["LossIsBounded"]
+        return Outcome(
+            options=self.options, violations=self.violations, exposures=self.exposures, virtual_s=self.scheduler.now_s, passes=self.passes,
+            faults=self.faults_done, role_changes=flapping.changes, events=self.scheduler.events, acknowledged=self.writers.acknowledged, losses=loss.losses,
+            digest=self.trace.digest(), last_lines=list(self.trace.last), coverage=self.coverage, program=self.program)
+
+    def judge_settled(self) -> None:
+        """Whole again: what the books say, and what calm costs."""
+        primary = self.instances[next(iter(self.checkers["OnePrimary"].accepting_now))]
+        self.checkers["TimelinesAreTold"].settled(primary)
+
+
+def _level_a(host: Any, *, incarnation: int) -> Any:
+    from tests.simulation.node import AgentProcess, local_config
+
+    if host.local is None:
+        host.local = local_config(host.name, host.tags)
+    return AgentProcess(host, incarnation=incarnation)
+
+
+def run(options: Options, *, out: TextIO | None = None) -> Outcome:
+    """Level (a): the scheduler runs by itself. Ends at the first violation."""
+    sim = Simulation(options, out=out)
+    scheduler = sim.scheduler
+
+    def until(seconds: float) -> bool:
+        """Whether all is well so far."""
+        end_ns = round(seconds * 1e9)
+        while not sim.violations:
+            due = scheduler.next_due()
+            if due is None or due > end_ns:
+                scheduler.run_due(end_ns)
+                return True
+            scheduler.run_due(due)
+        return False
+
+    outcome = drive(sim, until)
+    kernel.throw_away(_processes(sim))
+    return outcome
+
+
+def drive(sim: Simulation, until: Callable[[float], bool]) -> Outcome:
+    """The story, with `until(seconds)` to let time pass."""
+    settled_s = 0.0
+    if until(sim.ends_s):
+        sim.heal()
+        healed_s = sim.scheduler.now_s
+        limit_s = healed_s + sim.settle_within_s()
+        good = 0
+        while sim.scheduler.now_s < limit_s and good < 5:
+            if not until(sim.scheduler.now_s + 1.0):
+                break
+            good = good + 1 if not sim.why_not_settled() else 0
+        settled_s = sim.scheduler.now_s - healed_s
+        if not sim.violations:
+            sim.checkers["ComesBack"].judge(sim.why_not_settled(), sim.settle_within_s())
+        if not sim.violations and until(sim.scheduler.now_s + 2 * sim.longest_ttl_s + 10):
+            before = sim.store.requests
+            if until(sim.scheduler.now_s + CALM_S):
+                sim.checkers["ComesBack"].judge(sim.why_not_settled(), sim.settle_within_s() + CALM_S)
+                if not sim.violations:
+                    sim.checkers["TrafficIsBounded"].judge(sim.store.requests - before, CALM_S, sim.count, float(sim.config["ttl"]), float(sim.config["loop_wait"]))
+                    sim.judge_settled()
+        sim.checkers["NoFlapping"].judge(sim.edges)
+    outcome = sim.outcome()
+    outcome.settled_s = settled_s
+    return outcome
+
+
+def _processes(sim: Simulation) -> list[Any]:
+    found = []
+    for host in sim.hosts.values():
+        found += [a.process for a in host.all_agents]
+    return found
