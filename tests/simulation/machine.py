@@ -57,7 +57,8 @@ def name_of(host: str) -> str:
 class Upstream(str):
     """A node's name, with the connection string that led there."""
 
-    conninfo = ""
+    __slots__ = ("conninfo",)
+    conninfo: str
 
 
 class SimPostmaster:
@@ -246,6 +247,30 @@ class Http:
         return answers[0].status, answers[0].body
 
 
+class _Thread:
+    """Work on the disk. Whoever waits for it may give up; it goes on for as long as the process lives."""
+
+    def __init__(self, machine: SimMachine, work: Callable[[], Any]) -> None:
+        self._machine, self._work = machine, work
+        self.ended = trio.Event()
+        self.result: Any = None
+        self.error: Exception | None = None
+        machine.scheduler.after(0.0003 + 0.0007 * machine.chance.random(), self._do)
+
+    def _do(self) -> None:
+        machine = self._machine
+        if not machine.process.alive:
+            return
+        if machine.process.frozen or machine.instance.disk_hung:
+            machine.scheduler.after(0.05, self._do)
+            return
+        try:
+            self.result = machine.do_on_disk(self._work)
+        except Exception as error:  # noqa: BLE001  (it is the waiter's)
+            self.error = error
+        self.ended.set()
+
+
 Steps = Generator[float, None, Completed]
 
 
@@ -379,7 +404,7 @@ class SimMachine:
         self.data_dir = host.disk.data_dir
         self.directory = Processes(self)
         self.programs: list[Program] = []
-        self._chance = self.scheduler.stream(f"machine/{self.name}")
+        self.chance = self.scheduler.stream(f"machine/{self.name}")
         self._requests: list[tuple[Request, Callable[[Any], None], str]] = []
         self._request_news = trio.Event()
         self._serving = False
@@ -404,22 +429,27 @@ class SimMachine:
 
     async def in_thread(self, work: Callable[[], Any], *, abandon_on_cancel: bool = False) -> Any:
         self.process.check()
+        thread = _Thread(self, work)
         with trio.CancelScope(shield=not abandon_on_cancel):
-            await pause(self.scheduler, 0.0003 + 0.0007 * self._chance.random())
-            while self.instance.disk_hung:
-                await pause(self.scheduler, 0.05)
-        self.process.check()
+            await thread.ended.wait()
+        if thread.error is not None:
+            raise thread.error
+        return thread.result
+
+    def do_on_disk(self, work: Callable[[], Any]) -> Any:
+        """File work, and what the world sees of it."""
         if self.instance.disk_full:
             function = work.func if isinstance(work, partial) else work
             if getattr(function, "__name__", "") in WRITES:
                 raise OSError(28, "No space left on device", str(self.data_dir))
         before = self.instance.dir
         signal_before = before.standby_signal
-        result = work()
-        self.disk.look()
-        if self.instance.dir is before and before.standby_signal != signal_before:
-            self.instance._changed("signal_removed" if signal_before else "files")
-        return result
+        try:
+            return work()
+        finally:
+            self.disk.look()
+            if self.instance.dir is before and before.standby_signal != signal_before:
+                self.instance._changed("signal_removed" if signal_before else "files")
 
     def boot_id(self) -> str:
         return f"boot-{self.host.clock.boots}"
@@ -484,7 +514,7 @@ class SimMachine:
     async def launch(self, argv: Sequence[str], *, data_dir: Path, log_path: Path) -> Any:
         self.process.check()
         with trio.CancelScope(shield=True):     # a thread that is not abandoned
-            await pause(self.scheduler, 0.003 + 0.005 * self._chance.random())
+            await pause(self.scheduler, 0.003 + 0.005 * self.chance.random())
         self.process.check()
         self.disk.read_configuration()
         server = self.instance.start()
@@ -562,6 +592,10 @@ class SimMachine:
             return []
         if sql == "SELECT pg_is_in_recovery()":
             return [(recovering,)]
+        if sql == "SHOW synchronous_standby_names":
+            return [(server.synchronous_standby_names,)]
+        if sql in ("SET synchronous_commit = local", "SELECT pg_current_xact_id()"):
+            return [("1",)]
         if sql == "CHECKPOINT":
             instance.checkpoint()
             return []
@@ -655,7 +689,7 @@ class SimMachine:
         os.makedirs(path, exist_ok=True)
         Path(f"{path}/base").mkdir(exist_ok=True)
         try:
-            yield 1.0 + self._chance.random()
+            yield 1.0 + self.chance.random()
         finally:
             self.instance.single_user = False
         self.world.systems += 1
@@ -673,7 +707,7 @@ class SimMachine:
         theirs = self._source(conninfo)
         server = theirs.server
         os.makedirs(f"{path}/base", exist_ok=True)
-        left_s = 1.0 + 5.0 * self._chance.random() + self.instance.work_s
+        left_s = 1.0 + 5.0 * self.chance.random() + self.instance.work_s
         while left_s > 0:
             yield min(1.0, left_s)
             left_s -= 1.0
@@ -692,13 +726,13 @@ class SimMachine:
 
     def _pg_rewind(self, path: str, conninfo: str) -> Steps:
         instance, theirs = self.instance, self._source(conninfo)
-        yield 0.1 + 0.3 * self._chance.random()
+        yield 0.1 + 0.3 * self.chance.random()
         data = instance.dir
         if not (self.network.both_ways(self.name, theirs.name) and theirs.answers() and theirs.server is not None):
             return failed("pg_rewind: error: connection to server failed")
         if theirs.dir.control_timeline == data.control_timeline:
             return Completed(exit_code=0, stdout="no rewind required\n", stderr="")
-        yield 0.5 + 3.0 * self._chance.random() + instance.work_s
+        yield 0.5 + 3.0 * self.chance.random() + instance.work_s
         reached = self.network.both_ways(self.name, theirs.name) and theirs.answers() and theirs.server is not None and theirs.server.primary
         if not reached or instance.fail_programs or instance.disk_full:
             return failed("need to copy 100 MB\npg_rewind: error: in the middle")
@@ -720,7 +754,7 @@ class SimMachine:
         instance = self.instance
         instance.single_user = True
         try:
-            yield 0.3 + 2.0 * self._chance.random()
+            yield 0.3 + 2.0 * self.chance.random()
             if not instance.single_user:
                 return Completed(exit_code=-9, stdout="", stderr="killed")
         finally:
@@ -748,7 +782,7 @@ class SimMachine:
 
     async def spawn(self, argv: Sequence[str], *, log: str = "/dev/null") -> None:
         self.process.check()
-        await pause(self.scheduler, 0.02 + 0.05 * self._chance.random())
+        await pause(self.scheduler, 0.02 + 0.05 * self.chance.random())
         self.process.check()
         if self.host.start_guard() is None:
             raise GuardError("the guard could not be started")
@@ -807,7 +841,7 @@ class SimMachine:
     def notify(self, state: str) -> None: ...
 
     def token(self) -> str:
-        return f"{self._chance.getrandbits(64):016x}"
+        return f"{self.chance.getrandbits(64):016x}"
 
     def give_memory_back(self) -> None: ...
 
@@ -831,7 +865,7 @@ def _probe(instance: Instance, server: Server) -> tuple[str | None, ...]:
     conninfo = server.upstream.conninfo if isinstance(server.upstream, Upstream) else ""
     return ("f" if primary else "t", str(data.timeline), str(data.lsn) if primary else None, None if primary else str(max(server.received, 0)),
             None if primary else str(server.replayed), None, "f", "2026-01-01 00:00:00+00", str(server.started_s), "150000", data.system_identifier,
-            server.synchronous_standby_names, conninfo, server.slot_name, server.restore_command, receiver, replication, slots)
+            server.synchronous_standby_names, "t", conninfo, server.slot_name, server.restore_command, receiver, replication, slots)
 
 
 __all__ = ["NodeDisk", "SimMachine", "address", "name_of"]

@@ -191,9 +191,6 @@ def run(options: Options, *, out: TextIO | None = None) -> Outcome:
     logger.propagate = False
     try:
         return drive(world, lambda seconds: world.run.until(seconds, lambda: world.violations))
-    except BaseException:
-        traceback.print_exc()
-        raise
     finally:
         world.close()
         logger.setLevel(before[0])
