@@ -37,6 +37,7 @@ ttl = "5s"
 loop_wait = "1s"
 retry_timeout = "1s"
 maximum_lag_on_failover = "1MB"         # a standby further behind does not become primary
+# failsafe_mode = true                  # lead on without etcd, as long as every other member agrees
 
 # [bootstrap.dcs.pgha]
 # store_quota = "8GB"                   # etcd's --quota-backend-bytes, which etcd itself tells only from 3.6 on
