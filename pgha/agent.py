@@ -77,7 +77,7 @@ from pgha.model.decision import Decision, Memory
 from pgha.model.failsafe import FailsafeFacts, Ping
 from pgha.model.lock import Identity, LicenceState
 from pgha.model.node import DataDirectoryFacts, PostgresFacts, WatchdogFacts
-from pgha.model.observation import DcsFacts, Observation, Operation, Settings, Upstream
+from pgha.model.observation import DcsFacts, Observation, Operation, Settings, Upstream, WrittenNames
 from pgha.model.wal import HistoryRow, Position
 from pgha.observe.cluster import ClusterObserver
 from pgha.observe.data_directory import DataDirectoryReader
@@ -426,8 +426,10 @@ class Agent:
             directory = DataDirectoryFacts(state="unknown", why="being looked at")
         return Observation(
             now=self.clock.now(), wall_s=self.clock.wall_s(), number=self.number, me=self.me, settings=self._settings_now(), dcs=self._dcs(), licence=self.renewer.licence,
-            postgres=self.postgres.facts, directory=directory, guard=self.fence.facts, watchdog=self._watchdog_facts(), failsafe=FailsafeFacts(promise=self.promises.promise, missing=self.failsafe.missing), peers=dict(self.peers.facts),
-            upstream=self._upstream, configured_upstream=self.wanted.upstream.name if self.wanted.upstream else "", operation=self._operation, ended=self._ended, requests=self.inbox.requests, shutting_down=self.shutting_down)
+            postgres=self.postgres.facts, directory=directory, guard=self.fence.facts, watchdog=self._watchdog_facts(), peers=dict(self.peers.facts),
+            failsafe=FailsafeFacts(promise=self.promises.promise, missing=self.failsafe.missing),
+            upstream=self._upstream, configured_upstream=self.wanted.upstream.name if self.wanted.upstream else "",
+            written_names=WrittenNames(told=self.wanted.names_told, names=self.wanted.names), operation=self._operation, ended=self._ended, requests=self.inbox.requests, shutting_down=self.shutting_down)
 
     def _doubt(self, seen: Observation) -> None:
         """Another's record in the view while this node holds: the renewer, which knows better, is asked to make sure."""

@@ -39,8 +39,9 @@ def member_value(seen: Observation, decision: Decision, *, api_url: str, conn_ur
         value["proxy_url"] = proxy_url
     if checkpoint_pending and decision.role == "primary":
         value["checkpoint_after_promote"] = False
-    if seen.settings.tags.raw:
-        value["tags"] = seen.settings.tags.raw
+    tags = {**seen.settings.tags.raw, "nosync": True, "sync_priority": 0} if decision.leaves_sync else seen.settings.tags.raw
+    if tags:
+        value["tags"] = tags
     if row is not None and row.pending_restart:
         value["pending_restart"] = True
         value["pending_restart_reason"] = {k: {"old_value": old, "new_value": new} for k, (old, new) in row.pending_restart.items()}

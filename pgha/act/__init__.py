@@ -59,6 +59,8 @@ class Actor:
                         await follow.follow(ctx, action)
                     case a.ApplyConfiguration():
                         await follow.apply_configuration(ctx, action)
+                    case a.SetSynchronousNames():
+                        await follow.set_synchronous_names(ctx, action)
                     case a.RestoreStandbySignal():
                         await follow.restore_standby_signal(ctx)
                     case a.MaintainSlots():

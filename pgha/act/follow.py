@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import trio
+
 from pgha.act.context import Context, log
 from pgha.act.start import forget_blocked_timelines
 from pgha.act.steps import SQL_DEADLINE_S, be_standby_at_rest, closing, connect, postmaster
-from pgha.errors import OperationFailed, QueryFailed
-from pgha.model.action import ApplyConfiguration, Follow, Freeze, MaintainSlots
+from pgha.errors import OperationFailed, PostgresError, QueryFailed
+from pgha.model.action import ApplyConfiguration, Follow, Freeze, MaintainSlots, SetSynchronousNames
 from pgha.postgres import slots
 
 #: While the observer waits for the walreceiver to end or to come.
 WATCH_S = 5.0
+#: A reload reaches a new session within this time, or its effect is seen later.
+SEEN_S = 0.3
 _DUPLICATE, _UNDEFINED, _IN_USE = "42710", "42704", "55006"
 #: A slot that is where it should be already (22023), or that never kept any WAL (55000).
 _NOT_MOVABLE = ("22023", "55000")
@@ -50,6 +54,38 @@ async def apply_configuration(ctx: Context, action: ApplyConfiguration) -> None:
             ctx.server.reload(server)
             log.info("configuration written and reloaded", changed=changed)
             ctx.configuration_changed()
+
+
+async def set_synchronous_names(ctx: Context, action: SetSynchronousNames) -> None:
+    """By reload, which is sent in any case: a former one may have been lost between the file and the signal.
+
+    Commits that wait are looked at again when a standby that counts now reports, which an idle one does every
+    wal_receiver_status_interval: a small transaction of our own makes those that stream report at once.
+    """
+    with postmaster(ctx) as server:
+        before = ctx.wanted.names
+        ctx.wanted.set_names(action.names)
+        changed = await ctx.on_disk(ctx.wanted.write_running)
+        ctx.server.reload(server)
+    log.info("synchronous_standby_names set", names=action.names, before=before, changed=changed)
+    ctx.configuration_changed()
+    ctx.hurry(WATCH_S)
+    if action.names:
+        await _make_standbys_report(ctx, action.names)
+
+
+async def _make_standbys_report(ctx: Context, names: str) -> None:
+    try:
+        with closing(await connect(ctx)) as conn:
+            await conn.query("SET synchronous_commit = local", deadline_s=SQL_DEADLINE_S)
+            if (await conn.query("SELECT pg_is_in_recovery()", deadline_s=SQL_DEADLINE_S))[0][0] == "t":
+                return
+            with trio.move_on_after(SEEN_S):
+                while (await conn.query("SHOW synchronous_standby_names", deadline_s=SQL_DEADLINE_S))[0][0] != names:  # noqa: ASYNC110  (the server tells nobody)
+                    await trio.sleep(0.01)
+            await conn.query("SELECT pg_current_xact_id()", deadline_s=SQL_DEADLINE_S)
+    except (PostgresError, OperationFailed) as error:   # then the next report comes by itself
+        log.info("standbys were not made to report", why=str(error))
 
 
 async def restore_standby_signal(ctx: Context) -> None:

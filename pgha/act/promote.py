@@ -27,6 +27,7 @@ from pgha.act.steps import (
 from pgha.errors import OperationFailed
 from pgha.model.action import Promote
 from pgha.postgres import histories
+from pgha.postgres.connection import Connection
 
 #: A fast promotion takes 50 ms; longer only if replay is behind, which the mandate bounds as well.
 PROMOTION_DEADLINE_S = 300.0
@@ -48,6 +49,7 @@ async def promote(ctx: Context, action: Promote, progress: Progress) -> dict[str
                 if (await conn.query("SELECT pg_is_in_recovery()", deadline_s=SQL_DEADLINE_S))[0][0] != "t":
                     raise OperationFailed("PostgreSQL is not in recovery: there is nothing to promote")
                 progress(f"blocking timelines {action.block}" if action.block else "asking the guard")
+                await _names_are_set(conn, action)
                 await _block(ctx, action, blocked)
                 times.mark("block")
                 await ctx.fence.armed()
@@ -76,6 +78,15 @@ async def promote(ctx: Context, action: Promote, progress: Progress) -> dict[str
     except OSError as error:   # the next pass sees that the signal is missing, and writes it
         log.warning("files could not be written after the promotion", why=str(error))
     return {"timeline": timeline, "lsn": lsn, "checkpoint_pending": True, **times.took}
+
+
+async def _names_are_set(conn: Connection, action: Promote) -> None:
+    """The first commit after the promotion must wait for whom `/sync` says (safety model 13): asked of the server itself."""
+    if action.synchronous_names is None:
+        return
+    running = (await conn.query("SHOW synchronous_standby_names", deadline_s=SQL_DEADLINE_S))[0][0]
+    if running != action.synchronous_names:
+        raise OperationFailed(f"synchronous_standby_names is {running!r} and not {action.synchronous_names!r}: not promoted")
 
 
 async def _block(ctx: Context, action: Promote, blocked: list[int]) -> None:

@@ -36,6 +36,7 @@ async def start_standby(ctx: Context, action: StartStandby, progress: Progress) 
 async def start_prepared_standby(ctx: Context, upstream: Source | None, slot_name: str, progress: Progress, times: Timeline) -> None:
     """Configuration, guard, start. standby.signal is there."""
     ctx.wanted.follow(upstream, slot_name)
+    ctx.wanted.set_names(None)      # nothing of the directory lives: no commit waits any more; a promotion sets it anew
     said = await control(ctx)
     await ctx.on_disk(ctx.wanted.write_stopped, said)
     await forget_blocked_timelines(ctx)
@@ -76,16 +77,17 @@ async def start_primary(ctx: Context, action: StartPrimary, progress: Progress) 
     """In place, without a new timeline. Returns once it accepts writes."""
     times = Timeline()
     await ready_to_start(ctx)
-    await start_prepared_primary(ctx, progress, times, timeout_s=action.timeout_s)
+    await start_prepared_primary(ctx, progress, times, timeout_s=action.timeout_s, synchronous_names=action.synchronous_names)
     return times.took
 
 
-async def start_prepared_primary(ctx: Context, progress: Progress, times: Timeline, *, timeout_s: float) -> None:
-    """Configuration, guard, removal of standby.signal, guard again, start, standby.signal back (safety model 7).
+async def start_prepared_primary(ctx: Context, progress: Progress, times: Timeline, *, timeout_s: float, synchronous_names: str | None) -> None:
+    """Configuration (with synchronous_standby_names: the first commit waits already; safety model 13), guard, removal of standby.signal, guard again, start, standby.signal back (safety model 7).
 
     Whatever goes wrong, and a cancellation as well, ends with everything killed and standby.signal back.
     """
     ctx.wanted.no_longer_frozen()
+    ctx.wanted.set_names(synchronous_names)
     said = await control(ctx)
     await ctx.on_disk(ctx.wanted.write_stopped, said, standby=False)
     times.mark("configuration")

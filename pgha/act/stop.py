@@ -52,7 +52,7 @@ async def restart(ctx: Context, action: Restart, progress: Progress) -> dict[str
         times.mark("stop")
         await kill_everything(ctx, "restart")
         await ready_to_start(ctx)
-        await start_prepared_primary(ctx, progress, times, timeout_s=action.timeout_s)
+        await start_prepared_primary(ctx, progress, times, timeout_s=action.timeout_s, synchronous_names=action.synchronous_names)
     else:
         await _down(ctx, action.timeout_s, "restart", progress)
         times.mark("stop")

@@ -1,7 +1,7 @@
 """How PostgreSQL is to be configured here and now: the effective configuration, and whom it follows.
 
 Files and command line are derived anew at each start and each change; the only memory is whom to follow, whether the
-server is frozen for an election, and what the primary's limits were at the last start.
+server is frozen for an election, whom commits wait for, and what the primary's limits were at the last start.
 
 Rules of this file:
 * passwords go into a passfile (0600) for whatever reads arguments or files, and into memory for our own connections;
@@ -40,6 +40,9 @@ _DEFAULT_SOCKET_DIRS = ("/var/run/postgresql", "/tmp")  # noqa: S108  (PostgreSQ
 #: A line of ours in postgresql.conf (files.postgresql_conf).
 _WRITTEN = re.compile(r"^(primary_conninfo|primary_slot_name) = '((?:[^']|'')*)'$", re.MULTILINE)
 
+NAMES = "synchronous_standby_names"
+_NAMES_WRITTEN = re.compile(rf"^{NAMES} = '((?:[^']|'')*)'$", re.MULTILINE)
+
 
 class Wanted:
     """`effective()`: the configuration as it is now. `passfile`: written by us, outside the data directory."""
@@ -55,6 +58,8 @@ class Wanted:
         self._notes: tuple[str, ...] = ()
         self._data_dir = Path(effective().local.postgresql.data_dir)
         self.config_dir = Path(effective().local.postgresql.config_dir or self._data_dir)
+        self._names: str | None = self._names_found()
+        self._names_told = self._names is None
 
     # --- whom to follow ------------------------------------------------------------------------------------------------
 
@@ -77,6 +82,32 @@ class Wanted:
     @property
     def frozen(self) -> bool:
         return self._frozen
+
+    # --- synchronous standbys ------------------------------------------------------------------------------------------
+
+    def set_names(self, names: str | None) -> None:
+        """synchronous_standby_names from the next write on, whatever else that write is for; None: the operator's own."""
+        self._names, self._names_told = names, True
+
+    @property
+    def names(self) -> str | None:
+        return self._names
+
+    @property
+    def names_told(self) -> bool:
+        """False while a restarted agent keeps what its predecessor wrote: a running primary's commits wait by it."""
+        return self._names_told
+
+    def _names_found(self) -> str | None:
+        """synchronous_standby_names in the file of a former agent, if it is not simply the operator's own."""
+        own = str(next((v for k, v in self._parameters().items() if k.lower() == NAMES), ""))
+        try:
+            text = (self.config_dir / "postgresql.conf").read_text(errors="replace")
+        except OSError:
+            return None
+        found = _NAMES_WRITTEN.search(text)
+        written = found[1].replace("''", "'").replace("\\\\", "\\") if found else ""
+        return None if written == own else written
 
     # --- connections -----------------------------------------------------------------------------------------------------
 
@@ -108,7 +139,8 @@ class Wanted:
         postgresql = self._effective().postgresql
         user: PostgresUser = getattr(postgresql.authentication, which)
         out: Conninfo = {"host": source.host, "port": source.port, "user": user.username, "passfile": str(self._passfile),
-                         "application_name": self._name, **user.keywords()}
+                         # not the member's name: pg_basebackup's WAL stream confirms, and would pass for a synchronous standby
+                         "application_name": f"pgha_copy_{self._name}", **user.keywords()}
         return out if which == "replication" else out | {"dbname": postgresql.database}
 
     @property
@@ -141,6 +173,8 @@ class Wanted:
         wanted = self._parameters()
         if "wal_retrieve_retry_interval" not in given:
             wanted["wal_retrieve_retry_interval"] = RETRY_INTERVAL_WITH_RESTORE if restores else RETRY_INTERVAL
+        if self._names is not None:
+            wanted = {name: value for name, value in wanted.items() if name.lower() != NAMES} | {NAMES: self._names}
         forced = {"listen_addresses": ",".join(listen.hosts), "port": str(listen.port), "cluster_name": effective.local.scope}
         done = prepare(wanted, forced=forced, major_version=major_version, control=self._control, standby=self._control is not None)
         if done.notes != self._notes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
-from pgha.decide import rejoin, restart
+from pgha.decide import eligible, rejoin, restart, synchronous
 from pgha.decide.common import (
     ask_others,
     backed_off,
@@ -93,8 +93,11 @@ def _as_leader(o: Observation, memory: Memory) -> Decision:
     if wait_s > 0:
         return Decision(situation="broken", summary=f"start failed {memory.start_failures} times, next try in {wait_s:.1f} s",
                         reasons=(*conditions, *handover), memory=memory, ask_peers=ask_others(o), wake_in_s=min(wait_s, 0.3), state="start failed")
+    known, write, memory = synchronous.may_start(o, memory)
+    if not known.holds:
+        return Decision(situation="broken", summary=known.because, reasons=(*conditions, *handover, known), actions=write, memory=memory, wake_in_s=0.1, state="stopped")
     first = o.postgres.ever_started is False
-    start = StartPrimary(timeout_s=o.settings.primary_start_timeout_s or 300.0, first_start=first)
+    start = StartPrimary(timeout_s=o.settings.primary_start_timeout_s or 300.0, first_start=first, synchronous_names=synchronous.primary_names(o, memory))
     return Decision(situation="broken", summary="starting primary" if first else "starting primary after failure", reasons=(*conditions, *handover),
                     actions=(start,), memory=memory, ask_peers=ask_others(o), state="starting", role="primary")
 
@@ -111,6 +114,8 @@ def start_is_overdue(o: Observation, memory: Memory) -> Reason:
     rule, limit_s = "broken.start_is_overdue", o.settings.primary_start_timeout_s
     age_s = candidate_age_s(memory.crash_seen_at, o.now) if memory.crash_seen_at else 0.0
     able = sorted(p.name for p in fresh_peers(o).values() if p.in_recovery and p.running and p.candidate and not p.tags.nofailover)
+    if eligible.is_active(o):
+        able = eligible.able_to_take_over(o, fresh_peers(o).values())
     overdue = limit_s > 0 and age_s >= limit_s and bool(able)
     return reason(rule, not overdue, f"no primary for {age_s:.0f} s, primary_start_timeout {limit_s:g} s, able to take over: {', '.join(able) or 'nobody'}")
 
@@ -122,6 +127,12 @@ def handover_conditions(o: Observation, memory: Memory) -> tuple[Reason, ...]:
     limit_s = 0.0 if settings.primary_start_timeout_s == 0 else settings.crash_handover_after_s
     due = bool(memory.crash_seen_at) and crash_age_s >= limit_s
     own_end, timeline = o.directory.end_of_wal, o.directory.end_of_wal_timeline
+    if eligible.is_active(o):
+        able = eligible.able_to_take_over(o, fresh_peers(o).values())
+        return (
+            reason("broken.handover_is_due", due, f"writes away for {crash_age_s:.1f} s, handed over after {limit_s:g} s"),
+            reason("broken.handover_loses_nothing", bool(able), f"{', '.join(able) or 'nobody who answers'} may lead by /sync, which asks for {view_of(o).sync.quorum} votes"),
+        )
     able = sorted(
         p.name for p in fresh_peers(o).values()
         if p.in_recovery and p.running and p.candidate and not p.tags.nofailover and not p.watchdog_failed
@@ -135,7 +146,7 @@ def handover_conditions(o: Observation, memory: Memory) -> tuple[Reason, ...]:
 
 
 def _hand_over(o: Observation, memory: Memory, reasons: tuple[Reason, ...]) -> Decision:
-    if not o.directory.end_of_wal:
+    if not o.directory.end_of_wal and not eligible.is_active(o):
         if o.ended is not None and o.ended.kind == "InspectEndOfWal" and not o.ended.ok:
             return Decision(situation="broken", summary="the end of WAL cannot be read: not handing over", reasons=reasons,
                             memory=replace(memory, handover_judged_at=o.now), ask_peers=ask_others(o), wake_in_s=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pgha.clock import candidate_age_s
+from pgha.decide import eligible
 from pgha.decide.common import ask_others, fence_in_s, fresh_peers, reason
 from pgha.decide.standing import Whose, licensed, standing
 from pgha.model.action import CancelOperation
@@ -59,6 +60,8 @@ def crash_is_not_handed_over(o: Observation, memory: Memory, operation: Operatio
     lock = o.dcs.view.lock
     known = max(o.dcs.view.status.optime, lock.lsn if lock else 0)
     able = [p.name for p in fresh_peers(o).values() if p.in_recovery and not p.tags.nofailover and p.lsn >= known > 0]
+    if eligible.is_active(o):
+        able = eligible.able_to_take_over(o, fresh_peers(o).values())
     if not able:
         return reason(rule, True, f"writes away for {age_s:.1f} s, but no peer has what was published")
     return reason(rule, False, f"writes away for {age_s:.1f} s (limit {limit_s:g} s), and {', '.join(sorted(able))} may take over")

@@ -29,6 +29,8 @@ def _note_life(o: Observation, memory: Memory) -> Memory:
         memory = replace(memory, holding_since=None)
     if o.postgres.process == "running" and o.postgres.answer == "sql" and (memory.crash_seen_at or memory.start_failures):
         memory = replace(memory, crash_seen_at=None, handover_judged_at=None, start_failures=0, last_start_failed_at=None)
+    if memory.leaving_since is not None and not o.shutting_down and o.operation is None and not any(r.kind == "restart" for r in o.requests):
+        memory = replace(memory, leaving_since=None)
     if memory.ours_to_start and o.postgres.alive and o.operation is None:
         memory = replace(memory, ours_to_start=False)
     if memory.paused and not o.settings.pause:

@@ -29,7 +29,7 @@ def finish(o: Observation, decision: Decision) -> Decision:
     if not room.holds and room not in decision.reasons:
         decision = replace(decision, reasons=(*decision.reasons, room))     # it may be why nobody leads
     return replace(decision, mandate=mandate(o), failsafe=failsafe.order(o, slots.published_slots(o)), state=decision.state or state(o),
-                   role=decision.role or role(o), paused=pause, memory=memory)
+                   role=decision.role or role(o), paused=pause, memory=memory, leaves_sync=memory.leaving_since is not None)
 
 
 def mandate(o: Observation) -> Mandate:

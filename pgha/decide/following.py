@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
-from pgha.decide import paused, rejoin, slots
+from pgha.decide import paused, rejoin, slots, synchronous
 from pgha.decide.common import ask_others, leader_member, own_history, reason, source_of, view_of
 from pgha.decide.leading import operator_requests
 from pgha.decide.slots import own_slot_name
@@ -50,7 +50,13 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     maintenance = slots.maintenance(o)
     if maintenance is not None and wanted.holds:
         actions.append(maintenance)
-    actions += [_with_upstream(a, upstream, own_slot_name(o)) for a in operator_requests(o, as_primary=False)]
+    asked = [_with_upstream(a, upstream, own_slot_name(o)) for a in operator_requests(o, as_primary=False)]
+    let_go = synchronous.is_to_be_let_go(o, memory)
+    if any(isinstance(a, Restart) for a in asked) and not let_go.holds:
+        memory = memory if memory.leaving_since else replace(memory, leaving_since=o.now)
+        return replace(decision, summary=f"asked to restart: {let_go.because}", reasons=(*decision.reasons, wanted, let_go), memory=memory, wake_in_s=0.1,
+                       actions=tuple(a for a in (*actions, *asked) if not isinstance(a, Restart)))
+    actions += asked
     return replace(decision, summary=f"no action. I am ({o.me.name}), a secondary, and following a leader ({now.holder})",
                    reasons=(*decision.reasons, wanted), actions=tuple(actions), memory=memory)
 

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
 from pgha.decide import promotion, restart
-from pgha.decide.common import NONSENSE_AHEAD, ask_others, own_history, reason, view_of
+from pgha.decide.common import NONSENSE_AHEAD, ask_others, fresh_peers, own_history, reason, view_of
 from pgha.decide.standing import Standing, Whose, because, standing
 from pgha.model.action import AcquireLock, Action, Freeze, ReadCluster
 from pgha.model.decision import Decision, Election, Memory, Reason, Vote
@@ -86,7 +86,8 @@ def _elect(o: Observation, memory: Memory, now: Standing, read: Reason) -> Decis
         return replace(decision, summary=summary, reasons=reasons, actions=(ReadCluster(),), wake_in_s=0.1)
     if not obstacles:
         action = _acquire(o)
-        return replace(decision, summary=f"taking the lock: {now.because}", reasons=reasons, actions=(action,), wake_in_s=0.0)
+        standbys = tuple(sorted(p.name for p in fresh_peers(o).values() if p.in_recovery and p.running))
+        return replace(decision, memory=replace(memory, expected_standbys=standbys), summary=f"taking the lock: {now.because}", reasons=reasons, actions=(action,), wake_in_s=0.0)
     waited_s = candidate_age_s(election.began_at, o.now)
     return replace(decision, summary="not taking the lock: " + "; ".join(r.because for r in obstacles), reasons=reasons,
                    wake_in_s=0.05 if waited_s < 3 else 0.5)

@@ -7,7 +7,7 @@ import json
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
-from pgha.decide import capacity, failsafe, restart, slots, switchover
+from pgha.decide import capacity, failsafe, restart, slots, switchover, synchronous
 from pgha.decide.common import (
     NONSENSE_AHEAD,
     ask_others,
@@ -84,13 +84,15 @@ def _promote(o: Observation, memory: Memory) -> Decision:
             return Decision(situation="leading", summary="holding the lock, reading the claim", reasons=reasons, actions=(ReadCluster(),), memory=memory, wake_in_s=0.1)
         back = Demote(mode="kill", release=True, checkpoint=False, why="no timeline is claimed for a promotion", timeout_s=0.0)
         return Decision(situation="leading", summary="holding the lock without a claimed timeline: giving it back", reasons=reasons, actions=(back,), memory=memory)
+    synchronously, prepare, memory = synchronous.before_promotion(o, memory)
+    reasons = (*reasons, *synchronously)
     if all(r.holds for r in reasons):
         claim = view.epoch.timeline
-        promote = Promote(timeline=claim, block=tuple(range(row.timeline + 1, claim)), epoch=view.epoch.number)
+        promote = Promote(timeline=claim, block=tuple(range(row.timeline + 1, claim)), epoch=view.epoch.number, synchronous_names=o.written_names.names)
         return Decision(situation="leading", summary=f"promoting to timeline {claim} from {format_lsn(row.position)}", reasons=reasons, actions=(promote,),
                         memory=memory, state="running", role="replica")
     return Decision(situation="leading", summary="holding the lock, not promoting: " + "; ".join(r.because for r in reasons if not r.holds), reasons=reasons,
-                    memory=memory, wake_in_s=0.05)
+                    actions=prepare if reasons[0].holds else (), memory=memory, wake_in_s=0.05)
 
 
 def promotion_conditions(o: Observation) -> tuple[Reason, ...]:
@@ -159,6 +161,9 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
         actions.append(WriteInitialize(value=row.system_identifier, if_revision=view.revision_of("initialize")))
     if view.config is None and o.settings.dynamic_config:
         actions.append(_leaders_write(o, "config", o.settings.dynamic_config))
+    kept = synchronous.upkeep(o, memory)
+    memory = kept.memory
+    actions += kept.actions
     status, memory = _status(o, memory)
     if status is not None:
         actions.append(status)
@@ -175,15 +180,15 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
     if compact is not None:
         actions.append(compact)
     if restart.lock_seen_held(o).holds:
-        actions += operator_requests(o, as_primary=True)
+        actions += operator_requests(o, as_primary=True, synchronous_names=synchronous.primary_names(o, memory))
     lasts = licence_left(o) if o.licence.endless else f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"
-    reasons = (reason("leading.licence", True, lasts), *capacity.reasons(o))
+    reasons = (reason("leading.licence", True, lasts), *capacity.reasons(o), *kept.reasons)
     # Both texts are the reference's: people's alerts look for them.
     summary = f"no action. I am ({o.me.name}), the leader with the lock"
     if o.licence.by_failsafe:
         summary = "continue to run as a leader because failsafe mode is enabled and all members are accessible"
     return Decision(situation="leading", summary=summary, reasons=reasons, actions=tuple(actions), memory=memory,
-                    wake_in_s=o.settings.loop_wait_s)
+                    wake_in_s=min(o.settings.loop_wait_s, kept.wake_in_s or o.settings.loop_wait_s))
 
 
 def _leaders_write(o: Observation, key: str, value: bytes) -> WriteKey:
@@ -258,7 +263,7 @@ def _timestamp(wall_s: float) -> str:
     return f"{year:04d}-{month:02d}-{day:02d}T{rest // 3600:02d}:{rest % 3600 // 60:02d}:{rest % 60:02d}.{micro:06d}+00:00"
 
 
-def operator_requests(o: Observation, *, as_primary: bool) -> list[Action]:
+def operator_requests(o: Observation, *, as_primary: bool, synchronous_names: str | None = None) -> list[Action]:
     """What configuration and operators ask of the running server: one operation a pass."""
     actions: list[Action] = [ApplyConfiguration()] if o.settings.configuration_changed else []
     for request in o.requests:
@@ -266,7 +271,7 @@ def operator_requests(o: Observation, *, as_primary: bool) -> list[Action]:
             actions += [ApplyConfiguration(force=True), AnswerRequest(id=request.id, status=202, text="reload scheduled")]
         elif request.kind == "restart":
             timeout_s = float(request.options.get("timeout_s") or o.settings.primary_start_timeout_s or 300.0)
-            actions.append(Restart(as_primary=as_primary, timeout_s=timeout_s, request_id=request.id))
+            actions.append(Restart(as_primary=as_primary, timeout_s=timeout_s, request_id=request.id, synchronous_names=synchronous_names))
             break
     return actions
 

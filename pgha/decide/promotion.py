@@ -7,7 +7,7 @@ can be a vote; the others' votes are heard, or waited for as long as they might 
 from __future__ import annotations
 
 from pgha.clock import candidate_age_s, remaining_s
-from pgha.decide import failsafe, paused, restart
+from pgha.decide import eligible, failsafe, paused, restart
 from pgha.decide.common import fresh_peers, mib, others, reason, view_of
 from pgha.model.decision import Election, Memory, Reason
 from pgha.model.observation import Observation, Peer
@@ -31,7 +31,8 @@ def conditions(o: Observation, memory: Memory) -> tuple[Reason, ...]:
     """Every condition but those about peers."""
     return (
         in_recovery(o), not_nofailover(o), caught_up(o), timeline_is_known(o), system_is_ours(o), guard_answers(o), watchdog_is_usable(o),
-        has_not_just_failed(o, memory), is_not_asked_to_leave(o, memory), paused.may_stand(o), failsafe.nothing_is_promised(o), failsafe.is_listed(o),
+        has_not_just_failed(o, memory), is_not_asked_to_leave(o, memory), paused.may_stand(o), eligible.is_synchronous(o, chosen=manually_chosen(o)),
+        failsafe.nothing_is_promised(o), failsafe.is_listed(o),
     )
 
 
@@ -117,7 +118,8 @@ def is_not_asked_to_leave(o: Observation, memory: Memory) -> Reason:
 
 def peer_conditions(o: Observation, election: Election) -> tuple[Reason, ...]:
     """What the others' positions say. Asked only once this node's own position is final."""
-    return (no_primary_is_alive(o), no_peer_is_ahead(o, election), peers_were_waited_for(o, election))
+    quorum = eligible.quorum_is_reached(o, election, own_position(o), chosen=manually_chosen(o))
+    return (no_primary_is_alive(o), no_peer_is_ahead(o, election), peers_were_waited_for(o, election), quorum)
 
 
 def no_primary_is_alive(o: Observation) -> Reason:
@@ -134,7 +136,7 @@ def no_peer_is_ahead(o: Observation, election: Election) -> Reason:
     for peer in sorted(fresh_peers(o).values(), key=lambda p: p.name):
         if peer.tags.nofailover or peer.watchdog_failed or not peer.in_recovery or not peer.candidate:
             continue
-        if manually_chosen(o):
+        if manually_chosen(o) or (eligible.is_active(o) and not eligible.may_lead(o, peer.name)):
             continue
         if _precedes(o, peer, own, election):
             ahead.append(f"{peer.name} at {format_lsn(peer.lsn)} on timeline {peer.timeline}, priority {peer.tags.failover_priority}")
@@ -168,6 +170,9 @@ def peers_were_waited_for(o: Observation, election: Election) -> Reason:
     pending = [n for n in sorted(names) if not _is_final(answered.get(n), election)]
     if not pending:
         return reason(rule, True, f"all {len(names)} other members gave their position")
+    if eligible.is_active(o):
+        # Whoever /sync names, and has the votes that it asks for, has every acknowledged commit: nobody can add to that.
+        return reason(rule, True, f"{', '.join(pending)} not waited for: a synchronous mode is active")
     if manually_chosen(o) or _released_to(o):
         return reason(rule, True, f"{', '.join(pending)} not waited for: this node was chosen")
     # Silence counts from when a member was first asked in vain: probing begins before the record expires.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from pgha.decide import paused
+from pgha.decide import paused, synchronous
 from pgha.decide.common import may_write, reason, stop_timeout_s
 from pgha.decide.standing import licensed
 from pgha.model.action import Demote, ReleaseLock, StandDown, Stop, Sweep
@@ -21,6 +21,10 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
                         memory=replace(memory, shutdown_done=True, left_running=True), wake_in_s=0.1)
     if o.postgres.alive:
         writes = may_write(o) or licensed(o)
+        let_go = synchronous.is_to_be_let_go(o, memory)
+        if not writes and not let_go.holds:
+            memory = memory if memory.leaving_since else replace(memory, leaving_since=o.now)
+            return Decision(situation="stopping", summary=f"stopping: {let_go.because}", reasons=(*because, let_go), memory=memory, wake_in_s=0.1)
         action: Demote | Stop = (
             Demote(mode="fast", release=True, checkpoint=True, why="agent stops", timeout_s=stop_timeout_s(o)) if writes
             else Stop(why="agent stops", timeout_s=stop_timeout_s(o))

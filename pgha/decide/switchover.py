@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pgha.clock import candidate_age_s
+from pgha.decide import eligible
 from pgha.decide.common import fresh_peers, mib, others, reason, view_of
 from pgha.model.decision import Memory, Reason
 from pgha.model.observation import Observation, Peer
@@ -81,4 +82,7 @@ def obstacles(o: Observation, name: str) -> list[str]:
         found.append(f"lag {mib(lag)}, limit {mib(limit)}")
     if row is not None and peer.timeline and peer.timeline != row.timeline:
         found.append(f"timeline {peer.timeline}, the leader's is {row.timeline}")
+    forbidden = eligible.switchover_obstacle(o, name)
+    if forbidden:
+        found.append(forbidden)
     return found

@@ -118,6 +118,12 @@ class ApplyConfiguration(Struct, frozen=True, kw_only=True, tag=True):
     force: bool = False
 
 
+class SetSynchronousNames(Struct, frozen=True, kw_only=True, tag=True):
+    """Write synchronous_standby_names and reload. None: what the operator's own parameters say (the modes are off)."""
+
+    names: str | None
+
+
 class CompactStore(Struct, frozen=True, kw_only=True, tag=True):
     """Forget the store's history before `revision` (safety model 16)."""
 
@@ -151,18 +157,26 @@ class StartStandby(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StartPrimary(Struct, frozen=True, kw_only=True, tag=True):
-    """Start PostgreSQL as primary, in place, without a new timeline. Needs the licence and an armed guard."""
+    """Start PostgreSQL as primary, in place, without a new timeline. Needs the licence and an armed guard.
+
+    `synchronous_names`: synchronous_standby_names before the first commit; None: the operator's own.
+    """
 
     timeout_s: float
     first_start: bool = False
+    synchronous_names: str | None = None
 
 
 class Promote(Struct, frozen=True, kw_only=True, tag=True):
-    """Promote to exactly `timeline`; `block` are the numbers below it that are to be made unusable first."""
+    """Promote to exactly `timeline`; `block` are the numbers below it that are to be made unusable first.
+
+    `synchronous_names`: what synchronous_standby_names must be when it begins; None: the operator's own.
+    """
 
     timeline: int
     block: tuple[int, ...]
     epoch: int
+    synchronous_names: str | None = None
 
 
 class Demote(Struct, frozen=True, kw_only=True, tag=True):
@@ -193,6 +207,7 @@ class Restart(Struct, frozen=True, kw_only=True, tag=True):
     request_id: int = 0
     upstream: Source | None = None
     slot_name: str = ""
+    synchronous_names: str | None = None     # as primary: see StartPrimary
 
 
 class InspectUpstream(Struct, frozen=True, kw_only=True, tag=True):
@@ -231,7 +246,7 @@ class CancelOperation(Struct, frozen=True, kw_only=True, tag=True):
 
 QuickAction = (
     ReadCluster | AcquireLock | ReleaseLock | StandDown | WriteKey | WriteInitialize | Freeze | Follow | MaintainSlots
-    | RestoreStandbySignal | AnswerRequest | ApplyConfiguration | CompactStore | CancelOperation
+    | RestoreStandbySignal | AnswerRequest | ApplyConfiguration | SetSynchronousNames | CompactStore | CancelOperation
 )
 LongAction = (
     Bootstrap | Clone | StartStandby | StartPrimary | Promote | Demote | Stop | Restart | InspectUpstream

@@ -9,6 +9,7 @@ from msgspec import Struct
 from pgha.clock import Deadline, Instant
 from pgha.model.action import Action
 from pgha.model.failsafe import FailsafeOrder
+from pgha.model.synchronous import Promise
 from pgha.model.wal import HistoryRow
 
 
@@ -39,6 +40,39 @@ class Election(Struct, frozen=True, kw_only=True):
     voted_at: Instant | None = None  # own position is final since then
     standing_lsn: int = 0           # own position while nothing is received any more, and since when it stands
     standing_since: Instant | None = None
+
+
+class Replica(Struct, frozen=True, kw_only=True):
+    """How a standby confirms: `target` is a position of the primary that it is to reach, set at `since`.
+
+    `confirmed`: it has reached one. `streaming`: it was connected in the last pass; since `since` it is not, if false.
+    """
+
+    target: int = 0
+    since: Instant
+    confirmed: bool = False
+    streaming: bool = True
+
+
+class SyncBook(Struct, frozen=True, kw_only=True):
+    """The leader's memory of its synchronous set.
+
+    `sent`: promises sent to the store on top of /sync at revision `sent_on`; as long as that revision stands, any of
+    them may still arrive. `names` is synchronous_standby_names as seen since `seen_at` in the server started at
+    `started_at_s`; `mark`: a position of the primary when every process surely obeyed it (0: not yet).
+    """
+
+    epoch_revision: int = 0
+    first_revision: int = 0          # /sync when the book was opened: once it has moved on, no write of a former agent can arrive
+    sent: tuple[Promise, ...] = ()
+    sent_on: int = -1
+    sent_at: Instant | None = None
+    names: str | None = None
+    started_at_s: float = 0.0
+    seen_at: Instant | None = None
+    mark: int = 0
+    set_at: Instant | None = None    # when synchronous_standby_names was last set
+    replicas: dict[str, Replica] = {}
 
 
 class Memory(Struct, frozen=True, kw_only=True):
@@ -73,6 +107,9 @@ class Memory(Struct, frozen=True, kw_only=True):
     ours_to_start: bool = False                 # PostgreSQL is down by this node's own doing: it starts it again, also in pause
     stand_back_until: Instant | None = None
     stand_back_why: str = ""
+    sync: SyncBook = SyncBook()
+    expected_standbys: tuple[str, ...] = ()     # who answered as a standby when this node took the lock: they will follow
+    leaving_since: Instant | None = None        # a synchronous standby that is to stop waits to be let go
 
 
 class PeerQuestion(Struct, frozen=True, kw_only=True):
@@ -110,5 +147,6 @@ class Decision(Struct, frozen=True, kw_only=True):
     failsafe: FailsafeOrder | None = None       # whom to ask if the store stays silent; None: nobody, the licence just ends
     state: str = ""                             # PostgreSQL's state for the member key and REST (compatibility spec 1.10)
     role: str = ""                              # spec 1.11
+    leaves_sync: bool = False                   # published as tags: no synchronous standby, since it is about to stop
     paused: bool = False                        # pause is in force on this node
     wake_in_s: float = 10.0

@@ -58,6 +58,7 @@ class Row(Struct, frozen=True, kw_only=True):
     server_version: int = 0
     system_identifier: str = ""
     synchronous_standby_names: str = ""
+    checkpointer_rests: bool = True # so it has read the settings; until it has, backends do not know that they are to wait
     primary_conninfo: str = ""
     primary_slot_name: str = ""
     restore_command: str = ""

@@ -124,6 +124,16 @@ class Upstream(Struct, frozen=True, kw_only=True):
     history: tuple[HistoryRow, ...] = ()
 
 
+class WrittenNames(Struct, frozen=True, kw_only=True):
+    """What synchronous_standby_names PostgreSQL's files were last written with: `names`, None = the operator's own.
+
+    `told` false: a former agent wrote them, and this one has not said yet what they are to be.
+    """
+
+    told: bool = True
+    names: str | None = None
+
+
 class Operation(Struct, frozen=True, kw_only=True):
     """A long operation: the one in flight, or the last that ended."""
 
@@ -170,6 +180,7 @@ class Observation(Struct, frozen=True, kw_only=True):
     peers: dict[str, Peer] = {}
     upstream: Upstream | None = None
     configured_upstream: str = ""        # whom PostgreSQL's files were last written to follow
+    written_names: WrittenNames = WrittenNames()
     operation: Operation | None = None   # in flight
     ended: Operation | None = None       # the last one that ended
     requests: tuple[Request, ...] = ()

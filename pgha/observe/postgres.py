@@ -45,6 +45,8 @@ MAX_HURRY_S = 10.0
 RELOAD_S = 0.3
 #: While it gives no SQL answer, or a standby has an upstream and does not stream from it.
 UNSETTLED_S = 0.5
+#: While commits wait for standbys: one that has gone is noticed within this time.
+SYNCHRONOUS_S = 2.0
 #: A server that starts or stops is asked for a sign of life this often; its pid file tells the rest.
 SIGN_OF_LIFE_S = 0.5
 #: Processes without a postmaster are orphans once they have been seen for this long: a postmaster that has just been
@@ -140,6 +142,8 @@ class PostgresObserver:
             wait_s = min(wait_s, HURRY_S if remaining_s(facts.since.plus_s(SOON_S), now) > 0 else CALM_HURRY_S)
         elif facts.process == "running" and (facts.answer != "sql" or not _as_it_should_be(facts.row)):
             wait_s = min(wait_s, UNSETTLED_S)
+        elif facts.row is not None and facts.row.synchronous_standby_names and not facts.row.in_recovery:
+            wait_s = min(wait_s, SYNCHRONOUS_S)
         if self._hurry_until is not None and remaining_s(self._hurry_until, now) > 0:
             wait_s = min(wait_s, HURRY_S)
         return min(wait_s, ORPHAN_AGE_S) if self._unowned is not None else wait_s
@@ -310,8 +314,9 @@ def _role_and_streams(row: Row | None) -> tuple[object, ...]:
     if row is None:
         return ()
     receiver = row.receiver
-    streams = frozenset((str(r.get("application_name")), str(r.get("state"))) for r in row.replication)
+    streams = frozenset((str(r.get("application_name")), str(r.get("state")), str(r.get("sync_state"))) for r in row.replication)
     return (row.in_recovery, row.timeline, row.replay_paused, row.primary_conninfo, row.restore_command, frozenset(row.pending_restart),
+            row.synchronous_standby_names, row.checkpointer_rests,
             (receiver.status, receiver.sender_host, receiver.sender_port, receiver.timeline) if receiver is not None else None, streams)
 
 

@@ -43,6 +43,8 @@ SELECT standby,
   current_setting('server_version_num'),
   (SELECT system_identifier FROM pg_control_system()),
   current_setting('synchronous_standby_names'),
+  current_setting('synchronous_standby_names') = '' OR EXISTS (SELECT FROM pg_stat_get_activity(NULL)
+      WHERE backend_type = 'checkpointer' AND wait_event IN ('CheckpointerMain', 'CheckpointWriteDelay')),
   current_setting('primary_conninfo', true),
   current_setting('primary_slot_name', true),
   current_setting('restore_command', true),
@@ -78,7 +80,7 @@ async def read_row(conn: Connection, *, deadline_s: float) -> Row:
 
 def _row(answer: tuple[str | None, ...]) -> Row:
     (standby, timeline, flushed, received, replayed, replayed_at, paused, started_at, started_at_s, version, identifier,
-     sync_names, conninfo, slot, restore, receiver, replication, slots) = answer
+     sync_names, checkpointer_rests, conninfo, slot, restore, receiver, replication, slots) = answer
     return Row(
         in_recovery=standby == "t",
         timeline=int(timeline or 0),
@@ -95,6 +97,7 @@ def _row(answer: tuple[str | None, ...]) -> Row:
         server_version=int(version or 0),
         system_identifier=identifier or "",
         synchronous_standby_names=sync_names or "",
+        checkpointer_rests=checkpointer_rests == "t",
         primary_conninfo=conninfo or "",
         primary_slot_name=slot or "",
         restore_command=restore or "",

@@ -73,7 +73,7 @@ def test_means(tmp_path, key, value, attribute, means):
     ("postgresql.authentication.rewind", {"password": "hush"}, "FILE: postgresql.authentication.rewind.username: is missing, but other keys are there"),
     # wrong value
     ("name", "a/b", 'FILE: name: is "a/b"; allowed: text without slashes and spaces, unique in the cluster'),
-    ("name", "__patroni_strict_sync_replica_placeholder__", "FILE: name: is"),
+    ("name", "__patroni_strict_sync_replica_placeholder__", 'FILE: name: is "__patroni_strict_sync_replica_placeholder__"; allowed: text without slashes and spaces, unique in the cluster'),
     ("restapi", "x", "FILE: restapi: is text; allowed: a table"),
     ("postgresql.data_dir", "data", 'FILE: postgresql.data_dir: is "data", a relative path; allowed: an absolute path'),
     ("postgresql.data_dir", "/", 'FILE: postgresql.data_dir: is "/"; allowed: a directory of its own'),
@@ -113,7 +113,7 @@ def test_means(tmp_path, key, value, attribute, means):
     ("postgresql.pre_promote", "x", "FILE: postgresql.pre_promote: not supported yet by this version"),
     ("postgresql.create_replica_methods", ["walg", "basebackup"], 'FILE: postgresql.create_replica_methods: has something else than basebackup; allowed: ["basebackup"]; other methods are not supported yet by this version'),
     ("bootstrap.method", "walg", 'FILE: bootstrap.method: is "walg"; allowed: initdb; other methods are not supported yet by this version'),
-    ("bootstrap.dcs.synchronous_mode", "quorum", "FILE: bootstrap.dcs.synchronous_mode: not supported yet by this version; allowed: leave it out or off"),
+    ("name", "__patroni_strict_sync_replica_placeholder__", 'FILE: name: is "__patroni_strict_sync_replica_placeholder__"; allowed: text without slashes and spaces, unique in the cluster'),
     ("log.dir", "/var/log", "FILE: log.dir: not supported yet by this version"),
 ])
 def test_is_refused(tmp_path, key, value, line):

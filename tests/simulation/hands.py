@@ -456,6 +456,10 @@ def _sql(instance: Instance, server: Server, sql: str, parameters: tuple[Any, ..
     recovering = "f" if server.primary else "t"
     if sql == "SELECT pg_is_in_recovery()":
         return [(recovering,)]
+    if sql == "SHOW synchronous_standby_names":
+        return [(server.synchronous_standby_names,)]
+    if sql in ("SET synchronous_commit = local", "SELECT pg_current_xact_id()"):
+        return []
     if sql == "CHECKPOINT":
         instance.checkpoint()
         return []
@@ -681,7 +685,9 @@ class ModelWanted:
         self._slot_name = ""
         self._frozen = self._told = False
         self.passfile = ""
-        self.synchronous = ""
+        found = instance.conf_synchronous
+        self.names: str | None = found or None
+        self.names_told = not found
 
     def follow(self, upstream: Any, slot_name: str) -> None:
         self._upstream, self._slot_name, self._frozen, self._told = upstream, slot_name, False, True
@@ -691,6 +697,9 @@ class ModelWanted:
 
     def no_longer_frozen(self) -> None:
         self._upstream, self._slot_name, self._frozen, self._told = None, "", False, True
+
+    def set_names(self, names: str | None) -> None:
+        self.names, self.names_told = names, True
 
     @property
     def upstream(self) -> Any:
@@ -731,10 +740,10 @@ class ModelWanted:
             wanted = (instance.conf_upstream, instance.conf_slot)
         else:
             wanted = (self._upstream.host if self._upstream is not None else None, self._slot_name if self._upstream is not None else "")
-        if (*wanted, self.synchronous) != before:
+        if (*wanted, self.names or "") != before:
             _writable(ModelDir(instance))
         instance.conf_upstream, instance.conf_slot = wanted
-        instance.conf_synchronous = self.synchronous
+        instance.conf_synchronous = self.names or ""
         return (instance.conf_upstream, instance.conf_slot, instance.conf_synchronous) != before
 
     def write_stopped(self, said: ControlData, *, standby: bool = True) -> None:

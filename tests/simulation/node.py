@@ -47,7 +47,7 @@ from pgha.model.action import (
 from pgha.model.decision import Decision, Memory, PeerQuestion
 from pgha.model.lock import Identity, LicenceState
 from pgha.model.node import Control, DataDirectoryFacts, PostgresFacts
-from pgha.model.observation import Observation, Operation, Peer, Settings, Upstream
+from pgha.model.observation import Observation, Operation, Peer, Settings, Upstream, WrittenNames
 from pgha.model.observation import Request as OperatorRequest
 from pgha.model.wal import HistoryRow, Position
 from pgha.observe.postgres import (
@@ -640,7 +640,7 @@ class AgentProcess:
             now=self.clock.now(), wall_s=self.clock.wall_s(), number=self.number, me=self.me, settings=self._settings_now(), dcs=facts,
             licence=self.renewer.licence, postgres=self.postgres.facts, directory=directory, guard=self.fence.facts, watchdog=self.watchdog.facts,
             peers=dict(self.peers.facts), upstream=self._upstream, configured_upstream=self.wanted.upstream.name if self.wanted.upstream else "",
-            operation=self._operation, ended=self._ended, requests=tuple(self.requests.values()), shutting_down=self.shutting_down)
+            written_names=WrittenNames(told=self.wanted.names_told, names=self.wanted.names), operation=self._operation, ended=self._ended, requests=tuple(self.requests.values()), shutting_down=self.shutting_down)
 
     def _settings_now(self) -> Settings:
         if self.dynamic is None:

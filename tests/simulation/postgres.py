@@ -252,7 +252,7 @@ class Instance:
         if server.primary:
             replication = tuple(
                 {"application_name": name, "usename": "replicator", "client_addr": name, "state": "streaming", "sync_state": self.sync_state(server, name),
-                 "sync_priority": 0, "pid": 1000 + i, "sent_lsn": data.lsn, "write_lsn": s.downstream.dir.lsn, "flush_lsn": s.downstream.dir.lsn,
+                 "sync_priority": int(self.sync_state(server, name) != "async"), "pid": 1000 + i, "sent_lsn": data.lsn, "write_lsn": s.downstream.dir.lsn, "flush_lsn": s.downstream.dir.lsn,
                  "replay_lsn": s.downstream.dir.lsn}
                 for i, (name, s) in enumerate(server.downstream.items()) if s.open)
         else:

@@ -1,0 +1,90 @@
+"""Who may lead by `/sync`? What the synchronous modes ask of a candidate, a hand-over and a switchover.
+
+`/sync` speaks for itself, whatever mode is configured just now: its leader has every acknowledged commit, and of any
+quorum + 1 of its voters one has. So a voter needs the votes of `quorum` others whose final position is not ahead of its
+own; in priority mode the quorum is 0, and it needs none. (safety model 6.4; compatibility spec 8)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pgha.decide.common import fresh_peers, reason, view_of
+from pgha.decide.sync_book import is_on, voters_of
+from pgha.model.decision import Election, Reason
+from pgha.model.observation import Observation, Peer
+from pgha.model.wal import Position
+
+
+def is_active(o: Observation) -> bool:
+    """The mode is on, and there is a promise to keep. (An operator who switches it off lets anybody lead.)"""
+    return is_on(o) and bool(view_of(o).sync.leader)
+
+
+def may_lead(o: Observation, name: str) -> bool:
+    """Is it a voter, or the leader of `/sync`?"""
+    sync = view_of(o).sync
+    return name.lower() in voters_of(sync) or name.lower() == sync.leader.lower()
+
+
+def is_synchronous(o: Observation, *, chosen: bool) -> Reason:
+    """`chosen`: an operator asked for a failover to this very node, and accepts what is lost."""
+    rule, sync = "promotion.is_synchronous", view_of(o).sync
+    if not is_active(o):
+        return reason(rule, True, "no synchronous mode is active")
+    named = f"/sync names {sync.leader} and {', '.join(sync.members) or 'nobody else'}"
+    if may_lead(o, o.me.name):
+        return reason(rule, True, named)
+    if chosen:
+        return reason(rule, True, f"{named}, but an operator asked for this node")
+    if o.settings.synchronous_mode == "quorum":
+        return reason(rule, True, f"{named}: without being named, one vote more is needed")
+    return reason(rule, False, f"{named}, not {o.me.name}")
+
+
+def quorum_is_reached(o: Observation, election: Election, own: Position, *, chosen: bool) -> Reason:
+    """Enough voters gave a final position that is not ahead of this node's."""
+    rule, sync = "promotion.quorum_is_reached", view_of(o).sync
+    if not is_active(o):
+        return reason(rule, True, "no synchronous mode is active")
+    if o.me.name.lower() == sync.leader.lower():
+        return reason(rule, True, "this node was the last leader: it has everything")
+    needed = sync.quorum + (0 if may_lead(o, o.me.name) else 1)
+    votes = sorted(p.name for p in fresh_peers(o).values() if p.name.lower() in voters_of(sync) and _votes(p, election, own))
+    enough = len(votes) >= needed or chosen
+    return reason(rule, enough, f"{len(votes)} votes ({', '.join(votes) or 'nobody'}), {needed} needed" + (", but an operator asked for this node" if chosen and len(votes) < needed else ""))
+
+
+def _votes(peer: Peer, election: Election, own: Position) -> bool:
+    """A member of another make cannot freeze; the lock is free, so whatever was acknowledged with its help it has already."""
+    final = peer.frozen_epoch == election.epoch or (not peer.is_pgha and peer.in_recovery is True)
+    return final and _not_ahead(peer, own)
+
+
+def _not_ahead(peer: Peer, own: Position) -> bool:
+    if not peer.timeline or not own.timeline:
+        return False
+    return peer.timeline < own.timeline or (peer.timeline == own.timeline and peer.lsn <= own.lsn)
+
+
+def able_to_take_over(o: Observation, peers: Iterable[Peer]) -> list[str]:
+    """Of these answers, who could lead without losing an acknowledged commit: with the votes of the others."""
+    sync = view_of(o).sync
+    voters = [p for p in peers if p.name.lower() in voters_of(sync) and p.in_recovery and p.running]
+    able = [p for p in voters if p.candidate and not p.tags.nofailover and not p.watchdog_failed]
+    return sorted(p.name for p in able
+                  if sum(1 for v in voters if v is not p and _not_ahead(v, Position(timeline=p.timeline, lsn=p.lsn))) >= sync.quorum)
+
+
+def switchover_obstacle(o: Observation, name: str) -> str:
+    """Why `/sync` forbids a switchover to this member; '' if it does not. A failover (without a leader in the key) may go
+    to anybody: its operator accepts the loss."""
+    view = view_of(o)
+    if not is_active(o) or not view.failover.leader:
+        return ""
+    sync = view.sync
+    if name.lower() not in voters_of(sync) and o.settings.synchronous_mode != "quorum":
+        return f"is not among the synchronous standbys ({', '.join(sync.members) or 'nobody'})"
+    needed = sync.quorum + (0 if name.lower() in voters_of(sync) else 1)
+    others = [p.name for p in fresh_peers(o).values() if p.name.lower() in voters_of(sync) and p.name != name and p.in_recovery]
+    return "" if len(others) >= needed else f"{len(others)} other voters answer, {needed} needed"
