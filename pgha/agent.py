@@ -232,7 +232,7 @@ class Agent:
 
     async def narrow(self, valid_until: Deadline, ttl_s: float, *, sequence: int) -> None:
         """Before a shorter licence is sent (renewer.Narrower): the device first, which may take a while to fire, then the guard."""
-        if self._protects():
+        if self._protects() and self.watchdog.facts.active:
             self.watchdog.step(watchdog.Wanted(protecting=True, ttl_s=ttl_s, valid_until=valid_until))
         await self.fence.narrow(valid_until, ttl_s, sequence=sequence)
 

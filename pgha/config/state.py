@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from pgha.errors import ConfigError
+from pgha.model.cluster import PausedHolder
 from pgha.model.wal import HistoryRow
 
 #: A few hundred bytes a member.
@@ -48,6 +49,7 @@ class Remembered(Struct, frozen=True, kw_only=True):
     """The facts of memory.json. `ttl_s`: the largest ttl seen in a lock record; 0 = none was seen."""
 
     ttl_s: float = 0.0
+    paused: PausedHolder | None = None
     system_identifier: str = ""
     generation: StoreGeneration = StoreGeneration()
     members: dict[str, RememberedMember] = {}

@@ -76,7 +76,10 @@ def _exchange(sock: socket.socket, data: bytes, until_s: float) -> bytes:
     chunks: list[bytes] = []
     size = 0
     while size < LONGEST_ANSWER_BYTES:
-        sock.settimeout(max(0.01, until_s - time.monotonic()))
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError      # also when bytes go on dripping in
+        sock.settimeout(left_s)
         chunk = sock.recv(1 << 18)
         if not chunk:
             break

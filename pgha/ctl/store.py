@@ -44,9 +44,12 @@ class Store:
         start = prefix.encode()
         answer = self._ask("/kv/range", {"key": _b64(start), "range_end": _b64(start[:-1] + bytes([start[-1] + 1]))}, write=False)
         found = {}
-        for entry in answer.get("kvs", ()):
-            name = base64.b64decode(entry["key"]).decode(errors="replace").removeprefix(prefix)
-            found[name] = Key(base64.b64decode(entry.get("value", "")), int(entry.get("mod_revision", 0)), int(entry.get("lease", 0)))
+        try:
+            for entry in answer.get("kvs", ()):
+                name = base64.b64decode(entry["key"]).decode(errors="replace").removeprefix(prefix)
+                found[name] = Key(base64.b64decode(entry.get("value", "")), int(entry.get("mod_revision", 0)), int(entry.get("lease", 0)))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise End(UNREACHABLE, "what answers in etcd's place does not answer as etcd does") from None
         return found
 
     def write(self, key: str, value: bytes, *, if_revision: int) -> bool:
@@ -77,7 +80,7 @@ class Store:
             status, answer = self._post(endpoint, path, body)
             if status == 200:
                 return answer
-            why = str(answer.get("error") or answer.get("message") or f"HTTP status {status}")
+            why = str(answer.get("error") or answer.get("message") or f"HTTP status {status}")[:300]
             if status == 404 and self._api == "/v3":
                 self._api = "/v3beta"                 # before etcd 3.4
             elif self._token and "token" in why:
@@ -94,6 +97,8 @@ class Store:
         if status != 200 or not isinstance(answer.get("token"), str):
             raise End(USAGE, f"etcd {endpoint} does not accept the user {self._etcd.username!r}: {answer.get('error') or status}")
         token: str = answer["token"]
+        if not (token.isascii() and token.isprintable()):
+            raise End(UNREACHABLE, f"etcd {endpoint} gives a token that cannot be sent")
         return token
 
     def _post(self, endpoint: str, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -101,12 +106,13 @@ class Store:
         answer = request("POST", endpoint + self._api + path, body=json.dumps(body).encode(), headers=headers, timeout_s=ENDPOINT_S, tls=self._tls)
         try:
             decoded = json.loads(answer.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             decoded = None
         if not isinstance(decoded, dict):
             if answer.status == 404:
                 return 404, {}
-            raise NoAnswer(endpoint, f"answers something that is not etcd's ({answer.status})", sent=False)
+            # Something between us and etcd may have spoilt the answer to what was done.
+            raise NoAnswer(endpoint, f"answers something that is not etcd's ({answer.status})", sent=True)
         return answer.status, decoded
 
 

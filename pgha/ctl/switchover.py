@@ -46,13 +46,13 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
         raise End(REFUSED, f"member {candidate} does not exist in cluster {settings.scope} or is tagged as nofailover")
     if not candidates:
         raise End(REFUSED, f"no candidates found to {kind} to")
-    down = _stated_down(cluster) if getattr(given, "holder_is_down", False) else {}
+    down = bool(getattr(given, "holder_is_down", False))
     demoting = f", demoting current leader {cluster.leader}" if cluster.leader else ""
     if down:
-        confirm(f"Are you sure that {cluster.leader} is down and that nobody can write to its PostgreSQL any more?", force=given.force)
+        confirm(f"Are you sure that {cluster.leader or 'whoever led last'} is down and that nobody can write to its PostgreSQL any more?", force=given.force)
     confirm(f"Are you sure you want to {kind} cluster {settings.scope}{demoting}?", force=given.force)
     body: dict[str, Any] = {key: value for key, value in (("leader", leader), ("candidate", candidate)) if value}
-    status, text = _ask(settings, cluster, kind, body, down)
+    status, text = _ask(settings, cluster, kind, body, down=down)
     code = code_of(status, text)
     if code != DONE:
         raise End(code, f"{kind.capitalize()} failed, details: {status}, {text}" if code != UNKNOWN else text)
@@ -80,7 +80,7 @@ def _stated_down(cluster: Cluster) -> dict[str, Any]:
     raise End(REFUSED, "--holder-is-down is for a lock that was paused: any other expires by itself")
 
 
-def _ask(settings: Settings, cluster: Cluster, kind: str, body: dict[str, Any], down: dict[str, Any]) -> tuple[int, str]:
+def _ask(settings: Settings, cluster: Cluster, kind: str, body: dict[str, Any], *, down: bool) -> tuple[int, str]:
     """HTTP status and text, by whichever way it went."""
     limit_s = 2 * max(10.0, _loop_wait_s(cluster)) + 5.0
     candidate_url = cluster.api_url(body.get("candidate", ""))
@@ -95,7 +95,7 @@ def _ask(settings: Settings, cluster: Cluster, kind: str, body: dict[str, Any], 
             if failure.sent:
                 return _outcome(settings, cluster, kind, body.get("candidate", ""), limit_s)
     clusters.warn("no agent can be asked; writing the request to the store")
-    value = {"leader": body.get("leader"), "member": body.get("candidate"), "pgha": {"holder_is_down": down} if down else None}
+    value = {"leader": body.get("leader"), "member": body.get("candidate"), "pgha": {"holder_is_down": _stated_down(cluster)} if down else None}
     key = cluster.keys.get("failover")
     written = Store(settings.etcd).write(settings.root + "failover", json.dumps({k: v for k, v in value.items() if v}, separators=(",", ":")).encode(),
                                          if_revision=key.revision if key else 0)

@@ -108,7 +108,7 @@ def _holder(o: Observation, memory: Memory) -> Decision | None:
     unread = view is None or view.revision < o.licence.revision
     if unread or (view is not None and view.epoch.number == o.licence.epoch and view.epoch.timeline > row.timeline):
         return None     # it took the lock because an operator named it, and is about to be promoted
-    return _stand_down(o, memory, "PostgreSQL runs in recovery", wake_in_s=0.2)
+    return _stand_down(o, memory, "postgres is not running as primary", wake_in_s=0.2)
 
 
 def _server_is_down(o: Observation, memory: Memory) -> Decision:
@@ -117,7 +117,7 @@ def _server_is_down(o: Observation, memory: Memory) -> Decision:
         return Decision(situation="paused", summary="starting PostgreSQL as an operator asks", reasons=(_stays_down(o),), actions=_requests(o), memory=memory,
                         state="starting")
     if licensed(o):
-        return _stand_down(o, memory, "PostgreSQL was stopped", wake_in_s=0.5)
+        return _stand_down(o, memory, "postgres is not running", wake_in_s=0.5)
     now = standing(o)
     if now.whose is Whose.OWN_FORMER and now.record is not None and now.record.mode == "paused" and o.directory.state == "valid":
         return _readopt(o, memory, now, to="give it back, since PostgreSQL is stopped")

@@ -7,6 +7,7 @@ from enum import StrEnum
 from msgspec import Struct
 
 from pgha.clock import candidate_age_s, remaining_s
+from pgha.model.cluster import PausedHolder
 from pgha.model.decision import Reason
 from pgha.model.failsafe import Promise
 from pgha.model.lock import LicenceState, LockRecord, wait_s
@@ -67,6 +68,9 @@ def standing(o: Observation) -> Standing:
     if untrusted_s > 0:
         return Standing(whose=Whose.LIVE, record=record, left_s=untrusted_s,
                         because=f"{o.dcs.generation_changed}: no record is believed for another {untrusted_s:.1f} s")
+    if record.mode != "paused" and (paused := _another_may_be_paused(o)) is not None:
+        return Standing(whose=Whose.LIVE, record=record, left_s=1e9,
+                        because=f"the store was restored, and {paused.name} held the lock in pause before: it does not expire")
     if record.mode == "released":
         return Standing(whose=Whose.FREE, because=f"released by {record.holder}", record=record)
     if record.node_id == o.me.node_id and (record.incarnation != o.me.incarnation or licence.state is LicenceState.NONE
@@ -94,6 +98,16 @@ def _expiry_s(o: Observation, record: LockRecord) -> float:
     """How long a record must be seen unchanged. One that does not parse may have any ttl: the longest that is known."""
     unreadable = not record.holder and not record.node_id
     return wait_s(max(record.ttl_s, o.dcs.remembered_ttl_s, o.settings.ttl_s, ABSENCE_S) if unreadable else record.ttl_s)
+
+
+def _another_may_be_paused(o: Observation) -> PausedHolder | None:
+    """Another node held the lock in pause when the record could last be believed: it may be writing, whatever stands in its
+    place now, until an operator states to this node that it is down."""
+    view, paused = o.dcs.view, o.dcs.remembered_pause
+    if view is None or paused is None or paused.node_id == o.me.node_id:
+        return None
+    said_down = view.failover.candidate == o.me.name and view.failover.down_incarnation == paused.incarnation
+    return None if said_down else paused
 
 
 def _paused(o: Observation, record: LockRecord, left: float) -> Standing:
@@ -125,6 +139,8 @@ def _absent(o: Observation, untrusted_s: float) -> Standing:
     since = o.dcs.lock_seen.absent_since
     age_s = candidate_age_s(since, o.now) if since else 0.0
     left = max(needed_s - age_s, untrusted_s)
+    if (paused := _another_may_be_paused(o)) is not None:
+        return Standing(whose=Whose.ABSENT, because=f"no record, and {paused.name} held the last one in pause: absence does not end that", left_s=1e9)
     if left <= 0:
         return Standing(whose=Whose.FREE, because=f"no record for {age_s:.1f} s, {needed_s:.1f} s needed")
     return Standing(whose=Whose.ABSENT, because=f"no record for {age_s:.1f} s, {needed_s:.1f} s needed", left_s=left)

@@ -143,6 +143,14 @@ class LockSeen(Struct, frozen=True, kw_only=True):
     absent_since: Instant | None = None
 
 
+class PausedHolder(Struct, frozen=True, kw_only=True):
+    """Who held the lock in pause when a record that can be believed was last seen: its server may write without an end."""
+
+    name: str
+    node_id: str
+    incarnation: str
+
+
 class ClusterView(Struct, frozen=True, kw_only=True):
     """All keys, as of one revision of the store. `revisions` has each key's own (0 = absent), by short name."""
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from pgha.clock import Instant
-from pgha.model.cluster import ClusterView, LockSeen, Tags
+from pgha.model.cluster import ClusterView, LockSeen, PausedHolder, Tags
 from pgha.model.failsafe import FailsafeFacts
 from pgha.model.lock import Identity, Licence
 from pgha.model.node import DataDirectoryFacts, GuardFacts, PostgresFacts, WatchdogFacts
@@ -84,6 +84,7 @@ class DcsFacts(Struct, frozen=True, kw_only=True):
     trusted_from: Instant | None = None
     generation_changed: str = ""
     capacity: StoreCapacity | None = None
+    remembered_pause: PausedHolder | None = None  # persisted; None: the last record that can be believed was not paused
     remembered_ttl_s: float = 0.0         # largest ttl seen in a record, persisted
     remembered_members: dict[str, str] = {}   # name → api_url of members seen within member_slots_ttl
     last_positions: dict[str, Position] = {}  # last position that each member published, also if its key is gone

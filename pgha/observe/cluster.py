@@ -24,7 +24,7 @@ from pgha.dcs.keys import UNREADABLE_LOCK, Keys, parse
 from pgha.dcs.outage import Outage
 from pgha.errors import Compacted, DcsError
 from pgha.log import Log
-from pgha.model.cluster import ClusterView, LockSeen, Member
+from pgha.model.cluster import ClusterView, LockSeen, Member, PausedHolder
 from pgha.model.lock import wait_s
 from pgha.model.observation import DcsFacts, StoreCapacity
 from pgha.model.wal import Position
@@ -78,11 +78,12 @@ class ClusterObserver:
         self._watch_silences = 0
         self._revisions: list[tuple[Instant, int]] = []      # hourly, for what is a day old
         self._warned = 0.0
+        self._untrusted_lock = b""                           # what a store that was restored shows as the record
         self._out_of_space = trio.Event()
         if problem:
             log.warning("remembered facts could not be read", why=problem)
         self.facts = DcsFacts(
-            unreachable_since=clock.now(), remembered_ttl_s=self._remembered.ttl_s,
+            unreachable_since=clock.now(), remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused,
             remembered_members=self._known_members(),
             last_positions={n: Position(timeline=m.timeline, lsn=m.lsn) for n, m in self._remembered.members.items()},
         )
@@ -119,7 +120,7 @@ class ClusterObserver:
         self._remember(view)
         self.facts = replace(
             before, view=view, lock_seen=lock_seen, read_at=began if snapshot is not None else before.read_at,
-            remembered_ttl_s=self._remembered.ttl_s, remembered_members=self._known_members(), last_positions=self._positions(view, before),
+            remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused, remembered_members=self._known_members(), last_positions=self._positions(view, before),
         )
         if snapshot is not None or before.view is None or _matters(before.view, view, self._me):
             self._wake()
@@ -174,8 +175,20 @@ class ClusterObserver:
         ttl_s = self._remembered.ttl_s
         if view.lock is not None and view.lock is not UNREADABLE_LOCK:
             ttl_s = view.lock.ttl_s     # the one that a candidate would have to wait for
-        self._remembered = replace(self._remembered, ttl_s=ttl_s, members=members, system_identifier=view.initialize if view.initialized and view.initialize else
+        self._remembered = replace(self._remembered, ttl_s=ttl_s, paused=self._paused_holder(view), members=members, system_identifier=view.initialize if view.initialized and view.initialize else
                                    self._remembered.system_identifier)
+
+    def _paused_holder(self, view: ClusterView) -> PausedHolder | None:
+        """A pause ends by a record that says so and was written since, not by one that is missing or was restored: the
+        holder of the paused one may be writing, cut off from the store."""
+        lock = view.lock
+        if lock is None or lock is UNREADABLE_LOCK:
+            return self._remembered.paused
+        if lock.mode == "paused":
+            return PausedHolder(name=lock.holder, node_id=lock.node_id, incarnation=lock.incarnation)
+        if self.facts.trusted_from is not None:
+            self._untrusted_lock = view.lock_value
+        return self._remembered.paused if view.lock_value == self._untrusted_lock else None
 
     def _known_members(self) -> dict[str, str]:
         return {n: m.api_url for n, m in self._remembered.members.items() if m.api_url}

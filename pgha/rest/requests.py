@@ -237,6 +237,9 @@ def _preconditions(kind: str, leader: str, candidate: str, scheduled_at: Any, pu
 def _stated_down(kind: str, published: Published) -> dict[str, Any]:
     """An operator states that the holder of a paused lock is down: of exactly the record that stands, if it looks so at all."""
     lock = published.view.lock if published.view is not None else None
+    before = published.observation.dcs.remembered_pause if published.observation is not None else None
+    if kind == "failover" and before is not None and (lock is None or lock.mode != "paused"):
+        return {"holder": before.name, "incarnation": before.incarnation, "sequence": 0}    # the record is lost, or a restored one
     if kind != "failover" or lock is None or lock.mode != "paused":
         raise _Wrong(412, "holder_is_down is for a failover from a lock that was paused: any other expires by itself")
     seen = published.observation.dcs.lock_seen.since if published.observation is not None else None

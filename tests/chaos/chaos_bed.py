@@ -36,6 +36,7 @@ _SHARED = Path("/dev/shm")
 _DISK_BYTES = 2 << 30  # sparse, on tmpfs
 _COMMAND_S = 30
 _RESTART_S = 1.0       # as a unit file has it
+_BOOT_S = 3.0
 _DEVICE_POLL_S = 0.005
 
 
@@ -66,6 +67,13 @@ class Host(Node):
     programs: ChaosPrograms
     with_watchdog = False
 
+    def __init__(self, *words: Any, **named: Any) -> None:
+        super().__init__(*words, **named)
+        #: Starting and losing power exclude each other: the watchdog device has a thread of its own.
+        self.switch = threading.RLock()
+        #: When a device has reset it (monotonic); None: not, or it is up again.
+        self.reset_at_s: float | None = None
+
     @property
     def disk(self) -> Path:
         return self.directory / "disk"
@@ -88,6 +96,10 @@ class Host(Node):
         return self.directory / "watchdog"
 
     def start_agent(self) -> None:
+        with self.switch:
+            self._start_agent()
+
+    def _start_agent(self) -> None:
         assert self.agent is None or self.agent.poll() is not None, f"the agent of {self.name} is still running"
         self.write_configuration()
         archive, environment = self.programs.for_host(self)
@@ -95,6 +107,7 @@ class Host(Node):
             self.agent = spawn([*archive, "run", str(self.config_path)], log=self.log_path, directory=self.directory,
                                user=self.settings.user, environment=environment)
         self._meant_to_run = True
+        self.reset_at_s = None
 
     # -- the disk
 
@@ -133,12 +146,13 @@ class Host(Node):
 
     def lose_power(self) -> None:
         """All of them, and what the next boot would not find: the runtime directory."""
-        self.signal_agent(signal.SIGKILL)  # also says that this was us
-        while self.processes():
-            signal_all(self.processes(), signal.SIGKILL)
-        if self.agent is not None:
-            self.agent.wait(10)
-        shutil.rmtree(self.runtime, ignore_errors=True)
+        with self.switch:
+            self.signal_agent(signal.SIGKILL)  # also says that this was us
+            while self.processes():
+                signal_all(self.processes(), signal.SIGKILL)
+            if self.agent is not None:
+                self.agent.wait(10)
+            shutil.rmtree(self.runtime, ignore_errors=True)
 
 
 class ChaosPrograms:
@@ -183,6 +197,7 @@ class Device(threading.Thread):
                     self.fired.append((host.name, time.monotonic_ns() // 1000))
                     host.lose_power()
                     self._reset(host)
+                    host.reset_at_s = time.monotonic()
 
     def _count(self, host: Host) -> Path:
         return host.watchdog.with_name(f"{host.watchdog.name}.count")
@@ -221,6 +236,8 @@ class ChaosBed(Bed):
         self._programs = ChaosPrograms(directory.parent, program, clocks=clocks)
         #: (node, exit code, monotonic µs) of agents that ended without being told to.
         self.ended: list[tuple[str, int, int]] = []
+        #: What is still to be undone once the last fault has ended.
+        self.after_healing: list[Callable[[], None]] = []
         self._restart_at_s: dict[str, float] = {}
         super().__init__(directory, program, etcd_program=find_etcd(), bin_dir=find_postgres(), nodes=nodes, etcd_members=3, profile=profile,
                          user=USER, dynamic=dynamic)
@@ -271,9 +288,11 @@ class ChaosBed(Bed):
     # -- what an init system does
 
     def supervise(self) -> None:
-        """Restart agents that ended by themselves, a second later, and remember that they did."""
+        """Restart agents that ended by themselves, a second later, and remember that they did; and hosts that were reset."""
         now = time.monotonic()
         for host in self.hosts:
+            if host.reset_at_s is not None and now >= host.reset_at_s + _BOOT_S:
+                host.start_agent()
             code = host.ended_by_itself
             if code is None:
                 self._restart_at_s.pop(host.name, None)

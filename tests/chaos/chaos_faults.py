@@ -1,10 +1,11 @@
 """What can go wrong: each fault is a context, from its beginning until it has healed.
 
-A fault is planned with a role (`primary`, `replica`, `etcd`), and finds out only when it begins who plays it. The text
+A fault is planned with a role (`primary` or `replica`), and finds out only when it begins who plays it. The text
 that the context gives says what was really done.
 
-Rules of this file: what a fault began it ends, also when something raised; a killed agent is started again at the end
-of its fault, as if its unit had RestartSec of that long.
+Rules of this file: what a fault began it ends, also when something raised; what only a healthy cluster lets be undone is
+left to `bed.after_healing`. A killed agent is started again at the end of its fault, as if its unit had RestartSec of
+that long.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Fault(NamedTuple):
     """`touches`: what it takes away, and no other fault may take at the same time. Of agent and guard only one may be taken
     away at a time (more is not promised to be survived), except by the faults that say that they take both.
 
+    `primary_only`: it makes sense nowhere else. `exposes`: nothing but a device protects, what happens is measured.
     `longest_ttl`: how long at most it lasts, as a multiple of ttl. `weight`: how often it is chosen.
     """
 
@@ -42,6 +44,7 @@ class Fault(NamedTuple):
     longest_ttl: float = 3.0
     weight: int = 2
     exposes: bool = False
+    primary_only: bool = False
 
 
 FAULTS: dict[str, Fault] = {}
@@ -55,9 +58,9 @@ def together(one: Fault, other: Fault) -> bool:
 
 
 def fault(kind: str, *, touches: frozenset[str] = frozenset(), longest_ttl: float = 3.0, weight: int = 2,
-          exposes: bool = False) -> Callable[[Callable[[ChaosBed, Host, random.Random], Iterator[str]]], None]:
+          exposes: bool = False, primary_only: bool = False) -> Callable[[Callable[[ChaosBed, Host, random.Random], Iterator[str]]], None]:
     def register(make: Callable[[ChaosBed, Host, random.Random], Iterator[str]]) -> None:
-        FAULTS[kind] = Fault(kind, contextlib.contextmanager(make), touches, longest_ttl, weight, exposes)
+        FAULTS[kind] = Fault(kind, contextlib.contextmanager(make), touches, longest_ttl, weight, exposes, primary_only)
 
     return register
 
@@ -114,7 +117,7 @@ def _(bed, host, chance):
         yield ", ".join(member.name for member in alone)
 
 
-@fault("one etcd member and the primary on one side")
+@fault("one etcd member and the primary on one side", primary_only=True)
 def _(bed, host, chance):
     member = chance.choice(bed.etcd.members)
     far = (*_others(bed, host), *(other.address for other in bed.etcd.members if other is not member))
@@ -173,9 +176,10 @@ def _(bed, host, chance):
 
 
 def _start(host: Host) -> None:
-    """As its unit would; the device may have killed it, too."""
-    if host.agent is None or host.agent.poll() is not None:
-        host.start_agent()
+    """As its unit would; it may run again already after a reset."""
+    with host.switch:
+        if host.agent is None or host.agent.poll() is not None:
+            host.start_agent()
 
 
 @fault("agent killed", touches=AGENT | DISK)
@@ -220,7 +224,7 @@ def _(bed, host, chance):
         signal_all(guards, signal.SIGCONT)
 
 
-@fault("agent and guard killed", touches=AGENT | GUARD | DISK, exposes=True)
+@fault("agent and guard killed", touches=AGENT | GUARD | DISK, exposes=True, primary_only=True)
 def _(bed, host, chance):
     kill_agent_and_guard(host)
     try:
@@ -265,7 +269,7 @@ def _stopped(name: str, processes: list[Process]) -> Iterator[str]:
         signal_all(processes, signal.SIGCONT)
 
 
-@fault("one backend killed")
+@fault("one backend killed", primary_only=True)
 def _(bed, host, chance):
     pid = _a_backend(host)
     if pid:
@@ -273,7 +277,7 @@ def _(bed, host, chance):
     yield f"{host.name}, {pid or 'no client there'}"
 
 
-@fault("one backend stopped")
+@fault("one backend stopped", primary_only=True)
 def _(bed, host, chance):
     """It may hold a lock that all others need, and does not die of a shutdown."""
     pid = _a_backend(host)
@@ -403,14 +407,19 @@ def _(bed, host, chance):
     before = bed.profile.ttl
     ttl = chance.choice((before + 5, before * 2, max(5, before - 10)))
     answer = host.request("PATCH", "/config", {"ttl": ttl}, timeout_s=_CALL_S)
-    try:
-        yield f"to {ttl} by {host.name}: {answer.status if answer else 'no answer yet'}"
-    finally:
-        _until_answered(bed, {"ttl": before})
+    bed.after_healing.append(lambda: _until_answered(bed, {"ttl": before}))
+    yield f"to {ttl} by {host.name}: {answer.status if answer else 'no answer yet'}"
+
+
+@fault("an operator pauses")
+def _(bed, host, chance):
+    answer = host.request("PATCH", "/config", {"pause": True}, timeout_s=_CALL_S)
+    bed.after_healing.append(lambda: _until_answered(bed, {"pause": None}))
+    yield f"by {host.name}: {answer.status if answer else 'no answer yet'}"
 
 
 def _until_answered(bed: ChaosBed, change: dict[str, object]) -> None:
-    """The former settings are back, by whoever can write them; other faults may still be there."""
+    """The former settings are back, by whoever can write them."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         for host in bed.hosts:

@@ -6,8 +6,8 @@ In rounds: one to three faults at random moments, on the primary more often than
 one primary with every member streaming, and every node must have the same rows. Which faults, when, on whom (as a role)
 and how long follows from the seed alone; what the cluster makes of it does not.
 
-Ends with exit code 1 at the first violation, and then keeps everything in var/chaos/<run>/: logs, histories, what
-each node decided (explain.jsonl), faults.jsonl. Exit code 0: none was found.
+Ends with exit code 1 at the first violation. Everything is kept in var/chaos/<run>/: logs, histories, what each node
+decided around each fault (explain.jsonl), faults.jsonl. Exit code 0: no violation was found.
 """
 
 from __future__ import annotations
@@ -46,10 +46,13 @@ MODES: dict[str, dict[str, Any]] = {
 }
 #: In these, an acknowledged row is never lost.
 DURABLE = {"sync", "strict", "quorum"}
+#: So many of the faults are the primary's.
+PRIMARY_SHARE = 0.75
 #: After the last fault has healed, all is well again within so many ttl and so many seconds more.
 RECOVERY_TTLS, RECOVERY_S = 3, 60
 #: A restarted agent needs so long until its guard has put an end to what was exposed.
 AGENT_START_S = 5
+_INTERRUPTED = 130
 _SAME_ROWS_S = 30
 _TICK_S = 0.05
 _QUIET_S = (1.0, 4.0)
@@ -104,7 +107,7 @@ def plan(seed: int, ttl_s: float, kinds: Sequence[Fault]) -> Iterator[list[Plann
             bag.remove(fitting)
             chosen.append(fitting)
         spread_s = ttl_s if len(chosen) > 1 else 0.0
-        yield [Planned(f.kind, chance.choices(("primary", "replica"), (65, 35))[0], round(chance.uniform(0, spread_s), 2),
+        yield [Planned(f.kind, "primary" if chance.random() < PRIMARY_SHARE or f.primary_only else "replica", round(chance.uniform(0, spread_s), 2),
                        round(ttl_s * chance.choice((0.1, 0.5, 1.0, 1.5, f.longest_ttl)) * min(1.0, f.longest_ttl / 1.5), 2), chance.randrange(2**32))
                for f in chosen]
 
@@ -136,6 +139,8 @@ class Run:
         done = self._faults(began, planned)
         healed = time.monotonic()
         self._note("healed", {})
+        while self.bed.after_healing:
+            self.bed.after_healing.pop()()
         try:
             self.bed.wait_healthy(self.recovery_limit_s)
             recovery_s = time.monotonic() - healed
@@ -244,14 +249,14 @@ class Run:
             mine = [row for row in self.rows if row.kind == kind]
             alone = [row for row in mine if row.alone]
             cells.append((kind, str(len(mine)), str(len(alone)), str(sum(r.failovers for r in alone)),
-                          *(f"{max((value(r) for r in alone), default=float('nan')):.1f}".replace("nan", "") for value in
+                          *(f"{max(map(value, alone)):.1f}" if alone else f"({max(map(value, mine)):.1f})" for value in
                             (lambda r: r.roaming_gap_s, lambda r: r.any_gap_s, lambda r: r.recovery_s))))
         both = [row for row in self.rows if not row.alone]
         if both:
             cells.append(("(several at a time)", str(len(both)), "", str(self.verdict.failovers - sum(r.failovers for r in self.rows if r.alone)),
                           f"{max(r.roaming_gap_s for r in both):.1f}", f"{max(r.any_gap_s for r in both):.1f}", f"{max(r.recovery_s for r in both):.1f}"))
         lines += table(("Fault", "times", "alone", "failovers", "no writes s", "of anybody s", "whole again s"), cells)
-        lines += ["", "Failovers and the longest times are those of rounds with that fault alone. No writes: for the client that roams among all nodes;",
+        lines += ["", "Failovers and the longest times are those of rounds with that fault alone (in brackets: only with others so far). No writes: for the client that roams among all nodes;",
                   "of anybody: nobody's row was acknowledged. Whole again: from healing until one primary has every member streaming.", ""]
         for node, seconds, lost in self.verdict.exposures:
             lines.append(f"exposure: agent and guard of {node} killed together, no watchdog device: two writers for {seconds:.2f} s, {lost} of those rows lost")
@@ -310,7 +315,8 @@ def main() -> int:
     if missing := why_not():
         print(f"build/chaos: skipped: {missing}")
         return 0
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores the first
+        signal.signal(number, signal.default_int_handler)
     tag = f"{given.seed}-{os.getpid()}"
     kept = ROOT / "var/chaos" / f"{time.strftime('%m%d-%H%M%S', time.gmtime())}-seed{given.seed}-ttl{given.ttl}-{'-'.join(words)}"
     kept.mkdir(parents=True)
@@ -328,7 +334,7 @@ def run(bed: ChaosBed, given: argparse.Namespace, rounds: Iterator[list[Planned]
     say(f"build/chaos --minutes {given.minutes:g} --seed {given.seed} --ttl {given.ttl} --mode {given.mode}"
         f"{' --watchdog' if given.watchdog else ''}{''.join(f' --only {text!r}' for text in given.only or ())}    # {kept}")
     bed.start()
-    violation = ""
+    violation, interrupted = "", False
     chance = random.Random(given.seed)  # noqa: S311
     with Clients(bed) as clients:
         this = Run(bed, clients, kept, durable=durable, say=say)
@@ -343,17 +349,17 @@ def run(bed: ChaosBed, given: argparse.Namespace, rounds: Iterator[list[Planned]
         except Violation as broken:
             violation = str(broken)
         except KeyboardInterrupt:
+            interrupted = True
             say("interrupted")
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            if violation or sys.exc_info()[0]:
-                this.explain("the end")
-                this.keep_everything()
+            this.explain("the end")
+            this.keep_everything()
         say("")
         for line in this.report(violation):
             say(line)
-    return 1 if violation else 0
+    return 1 if violation else _INTERRUPTED if interrupted else 0
 
 
 if __name__ == "__main__":

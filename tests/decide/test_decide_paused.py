@@ -27,11 +27,12 @@ from decide_world import (
     with_lock,
     without,
 )
+from msgspec.structs import replace
 
 from pgha.clock import NEVER
 from pgha.decide import decide
 from pgha.model.action import AcquireLock, Demote, MaintainSlots, Restart, StandDown
-from pgha.model.cluster import FailoverKey
+from pgha.model.cluster import FailoverKey, PausedHolder
 from pgha.model.lock import Epoch, Licence, LicenceState
 from pgha.model.node import GuardFacts, PostgresFacts
 from pgha.model.observation import Operation, Request, Upstream
@@ -57,7 +58,7 @@ TABLE = [
     (HOLDER, row("PostgreSQL hangs: nothing ends", postgres__answered_at=ago(400), situation="leading")),
     (HOLDER, row("no answer yet", postgres__row=None, postgres__answer="starting", postgres__answered_at=ago(400), situation="paused", does="")),
     (HOLDER, row("the view is not read yet", dcs__view=None, situation="blind", does="")),
-    (DOWN, row("the holder's server was stopped: it stays so, and the lock goes", situation="paused", does="StandDown", summary="removed leader lock because PostgreSQL was stopped")),
+    (DOWN, row("the holder's server was stopped: it stays so, and the lock goes", situation="paused", does="StandDown", summary="removed leader lock because postgres is not running")),
     (DOWN, row("what is left of it is killed first", postgres__orphans=True, situation="broken", does="Sweep")),
     (DOWN, row("stopped by ourselves: it goes on", memory__ours_to_start=True, situation="broken", does="StartPrimary")),
     (DOWN, row("also without a view", dcs__view=None, situation="paused", does="StandDown")),
@@ -234,6 +235,30 @@ def test_a_paused_record_is_taken_on_an_operators_word_about_this_very_record(ke
         assert only(decision, AcquireLock).paused is False, "a new licence begins with an end"
         alive = world.but(peers={"a": peer("a", in_recovery=False), "c": peer("c", frozen_epoch=5)}).decide()
         assert "promotion.no_primary_is_alive" in refused(alive)
+
+
+PAUSED_A = PausedHolder(name="a", node_id="id-a", incarnation="run-a")
+SAID = FailoverKey(candidate="b", down_incarnation="run-a", down_sequence=0)
+
+
+@pytest.mark.parametrize(("lock", "remembered", "key", "takes"), [
+    (None, None, FailoverKey(), True),
+    (None, PAUSED_A, FailoverKey(), False),
+    (None, PAUSED_A, FailoverKey(candidate="b"), False),
+    (None, PAUSED_A, SAID, True),
+    (None, PAUSED_A, FailoverKey(candidate="c", down_incarnation="run-a"), False),
+    (None, PausedHolder(name="b", node_id="id-b", incarnation="run-0"), FailoverKey(), True),     # this node itself
+    (record("a"), PAUSED_A, FailoverKey(), False),                                                # a restored store's
+    (record("c", mode="released"), PAUSED_A, FailoverKey(), False),
+    (record("c", mode="released"), PAUSED_A, SAID, True),
+])
+def test_neither_absence_nor_a_restored_record_ends_anothers_pause(lock, remembered, key, takes):
+    """Whoever paused may be writing, cut off from the store, without an end: also after a resume."""
+    world = with_lock(CANDIDATE, lock, since=ago(99) if lock else None, absent_since=ago(99)).but(dcs__remembered_pause=remembered, dcs__view__failover=key)
+    if lock is None:
+        world = world.but(memory__election=replace(CANDIDATE.memory.election, lock_revision=0))
+    decision = world.decide()
+    assert ([type(a) for a in decision.actions] == [AcquireLock]) is takes, decision
 
 
 # --- memory --------------------------------------------------------------------------------------------------------------
