@@ -417,6 +417,24 @@ def test_members_ttl_and_generation_are_kept_but_not_more_often_than_every_ten_s
     run(later)
 
 
+def test_a_member_that_stopped_is_remembered_with_what_it_had(tmp_path: Path):
+    """Its key says no position any more, and then goes: a candidate that lags waits for it all the same (safety model 6)."""
+    async def main(scene: Scene) -> None:
+        scene.put("members/b", member("b", xlog_location=500))
+        await until(lambda: scene.facts.view is not None, 1)
+        await trio.sleep(61)
+        scene.put("members/b", member("b", state="stopped", xlog_location=None, timeline=None))
+        await scene.seen()
+        scene.delete("members/b")
+        await scene.seen()
+        assert scene.facts.last_positions["b"].lsn == 500
+        await until(lambda: load_remembered(tmp_path)[0].members["b"].seen_at_wall_s > 1_000_060, 15, every_s=1)
+        kept = load_remembered(tmp_path)[0].members["b"]
+        assert (kept.lsn, kept.timeline) == (500, 2)
+
+    observed(tmp_path, main, threads=True)
+
+
 def test_an_idle_store_has_nothing_written_down(tmp_path: Path):
     async def main(scene: Scene) -> None:
         scene.put("members/b", member("b"))
