@@ -40,8 +40,7 @@ class Verdict(Struct, frozen=True, kw_only=True):
 
 def note_replicas(o: Observation, book: SyncBook, row: Row, expected: tuple[str, ...]) -> SyncBook:
     """Set everybody who reached the last target a new one."""
-    at, on_disk = o.postgres.row_at, flushed(row)
-    assert at is not None
+    at, on_disk = o.postgres.row_at or o.now, flushed(row)
     known = book.replicas
     promise, requirement = taken_over(o), parse_requirement(row.synchronous_standby_names)
     if not known:
@@ -85,7 +84,7 @@ def standbys(o: Observation, book: SyncBook, now: State) -> dict[str, Verdict]:
             confirms = replica is not None and lsn is not None and _silent_s(o, replica, lsn) < o.settings.primary_hang_timeout_s
             verdicts[name] = Verdict(why=obstacle, healthy=current and confirms)
         elif name not in on_disk:
-            verdicts[name] = _absent(o, book.replicas.get(name), current=current)
+            verdicts[name] = _absent(o, here[0], book.replicas.get(name), current=current)
         else:
             best = max(lsn for other, lsn in on_disk.items() if other in members)
             verdicts[name] = _streaming(o, here[0], book.replicas[name], current=current, lsn=on_disk[name], best=best)
@@ -104,11 +103,12 @@ def _obstacle(o: Observation, member: Member, on_disk: dict[str, int]) -> str:
     return ""
 
 
-def _absent(o: Observation, replica: Replica | None, *, current: bool) -> Verdict:
+def _absent(o: Observation, member: Member, replica: Replica | None, *, current: bool) -> Verdict:
     left_s = COMES_BACK_S - candidate_age_s(replica.since, o.now) if replica is not None else 0.0
     if left_s <= 0:
         return Verdict(why="does not stream from here")
-    return Verdict(why=f"does not stream from here, may come back for another {left_s:.1f} s", stays=current, again_in_s=max(SOON_S, left_s))
+    return Verdict(why=f"does not stream from here, may come back for another {left_s:.1f} s", stays=current, again_in_s=max(SOON_S, left_s),
+                   order=(-member.tags.sync_priority, 0, 0), reserve=member.tags.nofailover)
 
 
 def _silent_s(o: Observation, replica: Replica, lsn: int) -> float:

@@ -121,10 +121,22 @@ def _paused(o: Observation, record: LockRecord, left: float) -> Standing:
     if (key.down_incarnation, key.down_sequence) != (record.incarnation, record.sequence):
         return Standing(whose=Whose.LIVE, record=record, left_s=1e9,
                         because=f"held by {record.holder} in pause, which was said to be down, but has renewed the lock since (sequence {record.sequence}, then {key.down_sequence})")
+    if still_sends(o, record.holder):
+        return Standing(whose=Whose.LIVE, because=f"held by {record.holder} in pause, said to be down, but its PostgreSQL still sends WAL to this node", record=record, left_s=1e9)
     if left > 0:
         return Standing(whose=Whose.LIVE, record=record, left_s=left,
                         because=f"held by {record.holder} in pause, said to be down: counts as expired in {left:.1f} s unless renewed")
     return Standing(whose=Whose.FREE, because=f"held by {record.holder} in pause, said to be down by an operator", record=record)
+
+
+def still_sends(o: Observation, holder: str) -> bool:
+    """Does this standby stream from `holder`'s server? In pause that may go on without an agent: what does not answer and
+    does not renew need not be down."""
+    row, view = o.postgres.row, o.dcs.view
+    if row is None or view is None or not o.postgres.alive or row.receiver is None or row.receiver.status != "streaming":
+        return False
+    sender = (row.receiver.sender_host, row.receiver.sender_port)
+    return sender not in {(m.host, m.port) for m in view.members.values() if m.name not in (holder, o.me.name)}
 
 
 def _absent(o: Observation, untrusted_s: float) -> Standing:

@@ -209,7 +209,9 @@ def _same_in_file(o: Observation, memory: Memory, book: SyncBook, row: Row) -> U
     if written.told and not may_set(o, book):
         return Upkeep(memory=memory, reasons=(why,), wake_in_s=SOON_S)
     names = written.names if written.told and written.names is not None else row.synchronous_standby_names
-    assert all(covers(promise, parse_requirement(names)) for promise in promises(o, book)), (promises(o, book), names)
+    if not all(covers(promise, parse_requirement(names)) for promise in promises(o, book)):
+        # Somebody else wrote /sync, or the store is an old one: what was to be set does not bear that out.
+        return _promised(o, memory, book, Promise(), why)
     return Upkeep(actions=(SetSynchronousNames(names=names),), memory=replace(memory, sync=replace(book, set_at=o.now)), reasons=(why,), wake_in_s=SOON_S)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from datetime import datetime
 
 from pgha import COMPATIBLE_VERSION, __version__
-from pgha.clock import Instant, holder_age_s, remaining_s
+from pgha.clock import NEVER, Instant, holder_age_s, remaining_s
 from pgha.rest.health import HealthFacts
 from pgha.rest.published import Published
 
@@ -68,7 +68,8 @@ def _reference(published: Published, health: HealthFacts) -> Iterator[tuple[str,
 
 def _own(published: Published, now: Instant) -> Iterator[tuple[str, str, str, str]]:
     remaining = 0.0 if published.licence_until is None else max(0.0, remaining_s(published.licence_until, now))
-    yield "pgha_licence_remaining_seconds", "gauge", "Seconds for which the lock is still known to be held, 0 if it is not.", _number(round(remaining, 3))
+    lasts = "+Inf" if published.licence_until == NEVER else _number(round(remaining, 3))
+    yield "pgha_licence_remaining_seconds", "gauge", "Seconds for which the lock is still known to be held, 0 if it is not, +Inf in pause.", lasts
     yield "pgha_last_pass_age_seconds", "gauge", "Seconds since the loop last decided.", _number(round(holder_age_s(published.at, now), 3))
     yield "pgha_passes_total", "counter", "Passes of the loop since the agent's start.", _number(published.number)
     for name, value in sorted(published.gauges.items()):

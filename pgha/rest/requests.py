@@ -15,6 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
+from pgha.decide.standing import still_sends
 from pgha.model.failsafe import Ping
 from pgha.model.lock import wait_s
 from pgha.model.overview import synchronous, synchronous_names
@@ -248,6 +249,9 @@ def _stated_down(kind: str, published: Published) -> dict[str, Any]:
         raise _Wrong(412, f"{lock.holder} is not down: it answers this request")
     if age_s < wait_s(lock.ttl_s):
         raise _Wrong(412, f"{lock.holder} does not look down: its lock was seen to be renewed {age_s:.1f} s ago, {wait_s(lock.ttl_s):.1f} s without are needed")
+    if published.observation is not None and still_sends(published.observation, lock.holder):
+        raise _Wrong(412, f"{lock.holder} does not look down: its PostgreSQL sends WAL to {published.observation.me.name} (a connection that is dead is "
+                          "noticed after wal_receiver_timeout)")
     return {"holder": lock.holder, "incarnation": lock.incarnation, "sequence": lock.sequence}
 
 

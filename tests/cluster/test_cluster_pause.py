@@ -91,6 +91,10 @@ def test_a_killed_agents_primary_goes_on_and_is_adopted(paused):
         traffic.wait_for_more(200)
         alone(paused, leader)
         assert record(paused)["holder"] == leader.name
+        other = next(n for n in paused.nodes if n is not leader)
+        answer = other.request("POST", "/failover", {"candidate": other.name, "pgha": {"holder_is_down": True}}, timeout_s=10)
+        assert answer.status == 412, "nobody renews and no agent answers, but it is not down"
+        assert "its PostgreSQL sends WAL" in answer.body
         before = record(paused)["incarnation"]
         leader.start_agent()
         paused.wait(lambda: record(paused)["incarnation"] != before, 15, "adopted")

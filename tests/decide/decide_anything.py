@@ -15,10 +15,11 @@ from msgspec.structs import replace
 from pgha.clock import Instant
 from pgha.decide.standing import Whose
 from pgha.model.cluster import ClusterView, FailoverKey, HistoryEntry, Status, Sync, Tags
-from pgha.model.decision import Election
+from pgha.model.decision import Election, Replica, SyncBook
 from pgha.model.lock import Epoch, Licence, LicenceState, licence_s
 from pgha.model.node import DataDirectoryFacts, WalReceiver
-from pgha.model.observation import Operation, Request, Upstream
+from pgha.model.observation import Operation, Request, Upstream, WrittenNames
+from pgha.model.synchronous import Promise
 from pgha.model.wal import HistoryRow, Position
 
 WORLDS = (w.LEADER, w.REPLICA, w.CANDIDATE, w.CANDIDATE, w.WINNER, w.CRASHED, w.STOPPED, w.EMPTY, w.BIRTH)
@@ -140,9 +141,49 @@ def _upstream(chance: Random) -> Upstream | None:
                                          lsn=_lsn(chance), in_recovery=_bool(chance), history=_history(chance))))
 
 
+def _sync(chance: Random) -> Sync:
+    names = tuple(chance.sample(("a", "b", "c", "d", "B", "ü-1"), chance.randrange(4)))
+    return Sync(leader=chance.choice(("", "a", "a", "b", "A", "?")), quorum=chance.choice((0, 0, 1, 2, 9)), members=names, raw=chance.choice(({}, {"x": 1, "leader": "a"})))
+
+
+def _setting(chance: Random) -> str:
+    return chance.choice(("", "b", "c", "a", "2 (b,c)", "ANY 1 (b,c)", "ANY 2 (b,c,d)", "FIRST 1 (b,c)", "*", "((", '"ü-1"', "__patroni_strict_sync_replica_placeholder__"))
+
+
+def _replication(chance: Random) -> tuple[dict[str, Any], ...]:
+    return tuple({"application_name": chance.choice(("b", "c", "B", "d", None, 7)), "state": chance.choice(("streaming", "streaming", "streaming", "catchup", "backup", None)),
+                  "flush_lsn": chance.choice((None, _lsn(chance), "x")), "sync_priority": chance.choice((0, 1, None))} for _ in range(chance.randrange(5)))
+
+
+def _sync_book(chance: Random) -> SyncBook:
+    sent = tuple(Promise(voters=frozenset(chance.sample("bcd", chance.randrange(4))), quorum=chance.randrange(3)) for _ in range(chance.randrange(3)))
+    replicas = {name: Replica(target=_lsn(chance), since=_instant(chance), confirmed=_bool(chance), streaming=_bool(chance)) for name in chance.sample("bcd", chance.randrange(4))}
+    return SyncBook(epoch_revision=chance.choice((0, 50, 50, 100)), first_revision=chance.choice((0, 3)), sent=sent, sent_on=chance.choice((0, 0, 3)), sent_at=_sometime(chance),
+                    names=chance.choice((None, _setting(chance))), seen_at=_sometime(chance), mark=chance.choice((0, 1, w.LSN)), set_at=_sometime(chance), replicas=replicas)
+
+
 def one_of(*values: Any) -> Any:
     return lambda chance: chance.choice(values)
 
+
+#: What the synchronous modes go by.
+SYNCHRONOUS: tuple[tuple[str, Any], ...] = (
+    ("dcs__view__sync", _sync),
+    ("dcs__view__sync", _sync),
+    ("settings__synchronous_mode", one_of("on", "on", "quorum", "quorum", "off")),
+    ("settings__synchronous_mode", one_of("on", "quorum")),
+    ("settings__synchronous_mode_strict", _bool),
+    ("settings__synchronous_node_count", one_of(1, 2, 7)),
+    ("settings__maximum_lag_on_syncnode_bytes", one_of(-1, 0, 1, 2**40)),
+    ("postgres__row__synchronous_standby_names", _setting),
+    ("postgres__row__checkpointer_rests", _bool),
+    ("postgres__row__replication", _replication),
+    ("postgres__row__started_at_s", one_of(0.0, 5.0)),
+    ("written_names", lambda chance: WrittenNames(told=_bool(chance), names=chance.choice((None, _setting(chance))))),
+    ("memory__sync", _sync_book),
+    ("memory__expected_standbys", one_of((), ("b", "C"))),
+    ("memory__leaving_since", _sometime),
+)
 
 CHANGES: tuple[tuple[str, Any], ...] = (
     ("shutting_down", one_of(True)),
@@ -184,7 +225,7 @@ CHANGES: tuple[tuple[str, Any], ...] = (
     ("dcs__view__config", one_of(None, {}, {"ttl": "x"})),
     ("dcs__view__history", one_of(None, (), (HistoryEntry(timeline=9, lsn=1),))),
     ("dcs__view__status", lambda chance: Status(optime=_lsn(chance), slots={"c": _lsn(chance), "?": 0}, retain_slots=("x",), raw={"x": [1]})),
-    ("dcs__view__sync", one_of(Sync(leader="a", members=("b",)), Sync(leader="?"))),
+    *SYNCHRONOUS,
     ("dcs__view__failover", lambda chance: FailoverKey(leader=_name(chance), candidate=_name(chance), scheduled_at=chance.choice(("", "", "x")))),
     ("dcs__view__epoch", lambda chance: Epoch(number=chance.choice((0, 5, 6)), holder=_name(chance), incarnation="x", timeline=_timeline(chance), claims=chance.choice(((), ((7, "c"),))))),
     ("dcs__view__revisions", one_of({})),

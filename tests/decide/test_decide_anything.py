@@ -8,7 +8,7 @@ from random import Random
 
 import decide_world as w
 import pytest
-from decide_anything import TAKEN, world
+from decide_anything import SYNCHRONOUS, TAKEN, world
 
 from pgha.clock import candidate_age_s, remaining_s
 from pgha.decide.standing import ABSENCE_S, Whose, standing
@@ -23,13 +23,16 @@ from pgha.model.action import (
     ReleaseLock,
     Restart,
     RestoreStandbySignal,
+    SetSynchronousNames,
     StartPrimary,
     StartStandby,
+    Stop,
     WriteKey,
 )
 from pgha.model.cluster import Tags
 from pgha.model.decision import Decision
 from pgha.model.lock import LicenceState, wait_s
+from pgha.model.synchronous import Promise, covers, parse_requirement
 
 SEEDS = range(16)
 EACH = 400
@@ -77,8 +80,26 @@ def test_every_decision_is_whole_and_safe(seed):
                 assert action.epoch_revision == o.licence.epoch_revision, because
             if isinstance(action, RestoreStandbySignal):
                 assert o.directory.state == "valid", because
+            if isinstance(action, SetSynchronousNames):
+                _is_covered(case, decision, because)
+            if isinstance(action, WriteKey) and action.key == "sync":
+                assert action.if_revision == case.seen.dcs.view.revision_of("sync"), because
         if o.postgres.is_primary and not licensed(case) and o.operation is None and not decision.actions:
             assert standing(o).whose in (Whose.UNKNOWN, Whose.SETTLING) or decision.situation == "stopping", because
+
+
+def _is_covered(case: w.World, decision: Decision, because: object) -> None:
+    """What commits wait for never falls short of what `/sync` may say, and is not touched by a pass that ends the primary."""
+    action, view = w.only(decision, SetSynchronousNames), case.seen.dcs.view
+    assert view is not None, because
+    assert not any(isinstance(a, Demote | Stop | StartPrimary) for a in decision.actions), because
+    assert licensed(case), because
+    if case.seen.postgres.row is None or case.seen.postgres.row.in_recovery or not view.sync.leader:
+        return
+    if view.sync.leader.lower() == case.seen.me.name.lower():
+        voters = frozenset(name.lower() for name in view.sync.members) - {case.seen.me.name.lower()}
+        required = parse_requirement(action.names or "")
+        assert covers(Promise(voters=voters, quorum=min(view.sync.quorum, len(voters)) if voters else 0), required), because
 
 
 def _is_whole(case: w.World, decision: Decision) -> None:
@@ -140,6 +161,29 @@ def _may_acquire(case: w.World, action: AcquireLock, because: object) -> None:
         assert o.postgres.row.in_recovery, because
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_synchronous_set_of_any_leader_or_winner(seed):
+    chance = Random(f"{seed}/synchronous")
+    for _ in range(EACH):
+        case = chance.choice((w.LEADER, w.LEADER, w.WINNER, w.CRASHED)).but(settings__synchronous_mode=chance.choice(("on", "quorum")))
+        for _ in range(chance.randrange(1, 8)):
+            path, values = chance.choice(SYNCHRONOUS)
+            if not path.startswith("postgres__row") or case.seen.postgres.row is not None:
+                case = case.but(**{path: values(chance)})
+        decision = case.decide()
+        because = (seed, decision.summary, decision.actions, [r for r in decision.reasons if not r.holds])
+        _is_whole(case, decision)
+        view = case.seen.dcs.view
+        names = [a.names for a in decision.actions if isinstance(a, SetSynchronousNames)] + [a.synchronous_names for a in decision.actions if isinstance(a, StartPrimary | Promote)]
+        assert len([a for a in decision.actions if isinstance(a, SetSynchronousNames) or (isinstance(a, WriteKey) and a.key == "sync")]) <= (2 if case.seen.postgres.row and case.seen.postgres.row.in_recovery else 1)
+        if names and view.sync.leader and not (case.seen.settings.synchronous_mode == "off" and isinstance(decision.actions[0], WriteKey)):
+            required = parse_requirement(names[-1] or "")
+            me, leader = case.seen.me.name.lower(), view.sync.leader.lower()
+            voters = frozenset(n.lower() for n in view.sync.members)
+            voters = (voters | ({leader} if me in voters and leader != me else frozenset())) - {me}
+            assert covers(Promise(voters=voters, quorum=min(view.sync.quorum, len(voters)) if voters else 0), required), because
+
+
 def test_whatever_begins_a_primary_asks_for_a_later_pass_than_the_acquisition():
     for here in (w.WINNER, w.CRASHED):
         assert not any(makes_primary(action) for action in here.but(licence__acquired_pass=w.PASS).decide().actions)
@@ -156,7 +200,7 @@ def test_the_worlds_by_chance_reach_every_situation_and_nearly_every_action():
     assert set(situations) >= {"busy", "stopping", "foreign", "lease", "blind", "empty", "broken", "leading", "leaderless", "following"}, situations
     assert min(situations.values()) > 20, situations
     wanted = {"AcquireLock", "ReleaseLock", "WriteKey", "WriteInitialize", "Freeze", "Follow", "MaintainSlots", "RestoreStandbySignal", "ReadCluster", "Bootstrap", "Clone",
-              "StartStandby", "StartPrimary", "Promote", "Demote", "Stop", "Restart", "InspectUpstream", "InspectEndOfWal", "Sweep", "CancelOperation", "ApplyConfiguration"}
+              "StartStandby", "StartPrimary", "Promote", "Demote", "Stop", "Restart", "InspectUpstream", "InspectEndOfWal", "Sweep", "CancelOperation", "ApplyConfiguration", "SetSynchronousNames"}
     assert set(actions) >= wanted, wanted - set(actions)
 
 

@@ -34,7 +34,7 @@ from pgha.decide import decide
 from pgha.model.action import AcquireLock, Demote, MaintainSlots, Restart, StandDown
 from pgha.model.cluster import FailoverKey, PausedHolder
 from pgha.model.lock import Epoch, Licence, LicenceState
-from pgha.model.node import GuardFacts, PostgresFacts
+from pgha.model.node import GuardFacts, PostgresFacts, WalReceiver
 from pgha.model.observation import Operation, Request, Upstream
 
 ENDLESS = licence(mode="paused", valid_until=NEVER)
@@ -232,6 +232,12 @@ def test_a_paused_record_is_taken_on_an_operators_word_about_this_very_record(ke
     decision = world.decide()
     assert ([type(a) for a in decision.actions] == [AcquireLock]) is free, decision
     if free:
+        streams = WalReceiver(status="streaming", sender_host="a", sender_port=5432)
+        sends = world.but(postgres__row__receiver=streams).decide()
+        assert sends.situation == "following"
+        assert "still sends WAL" in sends.reasons[0].because
+        cascades = world.but(postgres__row__receiver=replace(streams, sender_host="c"), memory__election=None).decide()
+        assert cascades.situation == "leaderless", "that another standby sends says nothing"
         assert only(decision, AcquireLock).paused is False, "a new licence begins with an end"
         alive = world.but(peers={"a": peer("a", in_recovery=False), "c": peer("c", frozen_epoch=5)}).decide()
         assert "promotion.no_primary_is_alive" in refused(alive)

@@ -88,7 +88,7 @@ def data_dir(tmp_path: Path) -> Path:
 
 def test_postmaster_pid(data_dir: Path, times: int) -> None:
     file = data_dir / "postmaster.pid"
-    for content in contents(PID.replace(b"12345", str(os.getpid()).encode()), count=600 * times, seed=("pid", times)):
+    for content in contents(PID.replace(b"12345", str(os.getpid()).encode()), count=200 * times, seed=("pid", times)):
         file.write_bytes(content)
         found = read_postmaster_pid(data_dir)
         assert found is None or 0 < found.pid < 1 << 31

@@ -355,7 +355,7 @@ def test_a_crowd_delays_neither_the_lock_nor_a_health_check(kind: str, many: int
             nursery.start_soon(renewer.run)
             renewer.give_mandate(Mandate(kind="running", until=clock.now().plus_s(1000)), number=1)
             await renewer.acquire(AcquireLock(lock_revision=0, lock_value=b"", epoch_revision=0, epoch_number=0), deadline_s=1.0)
-            with subprocess.Popen([sys.executable, "-c", _CROWD, str(address[1]), kind, str(many), "2.5"], stdout=subprocess.PIPE) as crowd:
+            with subprocess.Popen([sys.executable, "-c", _CROWD, str(address[1]), kind, str(many), "2.0"], stdout=subprocess.PIPE) as crowd:
                 assert crowd.stdout is not None
                 await trio.to_thread.run_sync(crowd.stdout.readline)
                 while crowd.poll() is None:
