@@ -1,0 +1,207 @@
+"""Level (b): whole clusters of the agent as it ships, in one process: pgha.agent.Agent over `machine` and trio in virtual time.
+
+Everything of pgha that an agent runs is imported as usual and runs as it is: loop, renewer, fence, guard client, observers,
+announcer, inbox, REST routes, operations, files. `virtual` makes trio deterministic; world, faults and checkers are those
+of level (a).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import traceback
+from pathlib import Path
+from typing import Any, TextIO
+
+from pgha.agent import Agent
+from pgha.config.load import Loaded
+from pgha.config.local import LocalConfig
+from pgha.config.rules import finish
+from pgha.config.schema import Report, read
+from pgha.errors import PghaError
+from pgha.model.decision import Decision, Memory
+from pgha.model.observation import Observation
+from tests.simulation import virtual
+from tests.simulation.machine import NodeDisk, SimMachine, address
+from tests.simulation.simulation import Options, Outcome, Simulation, drive
+from tests.simulation.store import SimStore
+from tests.simulation.virtual import PROCESS, Dead, Process
+
+#: systemd starts an agent that has ended again.
+RESTART_S = 1.0
+
+
+class Told(Agent):
+    """The agent; the world is told of its passes and licences, as the checkers want to know."""
+
+    owner: AgentProcess
+
+    def _publish(self, seen: Observation, decision: Decision, remembered: Memory) -> None:
+        super()._publish(seen, decision, remembered)
+        self.owner.decision = decision
+        self.owner.world.passed(self.owner, seen, decision)
+
+    def _licence_changed(self) -> None:
+        super()._licence_changed()
+        self.owner.world.licence_changed(self)
+
+    @property
+    def host(self) -> Any:
+        return self.owner.host
+
+
+class AgentProcess:
+    """One run of the agent on a host."""
+
+    def __init__(self, world: ShippedWorld, host: Any, incarnation: int) -> None:
+        self.world, self.host = world, host
+        self.process = Process(host.name)
+        self.decision: Decision | None = None
+        self._incarnation = incarnation
+        self.machine = SimMachine(world, host, self.process)
+        world.machines[host.name] = self.machine
+        self._agent: Told | None = None
+        world.trace(host.name, "agent starts", incarnation=incarnation)
+        world.run.spawn(self.process, self._main)
+
+    async def _main(self) -> None:
+        host, world = self.host, self.world
+        try:
+            count = iter(range(self._incarnation, self._incarnation + 9))
+            loaded = Loaded(local=host.local, warnings=(), consumed_env=frozenset())
+            self._agent = agent = Told.__new__(Told)
+            agent.owner = self
+            agent.__init__(loaded, path="/sim/pgha.toml", environ={}, clock=host.clock, machine=self.machine,  # type: ignore[misc]
+                           store=lambda _: SimStore(world.store, host.name, first=next(count)))
+            await agent.run()
+        except BaseException as error:  # noqa: BLE001  (whatever ends it is judged here)
+            self._failed(error)
+            return
+        world.trace(host.name, "agent has stopped")
+        self._ended()
+        host.kill_guard()
+
+    def _failed(self, error: BaseException) -> None:
+        if not self.process.alive:
+            return      # killed: what its remains say is nobody's business
+        leaves = _leaves(error)
+        ours = [e for e in leaves if not isinstance(e, PghaError)]
+        for each in leaves:
+            self.world.trace(self.host.name, "agent cannot go on", kind=type(each).__name__, why=self.world.without_root(str(each)))
+        self._ended()
+        if ours:
+            text = "".join(traceback.format_exception(ours[0]))
+            self.world.violation("NoTaskFails", f"{self.host.name}: {type(ours[0]).__name__}: {ours[0]}\n{text}")
+        else:
+            self.host.agent_ended(RESTART_S)
+
+    def _ended(self) -> None:
+        self.process.alive = False
+        self.machine.killed()
+        self.host.device.owner_gone()
+        self.host.valid_until = None
+        self.host.note_bare()
+
+    def kill(self) -> None:
+        if self.process.alive:
+            self.process.kill()
+            self.machine.killed()
+            self.host.device.owner_gone()
+
+    def stop(self) -> None:
+        """SIGTERM."""
+        self.machine.signalled(signal.SIGTERM)
+
+    def request(self, kind: str, **options: Any) -> None:
+        """An operator's, over REST."""
+        self.machine.asked(kind, options)
+
+
+class ShippedWorld(Simulation):
+    """`root`: where the nodes' files lie."""
+
+    def __init__(self, options: Options, root: Path, *, out: TextIO | None = None) -> None:
+        self.root = root
+        self.machines: dict[str, SimMachine] = {}
+        super().__init__(options, out=out, make_agent=self._make)
+        self.run = virtual.Run(self.scheduler)
+        for number, host in enumerate(self.hosts.values()):
+            host.node_id = f"{number + 1:032x}"
+            host.disk = NodeDisk(host, root / host.name)
+            host.local = local_config(host)
+
+    def _make(self, host: Any, *, incarnation: int) -> AgentProcess:
+        return AgentProcess(self, host, incarnation)
+
+    def without_root(self, text: str) -> str:
+        return text.replace(str(self.root), "")
+
+    def close(self) -> None:
+        self.run.end()
+        for host in self.hosts.values():
+            host.disk.close()
+
+
+def local_config(host: Any) -> LocalConfig:
+    disk: NodeDisk = host.disk
+    raw = {
+        "scope": "sim", "namespace": "service", "name": host.name, "etcd3": {"host": "10.0.0.100:2379"},
+        "restapi": {"listen": f"{address(host.name)}:8008"}, "tags": host.tags,
+        "bootstrap": {"dcs": host.first_config, "initdb": [{"encoding": "UTF8"}]},
+        "postgresql": {
+            "listen": f"{address(host.name)}:5432", "data_dir": str(disk.data_dir), "pgpass": str(disk.state_dir / "pgpass"),
+            "authentication": {"superuser": {"username": "postgres", "password": "s"}, "replication": {"username": "replicator", "password": "r"},
+                               "rewind": {"username": "rewinder", "password": "w"}},
+        },
+        "pgha": {"state_dir": str(disk.state_dir), "runtime_dir": str(disk.runtime_dir)},
+        "watchdog": {"mode": host.watchdog_mode},
+    }
+    report = Report("simulation")
+    local = finish(read(LocalConfig, raw, (), report), report)
+    assert not report.problems, report.problems
+    return local
+
+
+class ToTrace(logging.Handler):
+    """What agents log, under their names."""
+
+    def __init__(self, world: ShippedWorld) -> None:
+        super().__init__()
+        self._world = world
+
+    def emit(self, record: logging.LogRecord) -> None:
+        process = PROCESS.get(None)
+        if process is not None and process.alive:
+            facts = {k: round(v, 3) if isinstance(v, float) else self._world.without_root(str(v)).replace(" ", "_") for k, v in getattr(record, "facts", {}).items()}
+            self._world.trace(process.name, self._world.without_root(record.getMessage()), **facts)
+
+
+def run(options: Options, *, out: TextIO | None = None) -> Outcome:
+    """One run. Ends at the first violation."""
+    root = Path(f"/dev/shm/pgha-simulation-{os.geteuid()}-{os.getpid()}")
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(mode=0o700)
+    world = ShippedWorld(options, root, out=out)
+    logger = logging.getLogger("pgha")
+    before = (logger.level, logger.propagate, list(logger.handlers))
+    logger.handlers[:] = [ToTrace(world)]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        return drive(world, lambda seconds: world.run.until(seconds, lambda: world.violations))
+    finally:
+        world.close()
+        logger.setLevel(before[0])
+        logger.propagate, logger.handlers[:] = before[1], before[2]
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for e in error.exceptions for leaf in _leaves(e)]
+    return [error]
+
+
+__all__ = ["Dead", "run"]
