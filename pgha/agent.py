@@ -40,11 +40,21 @@ from pgha.dcs import Store
 from pgha.dcs.etcd3 import Etcd3Store
 from pgha.dcs.keys import Keys, encode
 from pgha.decide import decide
-from pgha.errors import ConfigError, DcsError, GuardError, OperationFailed, PghaError, PostgresError, Refused
+from pgha.errors import (
+    ConfigError,
+    DcsError,
+    GuardError,
+    GuardSilent,
+    OperationFailed,
+    PghaError,
+    PostgresError,
+    Refused,
+)
 from pgha.inbox import Inbox
 from pgha.lock import watchdog
 from pgha.lock.fence import Fence
 from pgha.lock.guard_client import GuardClient, GuardStatus, agent_flock, ensure_running
+from pgha.lock.recipe import Proc
 from pgha.lock.renewer import OUT_OF_SPACE, Renewer, Timing
 from pgha.lock.watchdog import Watchdog
 from pgha.machine import LocalMachine, Machine
@@ -94,6 +104,8 @@ QUICK_S = 3.0
 PAUSE_AFTER_FAILURE_S = 0.1
 #: Its death is noticed at once; whether it still answers is asked this often.
 GUARD_ASKED_EVERY_S = 10.0
+#: One that was killed is gone by then, unless the kernel holds it.
+GUARD_EXIT_S = 1.0
 #: A guard that is a service of its own is waited for so long at the start.
 GUARD_SERVICE_S = 30.0
 #: Whether a watchdog device has appeared is looked for this often.
@@ -289,10 +301,13 @@ class Agent:
                 "--runtime-dir", str(self.runtime_dir), "--agent-lock", str(agent_lock(self.local, self.environ))]
 
     async def _keep_guard(self) -> None:
-        """Notice the guard's death, and start another: it resumes from its file."""
+        """Notice the guard's death, or that it is stuck, and start another: it resumes from its file."""
+        answered: Proc | None = None
         while True:
+            if self.fence.facts.reachable and (answered is None or answered.pid != self.fence.facts.pid):
+                answered = self.machine.read_proc(self.fence.facts.pid)
             with trio.move_on_after(GUARD_ASKED_EVERY_S):
-                await self.machine.wait_exit(self.fence.facts.pid)
+                await self._guard_ends_or_is_silent()
             try:
                 self.fence.note(await self.guard.status())
             except GuardError as error:
@@ -300,12 +315,32 @@ class Agent:
                     return
                 self.fence.unanswered(str(error))
                 log.warning("guard does not answer", why=str(error))
+                if isinstance(error, GuardSilent) and answered is not None:
+                    await self._end_stuck_guard(answered)
                 try:
                     self.fence.note(await self._guard_there())
                     self.fence.changed()
                 except GuardError as again:
                     log.warning("there is no guard", why=str(again))
                     await trio.sleep(0.5)
+
+    async def _guard_ends_or_is_silent(self) -> None:
+        async with trio.open_nursery() as nursery:
+            async def ends() -> None:
+                await self.machine.wait_exit(self.fence.facts.pid)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(ends)
+            await self.fence.silent.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _end_stuck_guard(self, guard: Proc) -> None:
+        """It protects nobody, and another cannot start beside it. Before its deadline, so that the next one, which goes
+        on from its file, is told the licence in time: left alone, it would kill a licensed primary when it thaws."""
+        if self.machine.send(guard, signal.SIGKILL):
+            log.warning("stuck guard ended", pid=guard.pid)
+            with trio.move_on_after(GUARD_EXIT_S):
+                await self.machine.exited(guard)
 
     async def _take_signals(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         with self.machine.signals(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:

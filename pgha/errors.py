@@ -101,6 +101,10 @@ class GuardError(PghaError):
     """The guard did not acknowledge. Whoever asked may not use what it asked for."""
 
 
+class GuardSilent(GuardError):
+    """The guard is there, but has not answered in time: it is stuck, or the machine is that busy."""
+
+
 class OperationFailed(PghaError):
     """An operation could not be completed; the text is for people. `final`: the same again cannot help, another way must."""
 

@@ -55,6 +55,7 @@ class Fence:
         self._to_tell = trio.Event()
         self.mode: Literal["unknown", "armed", "standby", "offline"] = "unknown"
         self.facts = GuardFacts()
+        self.silent = trio.Event()      # set while the guard does not answer
 
     # --- ports for operations ------------------------------------------------------------------------------------------
 
@@ -284,8 +285,11 @@ class Fence:
             log.error("guard does not answer; it fences at the last deadline that it knows", why=why)
             self._wake_loop()
         self._told = None
+        self.silent.set()
         self.facts = GuardFacts(reachable=False, state=self.facts.state, fence_at=self.facts.fence_at, pid=self.facts.pid, why=why)
 
     def note(self, status: GuardStatus) -> None:
         """What the guard said last."""
+        if self.silent.is_set():
+            self.silent = trio.Event()
         self.facts = GuardFacts(reachable=True, state=status.state, fence_at=status.fence_at, pid=status.pid)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import trio
 
 from pgha.clock import Deadline
-from pgha.errors import GuardError
+from pgha.errors import GuardError, GuardSilent
 from pgha.lock.protocol import (
     MAX_BYTES,
     NOBODY,
@@ -150,7 +150,7 @@ class GuardClient:
                 async with self._lock:
                     answer = await self._exchange(encode_request(request))
         except trio.TooSlowError:
-            raise GuardError(f"{request.op}: no acknowledgement within {deadline_s} s") from None
+            raise GuardSilent(f"{request.op}: no acknowledgement within {deadline_s} s") from None
         except (OSError, trio.BrokenResourceError, ProtocolError) as exc:
             raise GuardError(f"{request.op}: {exc or type(exc).__name__} ({self._path})") from exc
         if not answer.ok:

@@ -138,6 +138,23 @@ def test_a_killed_guard_is_replaced_and_nobody_notices(cluster):
         assert len(verdict.reigns) == 1 and verdict.gap.length_s < 1
 
 
+def test_a_frozen_guard_is_replaced_and_nobody_notices(cluster):
+    """Left alone it would protect nobody, and kill a licensed primary when it thaws."""
+    with Traffic(cluster) as traffic:
+        leader = cluster.leader()
+        postmaster = leader.postmaster()
+        (guard,) = leader.guards()
+        traffic.fault(f"SIGSTOP for the guard of {leader.name}")
+        assert guard.send(signal.SIGSTOP)
+        cluster.wait(lambda: [g for g in leader.guards() if g != guard], cluster.profile.ttl, "a new guard, before the old one's deadline")
+        assert not guard.alive
+        traffic.wait_for_more(10 * 150)
+        verdict = traffic.finish()
+        assert len(leader.guards()) == 1
+        assert leader.postmaster() == postmaster
+        assert len(verdict.reigns) == 1 and verdict.gap.length_s < 1
+
+
 def let_pass(until_s: float) -> None:
     """The fault lasts until then: its length is the subject, so here is no condition to wait for."""
     time.sleep(max(0.0, until_s - time.monotonic()))
