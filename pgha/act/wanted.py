@@ -98,6 +98,14 @@ class Wanted:
         """False while a restarted agent keeps what its predecessor wrote: a running primary's commits wait by it."""
         return self._names_told
 
+    def names_are_overridden(self) -> bool:
+        """Does ALTER SYSTEM say something else, which would win?"""
+        try:
+            text = (self._data_dir / "postgresql.auto.conf").read_text(errors="replace")
+        except OSError:
+            return False
+        return self._names is not None and re.search(rf"^\s*{NAMES}\b", text, re.MULTILINE | re.IGNORECASE) is not None
+
     def _names_found(self) -> str | None:
         """synchronous_standby_names in the file of a former agent, if it is not simply the operator's own."""
         own = str(next((v for k, v in self._parameters().items() if k.lower() == NAMES), ""))
@@ -258,8 +266,9 @@ class Wanted:
         self._control = said if standby else None
         if restored := files.restore_configuration(self.config_dir, self._data_dir):
             log.info("restored configuration files from their copies", names=restored)
-        if removed := files.clean_auto_conf(self._data_dir):
-            log.info("removed recovery settings from postgresql.auto.conf", names=removed)
+        ours = files.RECOVERY_PARAMETERS if self._names is None else (*files.RECOVERY_PARAMETERS, NAMES)
+        if removed := files.clean_auto_conf(self._data_dir, ours):
+            log.info("removed settings that are pgha's from postgresql.auto.conf", names=removed)
         self.write_running()
         if self.config_dir != self._data_dir:
             files.save_configuration(self.config_dir, self._data_dir)

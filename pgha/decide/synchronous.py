@@ -7,8 +7,9 @@ upon what is *seen*: the setting in the server's own answer, `/sync` in the view
 
 Taking over loses nobody. `/sync` is rewritten to name me and to keep everybody else whom it named, the old leader too,
 and the setting demands just that of the first commit after the promotion. So whoever dies when, before or after the
-promotion, those who might lead before still may; who does not come back is let go afterwards by ordinary steps. (The
-reference empties `/sync` first: should the winner die then, nobody but it may ever lead.)
+promotion, those who might lead before still may (in quorum mode the old leader with votes, as a voter: the winner may
+have been promoted already); who does not come back is let go afterwards by ordinary steps. (The reference empties
+`/sync` first: should the winner die then, nobody but it may ever lead.)
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def _step(o: Observation, memory: Memory, now: State, target: State, verdicts: d
         return _promised(o, memory, book, Promise(), reason("synchronous.promise_is_covered", False, why))
     if not opened(o, book):
         return _promised(o, memory, book, now.promise, reason("synchronous.opened", False, "writing /sync once, so that nothing of a former agent can still change it"))
-    if not written.told or (written.names is not None and written.names != row.synchronous_standby_names):
+    if not written.told or (written.names is not None and parse_requirement(written.names) != now.requirement):
         return _same_in_file(o, memory, book, row)
     healthy = frozenset(name for name, verdict in verdicts.items() if verdict.healthy)
     votes = o.settings.synchronous_mode == "quorum"

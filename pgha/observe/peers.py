@@ -92,11 +92,12 @@ class PeersObserver:
                 if name not in self._plain:
                     status, body = await self._get(client, f"{_base(url)}/pgha/vote?epoch={epoch}" + (f"&wait={WAIT_S}" if epoch >= 0 else ""))
                     if status == 200 and isinstance(body.get("name"), str) and "lsn" in body:
-                        return _from_vote(name, body, asked_at)
+                        return _from_vote(name, _of_whom_was_asked(name, body.get("name"), body), asked_at)
                     if "role" in body:
                         self._plain.add(name)      # it answers, but knows no votes: a member of another make
                 status, body = await self._get(client, url)
-                return _from_patroni(name, body, asked_at)
+                own = body.get("patroni")
+                return _from_patroni(name, _of_whom_was_asked(name, own.get("name", name) if isinstance(own, dict) else name, body), asked_at)
             except OSError as error:
                 why = str(error) or type(error).__name__
             except (ValueError, TypeError, OverflowError, RecursionError) as error:     # msgspec's own are ValueErrors
@@ -115,6 +116,13 @@ class PeersObserver:
 def _base(api_url: str) -> str:
     parts = urlsplit(api_url)
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def _of_whom_was_asked(name: str, says: object, body: dict[str, Any]) -> dict[str, Any]:
+    """The body, if it is this member's own: with a wrong connect_address one node's vote would count for two."""
+    if says != name:
+        raise ValueError(f"another member answers at its address: {str(says)[:100]!r}, wrong connect_address?")
+    return body
 
 
 def _from_vote(name: str, body: dict[str, Any], asked_at: Any) -> Peer:

@@ -74,6 +74,22 @@ def test_the_setting_is_seen_kept_by_other_writes_and_taken_back(bed):
     trio.run(main)
 
 
+def test_what_alter_system_says_does_not_stand_in_the_way(bed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await one.sql("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+            await standby_called_b(two, one)
+            for node in (one, two):
+                assert node.wanted.names_are_overridden() is False, "the modes are off"
+                await node.quick(a.SetSynchronousNames(names="b"))
+                await node.until(lambda node=node: node.observer.facts.row.synchronous_standby_names == "b")
+            await one.sql("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+            await one.operate(a.Restart(as_primary=True, timeout_s=30, synchronous_names="b"))
+            await one.until(lambda: one.observer.facts.row is not None and one.observer.facts.row.synchronous_standby_names == "b")
+    trio.run(main)
+
+
 def test_the_operators_own_parameter_counts_while_the_modes_are_off(bed):
     async def main():
         async with bed.node("a", parameters={"synchronous_standby_names": "ANY 1 (x, y)", "synchronous_commit": "local"}) as node:

@@ -77,7 +77,9 @@ def answering(body: Any, *, status: int = 200) -> Handler:
 
 
 def of_another_make(body: Any) -> Handler:
-    """Patroni: an unknown path gets the same body with 503."""
+    """Patroni, under the name that it is asked by: an unknown path gets the same body with 503."""
+    body = {**body, "patroni": {**body["patroni"], "name": "b"}}
+
     async def handle(path: str, stream: trio.SocketStream) -> None:
         await answering(body, status=200 if path == "/patroni" else 503)(path, stream)
 
@@ -217,6 +219,19 @@ def test_a_member_of_another_make_is_asked_its_way(which: str, in_recovery: bool
     with_servers(main, b=of_another_make(body))
 
 
+def test_a_vote_counts_only_for_who_gives_it():
+    """With a wrong connect_address one node's vote would count for two, and a quorum of one be reached."""
+    async def main(scene: Scene, b: Server, c: Server) -> None:
+        scene.observer.ask(PeerQuestion(names={"b": b.url, "c": b.url, "d": c.url}, epoch=4))
+        assert (await scene.peer("b")).answered
+        for name in ("c", "d"):
+            peer = await scene.peer(name)
+            assert not peer.answered
+            assert "another member answers at its address: 'b'" in peer.why
+
+    with_servers(main, b=answering(VOTE), c=of_another_make(recorded("replica")))
+
+
 def test_a_member_that_changes_its_make_is_asked_for_votes_again():
     async def main(scene: Scene, b: Server) -> None:
         scene.observer.ask(question(b=b))
@@ -353,7 +368,7 @@ def test_no_answer_and_no_address_is_fatal(how: str):
         assert (peer.lsn, peer.tags.failover_priority) == ((1000, 1) if peer.answered else (0, 1))
         assert (await scene.peer("c")).answered
 
-    with_servers(main, b=answering(HOSTILE.get(how, b"")), c=answering(VOTE))
+    with_servers(main, b=answering(HOSTILE.get(how, b"")), c=answering(VOTE | {"name": "c"}))
 
 
 # --- when is the loop told? ------------------------------------------------------------------------------------------

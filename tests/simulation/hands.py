@@ -701,6 +701,9 @@ class ModelWanted:
     def set_names(self, names: str | None) -> None:
         self.names, self.names_told = names, True
 
+    def names_are_overridden(self) -> bool:
+        return False
+
     @property
     def upstream(self) -> Any:
         return self._upstream
