@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,6 +39,8 @@ EPOCH = "pgha/epoch"
 LARGEST_VALUE_BYTES = 1 << 20
 LARGEST_MEMBER_BYTES = 64 << 10
 LARGEST_TEXT_BYTES = 1 << 10
+#: A member key up to this size is parsed once and remembered.
+SMALL_BYTES = 4 << 10
 #: Deeper than anything that means something here, and far from where comparing, copying or encoding it would exhaust the stack.
 DEEPEST = 64
 #: What may be counted: positions, epochs and sequences; a timeline has 32 bits.
@@ -118,7 +121,7 @@ def parse(snapshot: Snapshot, keys: Keys) -> ClusterView:
     reader = _Reader({k.removeprefix(keys.root): e for k, e in snapshot.entries.items() if k.startswith(keys.root)})
     lock_entry = reader.entries.get(LOCK)
     leader = reader.entries.get("leader")
-    members = {name.removeprefix("members/"): reader.member(name) for name in reader.entries if name.startswith("members/")}
+    members = {name.removeprefix("members/"): reader.known_member(name) for name in reader.entries if name.startswith("members/")}
     return ClusterView(
         revision=snapshot.revision,
         initialize=reader.text("initialize"),
@@ -227,6 +230,12 @@ class _Reader:
             self._problem(EPOCH, "does not parse, or makes no sense")
         return epoch or none
 
+    def known_member(self, key: str) -> Member:
+        entry = self.entries[key]
+        member, problems = _member(key, entry) if len(entry.value) <= SMALL_BYTES else _parse_member(key, entry)
+        self.problems += problems
+        return member
+
     def member(self, key: str) -> Member:
         entry = self.entries[key]
         name = key.removeprefix("members/")
@@ -290,6 +299,15 @@ class _Reader:
             rest = [x if isinstance(x, str) else "" for x in (*row[2:5], "", "", "")]
             rows.append(HistoryEntry(timeline=row[0], lsn=row[1], reason=rest[0], timestamp=rest[1], leader=rest[2]))
         return tuple(rows)
+
+
+def _parse_member(key: str, entry: Entry) -> tuple[Member, tuple[str, ...]]:
+    reader = _Reader({key: entry})
+    return reader.member(key), tuple(reader.problems)
+
+
+#: Most changes are another key's: a member is parsed when it has changed.
+_member = lru_cache(maxsize=64)(_parse_member)
 
 
 def member_from(name: str, raw: dict[str, Any], *, revision: int = 0, lease: int = 0) -> Member:

@@ -96,6 +96,11 @@ def test_cancelled_promotion_is_given_up_whole(bed):
             await two.standby_of(one)
             await one.operate(a.Demote(mode="fast", release=True, checkpoint=False, why="test", timeout_s=20))
             await two.take_lock(claim=4)
+            histories.block_timeline(two.data_dir, 2, "of an earlier claim")
+            with pytest.raises(OperationFailed, match="not promoted"):
+                await two.operate(a.Promote(timeline=4, block=(2, 3), epoch=2, synchronous_names="nobody"))
+            assert list(histories.blocked_timelines(two.data_dir)) == [2], "not its own to free"
+            histories.unblock_all(two.data_dir)
             await cancelled_at(two, a.Promote(timeline=4, block=(2, 3), epoch=2), "blocking")
             assert (await two.sql("SELECT pg_is_in_recovery()")) == [("t",)] and two.standby_signal
             assert not histories.blocked_timelines(two.data_dir)
@@ -137,6 +142,32 @@ def test_release_is_refused_while_anything_lives(bed):
             with pytest.raises(OperationFailed, match="not released while"):
                 await node.quick(a.ReleaseLock(lsn=1, timeline=1, why="test"))
             assert node.renewer.licence.state is LicenceState.HELD
+    trio.run(main)
+
+
+def test_a_lock_is_given_back_without_a_demotion_only_after_the_guard_was_told(bed):
+    """In pause: the guard sees for itself that nothing writes here."""
+    async def main():
+        async with bed.node("a") as node:
+            await node.primary()
+            with pytest.raises(GuardError):
+                await node.quick(a.StandDown(lsn=1, timeline=1, why="test"))
+            assert node.renewer.licence.state is LicenceState.HELD and (await node.view()).lock.mode == "held"
+            recipe.wait_gone(recipe.kill_all(node.procs), 5)
+            await node.quick(a.StandDown(lsn=1, timeline=1, why="test"))
+            assert (await node.view()).lock.mode == "released" and await node.guard_state() == "standby"
+    trio.run(main)
+
+
+def test_nothing_is_started_beside_what_lives(bed):
+    async def main():
+        async with bed.node("a") as node:
+            await node.primary()
+            before = postmaster_pid(node)
+            for action in (a.StartStandby(upstream=None), a.StartPrimary(timeout_s=5)):
+                with pytest.raises(OperationFailed, match=f"processes of .* live: .*{before}"):
+                    await node.operate(action)
+            assert postmaster_pid(node) == before and await node.guard_state() == "armed"
     trio.run(main)
 
 

@@ -39,6 +39,7 @@ def test_from_nothing_to_a_switchover_and_back(bed):
             await two.sql("INSERT INTO t VALUES (0)")
             assert await two.actor.checkpoint()
 
+            histories.block_timeline(one.data_dir, 5, "of a promotion that was killed")      # it would hide the real one
             await one.operate(a.StartStandby(upstream=as_source(two)))
             await one.until(one.streaming)
             await one.until(lambda: one.observer.facts.row.timeline == 5)

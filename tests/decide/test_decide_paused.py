@@ -31,6 +31,7 @@ from msgspec.structs import replace
 
 from pgha.clock import NEVER
 from pgha.decide import decide
+from pgha.decide.standing import Whose, standing
 from pgha.model.action import AcquireLock, Demote, MaintainSlots, Restart, StandDown
 from pgha.model.cluster import FailoverKey, PausedHolder
 from pgha.model.lock import Epoch, Licence, LicenceState
@@ -268,6 +269,13 @@ def test_neither_absence_nor_a_restored_record_ends_anothers_pause(lock, remembe
 
 
 # --- memory --------------------------------------------------------------------------------------------------------------
+
+def test_an_operators_word_is_to_the_member_that_he_named():
+    key = FailoverKey(candidate="c", down_incarnation="run-a", down_sequence=7)
+    world = CANDIDATE.but(lock__mode="paused", dcs__view__failover=key, dcs__lock_seen__since=ago(99))
+    assert standing(world.seen).whose is Whose.LIVE
+    assert standing(world.but(dcs__view__failover__candidate="b").seen).whose is Whose.FREE
+
 
 def test_what_this_node_stops_itself_it_starts_again():
     handing = HOLDER.but(dcs__view__failover=FailoverKey(leader="a", candidate="b")).decide()

@@ -334,6 +334,25 @@ def test_a_lapsed_mandate_ends_a_server_that_hangs_within_two_seconds(node: Node
     with_agent(node, guard, main, ttl_s=12.0)
 
 
+def test_nothing_is_armed_while_a_lapse_ends_writes(node: Node, guard: GuardProcess):
+    """A start that was decided before would bring up a primary whose lock is about to be given back."""
+    server = node.start()
+
+    async def main(agent: Agent) -> None:
+        await agent.acquire()
+        await agent.fence.armed()
+        os.kill(server, signal.SIGSTOP)     # so that ending it takes its time
+        agent.mandate(0.1)
+        await trio.sleep(0.6)
+        agent.mandate(60)                   # a loop that decides again does not undo it
+        assert node.processes()
+        with pytest.raises(GuardError, match="mandate has lapsed"):
+            await agent.fence.armed()
+        await until(lambda: agent.record.mode == "released", 5)
+
+    with_agent(node, guard, main, ttl_s=12.0)
+
+
 def test_a_lapse_in_an_outage_ends_writes_and_the_record_expires(node: Node, guard: GuardProcess):
     node.start()
 
@@ -559,6 +578,27 @@ def test_a_take_over_that_is_not_settled_grants_nothing(node: Node, guard: Guard
         await agent.fence.armed()
 
     with_agent(node, guard, main)
+
+
+def test_who_gives_the_lock_back_arms_nothing(node: Node, guard: GuardProcess):
+    async def main(agent: Agent) -> None:
+        await agent.acquire()
+        await agent.fence.armed()
+        agent.cut()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(release_unanswered, agent)
+            await until(lambda: agent.renewer.licence.state is LicenceState.RELEASING, 1)
+            with pytest.raises(GuardError, match="no licence to accept writes: releasing"):
+                await agent.fence.armed()
+
+    with_agent(node, guard, main)
+
+
+async def release_unanswered(agent: Agent) -> None:
+    from pgha.errors import DcsUnreachable
+
+    with pytest.raises((DcsUnreachable, trio.TooSlowError)):
+        await agent.renewer.release(lsn=1, timeline=1, deadline_s=0.5)
 
 
 async def acquire_unsettled(agent: Agent) -> None:

@@ -176,6 +176,7 @@ def test_bye(before, processes, ends):
     (armed(10), 9.999, 9.999, State.ARMED),
     (armed(10), 10, 0, State.LATCHED),      # a suspend: only one clock has passed it
     (armed(10), 0, 10, State.LATCHED),
+    (armed(10), 600, 600, State.LATCHED),   # however late it is looked at: the guard itself was frozen
     (OFFLINE, 99.9, 99.9, State.OFFLINE),
     (OFFLINE, 100, 100, State.LATCHED),
     *[(h, 1e6, 1e6, h.state) for h in (LATCHED, STANDBY, IDLE, PAUSED)],

@@ -82,6 +82,7 @@ def test_writing_as_the_reference_does(names, count, by_priority, text):
     (promise("bcd", 2), any_of(1, "bc"), True),         # c joins: first the promise, with a larger quorum
     (promise("bc", 1), any_of(1, "bcd"), False),        # … since a commit might be on d only
     (promise("b"), Requirement(anybody=True, count=1), False),   # pg_receivewal confirms, too
+    (promise("bc", 1), Requirement(names=frozenset("bc"), anybody=True, count=2), False),   # ANY 2 (b, c, *): two others
 ])
 def test_what_a_setting_bears_out(offered, required, holds):
     assert covers(offered, required) is holds

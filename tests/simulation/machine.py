@@ -806,6 +806,10 @@ class SimMachine:
         machine._requests.append((request, answered, source))
         machine._request_news.set()
 
+    def asked(self, kind: str, options: Mapping[str, Any]) -> None:
+        """By an operator, at this node's own REST API."""
+        self.arrived(self.name, Request(method="POST", path=f"/{kind}", body=msgspec.json.encode(options), peer="127.0.0.1"), lambda _: None)
+
     async def serve(self, listen: Any, app: Any, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         self._serving = True
         task_status.started([])

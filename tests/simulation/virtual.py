@@ -194,6 +194,13 @@ class Run:
             process.release()
         self._over.set()
         self._clock.limit_ns = self._scheduler.now_ns + 10 ** 12
+        try:
+            self._turn_to_the_end()
+        finally:
+            core.GLOBAL_RUN_CONTEXT.__dict__.clear()
+        self._runner.main_task_outcome.unwrap()
+
+    def _turn_to_the_end(self) -> None:
         turns = 0
         while self._turn():
             turns += 1
@@ -201,7 +208,6 @@ class Run:
             if turns > 100_000:
                 left = list(self._runner.tasks)
                 raise AssertionError(f"tasks do not end: {[(t, t.coro.cr_frame) for t in left[:5]]}")
-        self._runner.main_task_outcome.unwrap()
 
 
 async def pause(scheduler: Scheduler, seconds: float) -> None:
