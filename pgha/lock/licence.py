@@ -115,14 +115,20 @@ class LicenceBook:
         self._sequence += 1
         return self._sequence
 
-    def extend(self, began: Instant, now: Instant, *, sequence: int, epoch: int) -> bool:
-        """All who might take over have promised not to, after `began`. Whether that widens the licence."""
+    def extend(self, began: Instant, now: Instant, *, sequence: int, epoch: int, ttl_s: float) -> bool:
+        """All who might take over have promised not to, after `began`, for `ttl_s`. Whether that widens the licence.
+
+        A renewal of before the round may have been answered during it: what it changed of the ttl was asked of nobody.
+        And one of after its beginning may have been committed: the promise is void beside it (Promise.is_superseded_by).
+        """
         licence = self.licence
         if licence.state is not LicenceState.HELD or licence.valid_until is None or licence.mode != "held" or licence.epoch != epoch:
             return False
         if self._cap is not None or remaining_s(fence_at(licence.valid_until, licence.ttl_s), now) <= 0:
             return False        # a shorter one may have been committed; or the killing has begun, and nothing is revived
-        end = began.plus_s(licence_s(licence.ttl_s))
+        end = began.plus_s(licence_s(min(ttl_s, licence.ttl_s)))
+        for number, sent in self._sent.items():
+            end = earlier(end, licensed_until(sent.record, sent.at)) if number > sequence else end
         if sequence <= licence.sequence or remaining_s(end, licence.valid_until) <= 0:
             return False        # a later send was committed meanwhile: that counts for more
         self.licence = replace(licence, sequence=sequence, since=began, valid_until=end, by_failsafe=True)

@@ -450,7 +450,7 @@ class Renewer:
 
     def extend(self, begun: Round) -> bool:
         """All members that may race have accepted. Whether that has widened the licence."""
-        if not self._book.extend(begun.began, self._clock.now(), sequence=begun.sequence, epoch=begun.epoch):
+        if not self._book.extend(begun.began, self._clock.now(), sequence=begun.sequence, epoch=begun.epoch, ttl_s=begun.ttl_s):
             return False
         if self._jumped_at is not None and remaining_s(begun.began, self._jumped_at) >= 0:
             self._confirm_by = None         # nobody has taken over: that is what a renewal was to confirm
