@@ -239,6 +239,9 @@ def _history(o: Observation) -> WriteKey | None:
         else:
             entries.append(HistoryEntry(timeline=item.timeline, lsn=item.switch_lsn, reason=item.reason))
     limit = o.settings.max_timelines_history
+    told = [(e.timeline, e.lsn) for e in (entries[-limit:] if limit else entries)]
+    if view.history is not None and told == [(e.timeline, e.lsn) for e in view.history]:
+        return None     # told already: after a number was left out the last row's is not the own one less one
     rows = [[e.timeline, e.lsn, e.reason, e.timestamp, e.leader] for e in (entries[-limit:] if limit else entries)]
     for item_row in rows:
         while item_row[-1] == "":
