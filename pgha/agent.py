@@ -9,6 +9,7 @@ that a decision asks for, each with a deadline; renewer, fence, REST and watchdo
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import signal
@@ -39,6 +40,7 @@ from pgha.config.state import node_id
 from pgha.dcs import Store
 from pgha.dcs.etcd3 import Etcd3Store
 from pgha.dcs.keys import Keys, encode
+from pgha.dcs.outage import Outage
 from pgha.decide import decide
 from pgha.errors import (
     ConfigError,
@@ -52,8 +54,10 @@ from pgha.errors import (
 )
 from pgha.inbox import Inbox
 from pgha.lock import watchdog
+from pgha.lock.failsafe import HttpAsker, Rounds
 from pgha.lock.fence import Fence
 from pgha.lock.guard_client import GuardClient, GuardStatus, agent_flock, ensure_running
+from pgha.lock.promise import Promises, Receiver
 from pgha.lock.recipe import Proc
 from pgha.lock.renewer import OUT_OF_SPACE, Renewer, Timing
 from pgha.lock.watchdog import Watchdog
@@ -80,6 +84,7 @@ from pgha.model.action import (
     Stop,
 )
 from pgha.model.decision import Decision, Memory
+from pgha.model.failsafe import FailsafeFacts, Ping
 from pgha.model.lock import Identity, LicenceState
 from pgha.model.node import DataDirectoryFacts, PostgresFacts, WatchdogFacts
 from pgha.model.observation import DcsFacts, Observation, Operation, Settings, Upstream, WrittenNames
@@ -92,6 +97,7 @@ from pgha.postgres.files import read_dynamic_cache, write_dynamic_cache
 from pgha.postgres.server import Server
 from pgha.rest.access import Access, resolve_allowlist
 from pgha.rest.published import Board, nothing_yet, publish_pass, store_gauges
+from pgha.rest.requests import Answer
 from pgha.rest.routes import App
 from pgha.rest.server import Listen
 from pgha.rest.tls import load_certificate, make_context, server_headers
@@ -140,15 +146,17 @@ class Agent:
         self._config_revision = -1
         self._news = trio.Event()
 
+        self.outage = Outage(clock)
         self.renewer = Renewer(store=renewer_store, keys=self.keys, me=self.me, clock=clock,
-                               timing=lambda: Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause), changed=self._licence_changed)
+                               timing=self._timing, changed=self._licence_changed, outage=self.outage)
         self.guard = GuardClient(self.runtime_dir, incarnation=self.me.incarnation, started_ns=clock.now().boot_ns, data_dir=data_dir,
                                  open_stream=machine.open_guard)
         self.fence = Fence(renewer=self.renewer, guard=self.guard, directory=machine.directory, clock=clock, wake=self.wake)
         self.renewer.narrower = self
         self.cluster = ClusterObserver(
             store=self.store, keys=self.keys, clock=clock, state_dir=self.state_dir, wake=self.wake, me=self.me.name, in_thread=machine.in_thread,
-            settings=lambda: (self.settings.ttl_s, self.settings.loop_wait_s, self.settings.retry_timeout_s, self.settings.member_slots_ttl_s))
+            settings=lambda: (self.settings.ttl_s, self.settings.loop_wait_s, self.settings.retry_timeout_s, self.settings.member_slots_ttl_s),
+            outage=self.outage)
         self.wanted = Wanted(effective=lambda: self.effective, passfile=pgpass(local, environ))
         self.postgres = PostgresObserver(
             data_dir=data_dir, machine=machine, conninfo=self.wanted.local_conninfo, clock=clock,
@@ -158,8 +166,14 @@ class Agent:
         self.peers = PeersObserver(clock=clock, wake=self.wake, http=partial(machine.http, _peer_context(local)))
         self.watchdog = Watchdog(machine.device(local.watchdog.device), mode=local.watchdog.mode, safety_margin_s=local.watchdog.safety_margin_s, clock=clock)
         self.announcer = Announcer(store=self.store, keys=self.keys, name=self.me.name, clock=clock, ttl_s=lambda: self.settings.ttl_s,
-                                   loop_wait_s=lambda: self.settings.loop_wait_s)
+                                   loop_wait_s=lambda: self.settings.loop_wait_s, outage=self.outage)
         self.inbox = Inbox(store=self.store, keys=self.keys, clock=clock, view=lambda: self.cluster.facts.view, wake=self.wake)
+        # One may have been given before this boot; while a server of this boot runs, the guard has watched over it since.
+        unknown_ttl_s = self._longest_ttl_s() if self.settings.failsafe_mode and not machine.directory.processes() else 0.0
+        self.promises = self.renewer.promises = Promises(self.runtime_dir, clock, boot_id=machine.boot_id(), unknown_ttl_s=unknown_ttl_s)
+        self.failsafe = Rounds(renewer=self.renewer, clock=clock, timing=self._timing, wake=self.wake, conn_url=self._conn_url, api_url=self._api_url,
+                               asker=HttpAsker(partial(machine.http, _peer_context(local)), authorization=_peer_authorization(local)))
+        self.inbox.accept = self._accept_failsafe
         self.board = Board(nothing_yet(name=self.me.name, scope=local.scope, at=clock.now(), wall_s=clock.wall_s()))
         context = Context(
             clock=clock, me=self.me, store=self.store, keys=self.keys, renewer=self.renewer, fence=self.fence,
@@ -209,6 +223,7 @@ class Agent:
         if self.renewer.licence.failing_why.startswith(OUT_OF_SPACE):
             self.cluster.out_of_space()
         self.fence.changed()
+        self.failsafe.changed()
         self._look_at_protection()
         self.wake()
 
@@ -233,6 +248,24 @@ class Agent:
             self.watchdog.step(watchdog.Wanted(protecting=True, ttl_s=ttl_s, valid_until=valid_until))
         await self.fence.narrow(valid_until, ttl_s, sequence=sequence)
 
+    def _accept_failsafe(self, ping: Ping) -> tuple[Answer, int]:
+        """A leader without the store asks this node not to take over. One step: whoever adds an await here breaks a promise."""
+        view, row, licence = self.cluster.facts.view, self.postgres.facts.row, self.renewer.licence
+        verdict = self.promises.accept(ping, Receiver(
+            name=self.me.name, failsafe_mode=self.settings.failsafe_mode, leads=self.postgres.facts.is_primary or self.fence.mode == "armed", licence=licence,
+            epoch=max(licence.epoch, view.epoch.number if view else 0), epoch_holder=view.epoch.holder if view and view.epoch.number >= licence.epoch else "",
+            ttl_s=self._longest_ttl_s()))
+        if verdict.promise is not None:
+            self.wake()
+        return Answer(status=verdict.status, text=verdict.text), row.position if row is not None else 0
+
+    def _timing(self) -> Timing:
+        return Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause)
+
+    def _longest_ttl_s(self) -> float:
+        """Of all that anybody may have meant who did not say."""
+        return max(self.settings.ttl_s, self.cluster.facts.remembered_ttl_s, 30.0)
+
     def _postgres_changed(self) -> None:
         """PostgreSQL's processes have changed: what the data directory says may be old."""
         if self.postgres.facts.process in ("absent", "running"):
@@ -256,6 +289,7 @@ class Agent:
             await nursery.start(self.machine.serve, Listen(addresses=[(host, listen.port) for host in listen.hosts], headers=headers, backlog=self.local.restapi.request_queue_size or 128, ssl_context=self._rest_tls), app)
             await nursery.start(self.fence.run)
             await nursery.start(self.renewer.run)
+            await nursery.start(self.failsafe.run)
             await nursery.start(self.postgres.run)
             await nursery.start(self.cluster.run)
             await nursery.start(self.peers.run)
@@ -405,6 +439,7 @@ class Agent:
             self.memory = decision.memory
             self.renewer.give_mandate(decision.mandate, number=self.number)
             self.renewer.position = self._position_to_record(seen)
+            self.failsafe.give(decision.failsafe)
             self.peers.ask(decision.ask_peers)
             self._publish(seen, decision, remembered)
             self._discard_replaced(seen)
@@ -427,6 +462,7 @@ class Agent:
         return Observation(
             now=self.clock.now(), wall_s=self.clock.wall_s(), number=self.number, me=self.me, settings=self._settings_now(), dcs=self._dcs(), licence=self.renewer.licence,
             postgres=self.postgres.facts, directory=directory, guard=self.fence.facts, watchdog=self._watchdog_facts(), peers=dict(self.peers.facts),
+            failsafe=FailsafeFacts(promise=self.promises.promise, missing=self.failsafe.missing),
             upstream=self._upstream, configured_upstream=self.wanted.upstream.name if self.wanted.upstream else "",
             written_names=WrittenNames(told=self.wanted.names_told, names=self.wanted.names), operation=self._operation, ended=self._ended, requests=self.inbox.requests, shutting_down=self.shutting_down)
 
@@ -494,11 +530,16 @@ class Agent:
         self._announce(seen, decision)
 
     def _announce(self, seen: Observation, decision: Decision) -> None:
-        local, proxy = self.local, self.local.postgresql.proxy_address
-        database = self.effective.postgresql.database
+        proxy = self.local.postgresql.proxy_address
         self.announcer.announce(member_value(
-            seen, decision, api_url=f"{local.restapi.base_url}/patroni", checkpoint_pending=self._checkpoint_pending,
-            conn_url=f"postgres://{local.postgresql.connect_address}/{database}", proxy_url=f"postgres://{proxy}/{database}" if proxy else ""))
+            seen, decision, api_url=self._api_url(), checkpoint_pending=self._checkpoint_pending, conn_url=self._conn_url(),
+            proxy_url=f"postgres://{proxy}/{self.effective.postgresql.database}" if proxy else ""))
+
+    def _api_url(self) -> str:
+        return f"{self.local.restapi.base_url}/patroni"
+
+    def _conn_url(self) -> str:
+        return f"postgres://{self.local.postgresql.connect_address}/{self.effective.postgresql.database}"
 
     def _done(self, decision: Decision) -> bool:
         memory = decision.memory
@@ -520,9 +561,11 @@ class Agent:
             except OPERATING_ERRORS as error:
                 # Said when it begins and when it ends, not at every pass of a long outage.
                 name = type(action).__name__
-                say = log.debug if name in self._failing else log.warning
+                quiet = name in self._failing or (self.outage.on and isinstance(error, DcsError | trio.TooSlowError))
+                say = log.debug if quiet else log.warning
                 say("action failed", action=name, why=str(error) or type(error).__name__)
-                self._failing.add(name)
+                if not quiet:
+                    self._failing.add(name)
                 return True
             if type(action).__name__ in self._failing:
                 self._failing.discard(type(action).__name__)
@@ -749,6 +792,14 @@ def _peer_context(local: LocalConfig) -> ssl.SSLContext | bool:
     except OSError as error:
         raise ConfigError(f"ctl.certfile: cannot use {cert}: {error.strerror or error}") from error
     return context
+
+
+def _peer_authorization(local: LocalConfig) -> str:
+    """For what changes something at a peer: `ctl.authentication`, else this node's own."""
+    for given in (local.ctl.authentication, local.restapi.authentication):
+        if given.username:
+            return "Basic " + base64.b64encode(f"{given.username}:{given.password.reveal()}".encode()).decode()
+    return ""
 
 
 def _rest_context(local: LocalConfig) -> ssl.SSLContext | None:

@@ -15,7 +15,8 @@ from pgha import COMPATIBLE_VERSION, __version__
 from pgha.clock import Clock, Instant, candidate_age_s
 from pgha.dcs import Put, Store
 from pgha.dcs.keys import Keys, encode
-from pgha.errors import DcsError, LeaseLost
+from pgha.dcs.outage import Outage
+from pgha.errors import DcsError, DcsUnreachable, LeaseLost
 from pgha.log import Log
 from pgha.model.decision import Decision
 from pgha.model.observation import Observation
@@ -67,10 +68,12 @@ def member_value(seen: Observation, decision: Decision, *, api_url: str, conn_ur
 class Announcer:
     """Keeps the key and its lease. `ttl_s()`, `loop_wait_s()`: as configured now."""
 
-    def __init__(self, *, store: Store, keys: Keys, name: str, clock: Clock, ttl_s: Callable[[], float], loop_wait_s: Callable[[], float]) -> None:
+    def __init__(self, *, store: Store, keys: Keys, name: str, clock: Clock, ttl_s: Callable[[], float], loop_wait_s: Callable[[], float],
+                 outage: Outage | None = None) -> None:
         self._store = store
         self._path = keys.member(name)
         self._clock = clock
+        self._outage = outage or Outage(clock)
         self._ttl_s = ttl_s
         self._loop_wait_s = loop_wait_s
         self._wanted: dict[str, Any] | None = None
@@ -103,7 +106,9 @@ class Announcer:
             try:
                 await self.settle()
                 failing = losing = False
+                self._outage.answered("member key")
             except LeaseLost:
+                self._outage.answered("member key")
                 self._lease, self._written = 0, None
                 if not losing:
                     log.info("member lease is gone, asking for a new one")
@@ -112,7 +117,9 @@ class Announcer:
                 losing = True
                 continue
             except DcsError as error:
-                if not failing:
+                if isinstance(error, DcsUnreachable):
+                    self._outage.failing("member key", str(error))
+                elif not failing:
                     log.warning("member key could not be written", why=str(error))
                 failing = True
                 await trio.sleep(1.0)

@@ -19,6 +19,7 @@ from pgha.dcs.keys import Keys, encode, loads
 from pgha.errors import DcsError
 from pgha.log import Log
 from pgha.model.cluster import ClusterView
+from pgha.model.failsafe import Ping
 from pgha.model.observation import Request
 from pgha.rest.requests import Answer
 
@@ -37,6 +38,7 @@ class Inbox:
         self._clock = clock
         self._view = view
         self._wake = wake
+        self.accept: Callable[[Ping], tuple[Answer, int]] = _nobody_there     # who promises: the agent, once it is made
         self._number = 0
         self._waiting: dict[int, Request] = {}
         self._answers: dict[int, Answer] = {}
@@ -60,6 +62,12 @@ class Inbox:
         if event is not None:
             self._answers[number] = Answer(status=status, text=text)
             event.set()
+
+    # --- failsafe ------------------------------------------------------------------------------------------------------
+
+    def failsafe(self, ping: Ping) -> tuple[Answer, int]:
+        """See rest.requests.Requests."""
+        return self.accept(ping)
 
     # --- REST's side ---------------------------------------------------------------------------------------------------
 
@@ -161,3 +169,7 @@ _FAILED = {
     "patch_config": "the configuration could not be written",
     "put_config": "the configuration could not be written",
 }
+
+
+def _nobody_there(_ping: Ping) -> tuple[Answer, int]:
+    return Answer(status=503, text="not yet"), 0

@@ -48,7 +48,7 @@ T = TypeVar("T")
 class HttpClient(Protocol):
     """Requests to other members. Whoever asks has the deadline."""
 
-    async def request(self, method: str, url: str, *, body: bytes = b"", largest_bytes: int) -> tuple[int, bytes]:
+    async def request(self, method: str, url: str, *, body: bytes = b"", authorization: str = "", largest_bytes: int) -> tuple[int, bytes]:
         """Status and body. ConnectionError if there was no answer, ValueError for a longer one or a URL that is none."""
         ...
 
@@ -176,10 +176,11 @@ class _Httpx:
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
 
-    async def request(self, method: str, url: str, *, body: bytes = b"", largest_bytes: int) -> tuple[int, bytes]:
+    async def request(self, method: str, url: str, *, body: bytes = b"", authorization: str = "", largest_bytes: int) -> tuple[int, bytes]:
         content = body or None
         # As it is, not unpacked: a kilobyte of gzip may hold a megabyte of nothing.
-        headers = {"Accept-Encoding": "identity", **({"Content-Type": "application/json"} if body else {})}
+        headers = {"Accept-Encoding": "identity", **({"Content-Type": "application/json"} if body else {}),
+                   **({"Authorization": authorization} if authorization else {})}
         received = bytearray()
         try:
             async with self._client.stream(method, url, content=content, headers=headers) as response:

@@ -197,7 +197,6 @@ def _timing(ttl: float, loop_wait: float, retry: float) -> str:
 def unsupported(config: ClusterConfig) -> tuple[str, ...]:
     """Keys that are switched on but belong to a later version: saying so beats pretending."""
     return tuple(key for key, on in (
-        ("failsafe_mode", config.failsafe_mode),
         ("slots", bool(config.slots)),
         ("ignore_slots", bool(config.ignore_slots)),
         ("standby_cluster", bool(config.standby_cluster)),

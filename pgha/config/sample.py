@@ -37,6 +37,7 @@ ttl = "5s"
 loop_wait = "1s"
 retry_timeout = "1s"
 maximum_lag_on_failover = "1MB"         # a standby further behind does not become primary
+# failsafe_mode = true                  # lead on without etcd, as long as every other member agrees
 # synchronous_mode = "quorum"           # or "on": a commit waits for standbys, and only such a one becomes primary
 # synchronous_node_count = 1            # how many of them
 # synchronous_mode_strict = true        # without any standby commits wait, instead of going on with the primary alone

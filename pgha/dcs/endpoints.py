@@ -210,6 +210,7 @@ class Endpoint:
         self._port = parts.port or (443 if parts.scheme == "https" else 80)
         self.name = f"{self._scheme}://{parts.netloc}"
         self.failing: str = ""  # why, while it does
+        self.told = False       # in the log
         self._addresses = HostAddresses(self._host, self._port, look_up)
         self._first = 0  # which of the addresses answered last
         self._host_header = (b"Host", parts.netloc.encode())

@@ -182,16 +182,21 @@ class Etcd3Client:
             self.preferred = (index + 1) % len(self.endpoints)
 
     def mark(self, endpoint: Endpoint, failing: str) -> None:
-        """Remember whom to ask first, and say when an endpoint begins or ends to fail."""
-        if failing:
-            if not endpoint.failing:
-                self._log.warning("etcd endpoint fails", endpoint=endpoint.name, why=failing)
-            self.pass_over(endpoint)
-        else:
-            if endpoint.failing:
-                self._log.info("etcd endpoint answers again", endpoint=endpoint.name)
-            self.preferred = self.endpoints.index(endpoint)
+        """Remember whom to ask first, and say when an endpoint begins or ends to fail while others answer.
+
+        If none answers, the store is away, and whoever asks says that, once."""
         endpoint.failing = failing
+        if failing:
+            self.pass_over(endpoint)
+            return
+        self.preferred = self.endpoints.index(endpoint)
+        for other in self.endpoints:
+            if other.failing and not other.told:
+                other.told = True
+                self._log.warning("etcd endpoint fails", endpoint=other.name, why=other.failing)
+        if endpoint.told:
+            endpoint.told = False
+            self._log.info("etcd endpoint answers again", endpoint=endpoint.name)
 
     # authentication
 

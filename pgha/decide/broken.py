@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from pgha.clock import candidate_age_s
+from pgha.clock import candidate_age_s, remaining_s
 from pgha.decide import eligible, rejoin, restart, synchronous
 from pgha.decide.common import (
     ask_others,
@@ -189,7 +189,13 @@ def _rejoin(o: Observation, memory: Memory, now: Standing) -> Decision:
         return Decision(situation="broken", summary="the leader's system identifier differs", reasons=(differs,), memory=memory, wake_in_s=2.0)
     end_known = bool(o.directory.end_of_wal)
     own = _own_end(o)
-    judged = rejoin.interrupted() if o.directory.rewind_interrupted else rejoin.judge(own, own_history(o, own.timeline) or (), upstream, end_is_known=end_known)
+    stopped_at = o.postgres.since
+    asked_later = stopped_at is not None and asked is not None and remaining_s(asked, stopped_at) >= 0
+    if own.timeline == upstream.timeline and own.lsn > upstream.lsn > 0 and not asked_later:
+        # It was asked while this server still received: what it had then proves nothing.
+        return _ask_upstream(o, memory, leader, reason("broken.upstream_was_asked_later", False, f"{leader.name} was asked before this server ended"))
+    judged = (rejoin.interrupted() if o.directory.rewind_interrupted
+              else rejoin.judge(own, own_history(o, own.timeline) or (), upstream, end_is_known=end_known, asked_later=asked_later))
     if judged.verdict is rejoin.Verdict.UNKNOWN:
         return _one("looking for the end of own WAL", (judged.because,), InspectEndOfWal(), memory)
     if judged.verdict is rejoin.Verdict.FOLLOW:

@@ -33,8 +33,8 @@ def view_of(o: Observation) -> ClusterView:
 
 
 def others(o: Observation) -> dict[str, str]:
-    """Every other member there is or was within member_slots_ttl: name → api_url (safety model 6.4)."""
-    names = dict(o.dcs.remembered_members)
+    """Every other member there is, or was within member_slots_ttl, or that failsafe counts on: name → api_url (safety model 6.4)."""
+    names = {**o.dcs.remembered_members, **view_of(o).failsafe}
     names.update({m.name: m.api_url for m in view_of(o).members.values() if m.api_url})
     names.pop(o.me.name, None)
     return names

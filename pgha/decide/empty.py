@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from pgha.clock import candidate_age_s
 from pgha.decide import restart
 from pgha.decide.common import ask_others, backed_off, leader_member, others, reason, source_of, view_of
 from pgha.decide.standing import Whose, because, licensed, standing
-from pgha.model.action import AbandonDirectory, AcquireLock, Action, Bootstrap, Clone, ReadCluster, Stop
+from pgha.model.action import AbandonDirectory, AcquireLock, Action, Bootstrap, Clone, ReadCluster, ReleaseLock, Stop
 from pgha.model.cluster import Member
 from pgha.model.decision import Decision, Memory, Reason
 from pgha.model.observation import Observation
 
 #: Stands for a claim on `initialize` of which no revision is known.
 NO_CLAIM = 1
+#: A holder whose disk does not answer while no server runs gives the lock back after so long.
+DISK_WITHIN_S = 10.0
 
 
 def decide(o: Observation, memory: Memory) -> Decision | None:
@@ -40,14 +43,36 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if restart.read_in_this_pass(o).holds is False:
         return Decision(situation="empty", summary="waiting for leader to bootstrap", reasons=(restart.read_in_this_pass(o),), actions=(ReadCluster(),),
                         memory=memory, wake_in_s=0.5)
+    if licensed(o):
+        return _give_back(o, memory, reason("empty.lock_is_of_use", False, f"this node holds the lock, and its data directory is {state}"))
+    now = standing(o)
+    if now.whose is Whose.OWN_FORMER and now.record is not None and now.record.mode == "paused":
+        # Its own record, which would not expire: nobody else can end it, and without data it is of use to nobody.
+        return Decision(situation="empty", summary="adopting this node's own paused lock record, to give it back: there is no data here", reasons=(because(now),),
+                        actions=(restart.readopt(o),), memory=memory, wake_in_s=0.2, role="uninitialized")
     if may_bootstrap(o)[0].holds:
         return _bootstrap(o, memory)
     return _clone(o, memory)
 
 
+def _give_back(o: Observation, memory: Memory, why: Reason) -> Decision:
+    """A lock without data, or without a disk that answers, keeps everybody else from it. What was published last stands."""
+    lock = view_of(o).lock
+    lsn, timeline = (lock.lsn, lock.timeline) if lock is not None and lock.node_id == o.me.node_id else (0, 0)
+    release = ReleaseLock(lsn=lsn, timeline=timeline, why=why.because)
+    return Decision(situation="empty", summary=f"giving the lock to those who can use it: {why.because}", reasons=(why,), actions=(release,), memory=memory,
+                    wake_in_s=0.5)
+
+
 def _unusable(o: Observation, memory: Memory) -> Decision:
     """Never taken for empty: nothing is begun on what cannot be read."""
     why = reason("empty.readable", False, f"the data directory is {o.directory.state}: {o.directory.why}")
+    if licensed(o):
+        memory = memory if memory.holding_since else replace(memory, holding_since=o.now)
+        assert memory.holding_since is not None
+        held_s = candidate_age_s(memory.holding_since, o.now)
+        if held_s >= DISK_WITHIN_S:
+            return _give_back(o, memory, reason("empty.lock_is_of_use", False, f"held for {held_s:.1f} s without a server, limit {DISK_WITHIN_S:g} s; {why.because}"))
     return Decision(situation="empty", summary=why.because, reasons=(why,), memory=memory, wake_in_s=min(2.0, o.settings.loop_wait_s))
 
 

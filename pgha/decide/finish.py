@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import NEVER, Deadline, earlier
-from pgha.decide import capacity, paused
+from pgha.decide import capacity, failsafe, paused, slots
 from pgha.decide.common import may_write, stop_timeout_s
 from pgha.decide.standing import licensed
 from pgha.model.action import Bootstrap, Clone, Demote, Restart, Rewind, StartPrimary, StartStandby, Stop
@@ -28,8 +28,8 @@ def finish(o: Observation, decision: Decision) -> Decision:
     room = capacity.store_has_room(o)
     if not room.holds and room not in decision.reasons:
         decision = replace(decision, reasons=(*decision.reasons, room))     # it may be why nobody leads
-    return replace(decision, mandate=mandate(o), state=decision.state or state(o), role=decision.role or role(o), paused=pause, memory=memory,
-                   leaves_sync=memory.leaving_since is not None)
+    return replace(decision, mandate=mandate(o), failsafe=failsafe.order(o, slots.published_slots(o)), state=decision.state or state(o),
+                   role=decision.role or role(o), paused=pause, memory=memory, leaves_sync=memory.leaving_since is not None)
 
 
 def mandate(o: Observation) -> Mandate:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from pgha.clock import candidate_age_s
+from pgha.clock import candidate_age_s, remaining_s
 from pgha.decide import paused, rejoin, slots, synchronous
 from pgha.decide.common import ask_others, leader_member, own_history, reason, source_of, view_of
 from pgha.decide.leading import operator_requests
@@ -114,7 +114,9 @@ def _look(o: Observation, memory: Memory, leader: Member | None) -> tuple[list[A
     history = own_history(o, row.timeline)
     if history is not None and upstream is not None and known and upstream.ok and not upstream.in_recovery:
         own = Position(timeline=row.timeline, lsn=row.position)
-        judged = rejoin.judge(own, history, upstream, end_is_known=True)
+        asked = memory.upstream_asked_at
+        asked_later = since is not None and asked is not None and remaining_s(asked, since) >= 0
+        judged = rejoin.judge(own, history, upstream, end_is_known=True, asked_later=asked_later)
         if judged.verdict is not rejoin.Verdict.FOLLOW and paused.in_force(o):
             return [], memory, (judged.because,), f"cannot follow {leader.name} as it is, and is left alone in pause: {judged.because.because}"
         if judged.verdict is not rejoin.Verdict.FOLLOW:

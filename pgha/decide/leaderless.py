@@ -131,7 +131,9 @@ def _acquire(o: Observation) -> AcquireLock:
     """Take exactly the record that was judged, with a timeline number that nobody can have claimed."""
     view = view_of(o)
     own = promotion.own_position(o)
-    told = [view.timeline, view.epoch.timeline, *(number for number, _ in view.epoch.claims)]
+    # Also what members are known to be on: a store that was rebuilt has lost the claims (two promotions never share a number).
+    known = [*(p.timeline for p in o.dcs.last_positions.values()), *(p.timeline for p in o.peers.values())]
+    told = [view.timeline, view.epoch.timeline, *(number for number, _ in view.epoch.claims), *known]
     highest = max([own.timeline, *(number for number in told if number <= own.timeline + NONSENSE_AHEAD)])
     claims = view.epoch.claims
     if view.epoch.timeline > view.timeline and view.epoch.holder:

@@ -7,7 +7,7 @@ import json
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
-from pgha.decide import capacity, restart, slots, switchover, synchronous
+from pgha.decide import capacity, failsafe, restart, slots, switchover, synchronous
 from pgha.decide.common import (
     NONSENSE_AHEAD,
     ask_others,
@@ -170,6 +170,9 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
     history = _history(o)
     if history is not None:
         actions.append(history)
+    listed = failsafe.list_to_write(o)
+    if listed is not None:
+        actions.append(listed)
     maintenance = slots.maintenance(o)
     if maintenance is not None:
         actions.append(maintenance)
@@ -180,7 +183,11 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
         actions += operator_requests(o, as_primary=True, synchronous_names=synchronous.primary_names(o, memory))
     lasts = licence_left(o) if o.licence.endless else f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"
     reasons = (reason("leading.licence", True, lasts), *capacity.reasons(o), *kept.reasons)
-    return Decision(situation="leading", summary=f"no action. I am ({o.me.name}), the leader with the lock", reasons=reasons, actions=tuple(actions), memory=memory,
+    # Both texts are the reference's: people's alerts look for them.
+    summary = f"no action. I am ({o.me.name}), the leader with the lock"
+    if o.licence.by_failsafe:
+        summary = "continue to run as a leader because failsafe mode is enabled and all members are accessible"
+    return Decision(situation="leading", summary=summary, reasons=reasons, actions=tuple(actions), memory=memory,
                     wake_in_s=min(o.settings.loop_wait_s, kept.wake_in_s or o.settings.loop_wait_s))
 
 
@@ -196,6 +203,8 @@ def _status(o: Observation, memory: Memory) -> tuple[WriteKey | None, Memory]:
     """`status`: position and slots, once every loop_wait, and only if it says something new."""
     view, row = view_of(o), o.postgres.row
     assert row is not None
+    if o.dcs.unreachable_since is not None:
+        return None, memory
     if memory.last_status_at is not None and candidate_age_s(memory.last_status_at, o.now) < o.settings.loop_wait_s * 0.95:
         return None, memory
     value: dict[str, object] = {k: v for k, v in view.status.raw.items() if k not in ("optime", "slots", "retain_slots")}
@@ -230,6 +239,9 @@ def _history(o: Observation) -> WriteKey | None:
         else:
             entries.append(HistoryEntry(timeline=item.timeline, lsn=item.switch_lsn, reason=item.reason))
     limit = o.settings.max_timelines_history
+    told = [(e.timeline, e.lsn) for e in (entries[-limit:] if limit else entries)]
+    if view.history is not None and told == [(e.timeline, e.lsn) for e in view.history]:
+        return None     # told already: after a number was left out the last row's is not the own one less one
     rows = [[e.timeline, e.lsn, e.reason, e.timestamp, e.leader] for e in (entries[-limit:] if limit else entries)]
     for item_row in rows:
         while item_row[-1] == "":

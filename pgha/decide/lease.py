@@ -8,7 +8,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import holder_age_s, remaining_s
-from pgha.decide import paused, restart
+from pgha.decide import failsafe, paused, restart
 from pgha.decide.common import fence_in_s, may_write, reason
 from pgha.decide.standing import Whose, because, left_s, licensed, standing
 from pgha.model.action import Action, Demote, ReadCluster
@@ -77,6 +77,7 @@ def licence_lasts(o: Observation) -> Reason:
     begin = demote_at(licence.valid_until, licence.ttl_s, since=licence.since, loop_wait_s=o.settings.loop_wait_s)
     to_go_s = remaining_s(begin, o.now)
     failing = f", renewals have failed for {holder_age_s(licence.failing_since, o.now):.1f} s ({licence.failing_why})" if licence.failing_since else ""
+    failing += failsafe.agreement(o)
     return reason("lease.licence_lasts", to_go_s > 0, f"{left_s(o):.1f} s of the licence left, demotion in {to_go_s:.1f} s{failing}")
 
 

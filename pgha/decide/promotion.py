@@ -7,7 +7,7 @@ can be a vote; the others' votes are heard, or waited for as long as they might 
 from __future__ import annotations
 
 from pgha.clock import candidate_age_s, remaining_s
-from pgha.decide import eligible, paused, restart
+from pgha.decide import eligible, failsafe, paused, restart
 from pgha.decide.common import fresh_peers, mib, others, reason, view_of
 from pgha.model.decision import Election, Memory, Reason
 from pgha.model.observation import Observation, Peer
@@ -32,6 +32,7 @@ def conditions(o: Observation, memory: Memory) -> tuple[Reason, ...]:
     return (
         in_recovery(o), not_nofailover(o), caught_up(o), timeline_is_known(o), system_is_ours(o), guard_answers(o), watchdog_is_usable(o),
         has_not_just_failed(o, memory), is_not_asked_to_leave(o, memory), paused.may_stand(o), eligible.is_synchronous(o, chosen=manually_chosen(o)),
+        failsafe.nothing_is_promised(o), failsafe.is_listed(o),
     )
 
 

@@ -31,9 +31,9 @@ class Judgement(Struct, frozen=True, kw_only=True):
     because: Reason
 
 
-def judge(own: Position, own_history: tuple[HistoryRow, ...], upstream: Upstream, *, end_is_known: bool) -> Judgement:
+def judge(own: Position, own_history: tuple[HistoryRow, ...], upstream: Upstream, *, end_is_known: bool, asked_later: bool = False) -> Judgement:
     """`own`: the end of what this node has, `end_is_known` whether that is really the end (a stopped server's WAL may
-    go on behind what pg_control says)."""
+    go on behind what pg_control says). `asked_later`: the upstream was asked when this node had received all of it."""
     def verdict(what: Verdict, text: str) -> Judgement:
         return Judgement(verdict=what, because=reason("rejoin.judge", what is Verdict.FOLLOW, text))
 
@@ -42,6 +42,9 @@ def judge(own: Position, own_history: tuple[HistoryRow, ...], upstream: Upstream
         if ours and theirs and ours != theirs:
             # Two promotions that took the same number: pg_rewind would see nothing to do (measured; safety model 7).
             return verdict(Verdict.CLONE, f"both on timeline {own.timeline}, but it branched at {format_lsn(ours[-1][1])} here and at {format_lsn(theirs[-1][1])} there")
+        if asked_later and not upstream.in_recovery and own.lsn > upstream.lsn > 0:
+            # Nobody has more than the primary that he had it from: two promotions took the same number at the same point, or it lost its own.
+            return verdict(Verdict.CLONE, f"both on timeline {own.timeline}, but own WAL ends at {format_lsn(own.lsn)} and {upstream.name}'s, a primary's, at {format_lsn(upstream.lsn)}")
         return verdict(Verdict.FOLLOW, f"both on timeline {own.timeline}")
     switch = next((row.switch_lsn for row in upstream.history if row.timeline == own.timeline), None)
     if switch is None:

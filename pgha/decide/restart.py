@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pgha.clock import holder_age_s
+from pgha.decide import failsafe
 from pgha.decide.common import reason, view_of
 from pgha.model.action import AcquireLock
 from pgha.model.decision import Reason
@@ -23,7 +24,7 @@ def read_in_this_pass(o: Observation) -> Reason:
 
 def readoption_conditions(o: Observation) -> tuple[Reason, ...]:
     """Asked of a node whose own earlier incarnation wrote the record that stands."""
-    return (data_is_not_behind_record(o), guard_answers(o))
+    return (data_is_not_behind_record(o), guard_answers(o), failsafe.nothing_is_promised(o))
 
 
 def data_is_not_behind_record(o: Observation) -> Reason:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pgha.decide import failsafe
 from pgha.decide.common import view_of
 from pgha.model.action import MaintainSlots
 from pgha.model.cluster import slot_name
@@ -33,7 +34,8 @@ def maintenance(o: Observation) -> MaintainSlots | None:
     drop = tuple(sorted(s for s in unwanted if not have[s].active))
     advance = []
     if row.in_recovery:
-        for name, lsn in sorted(view.status.slots.items()):
+        leader = failsafe.pinging_leader(o)
+        for name, lsn in sorted({**view.status.slots, **(leader.slots if leader else {})}.items()):
             slot = have.get(name)
             if slot is not None and not slot.active and slot.restart_lsn and slot.restart_lsn < lsn <= row.replayed_lsn:
                 advance.append((name, lsn))

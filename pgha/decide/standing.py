@@ -9,6 +9,7 @@ from msgspec import Struct
 from pgha.clock import candidate_age_s, remaining_s
 from pgha.model.cluster import PausedHolder
 from pgha.model.decision import Reason
+from pgha.model.failsafe import Promise
 from pgha.model.lock import LicenceState, LockRecord, wait_s
 from pgha.model.observation import Observation
 
@@ -55,6 +56,9 @@ def standing(o: Observation) -> Standing:
     seen = o.dcs.lock_seen
     untrusted_s = 0.0 if o.dcs.trusted_from is None else max(0.0, remaining_s(o.dcs.trusted_from, o.now))
     record = seen.record
+    given = o.failsafe.promise
+    if given is not None and given.name and given.binds(record, o.now) and (record is None or record.node_id != o.me.node_id):
+        return _promised(o, given)
     if record is None:
         return _absent(o, untrusted_s)
     age_s = candidate_age_s(seen.since, o.now) if seen.since else 0.0
@@ -81,6 +85,13 @@ def standing(o: Observation) -> Standing:
         return Standing(whose=Whose.FREE, record=record,
                         because=f"{record.holder or 'unknown'}'s record was seen unchanged for {age_s:.2f} s, ttl {record.ttl_s:g} s")
     return Standing(whose=Whose.LIVE, because=f"held by {record.holder or 'unknown'}, expires in {left:.1f} s unless renewed", record=record, left_s=left)
+
+
+def _promised(o: Observation, given: Promise) -> Standing:
+    """A leader without the store asked us not to take over: it leads, whatever the store says, until that has passed."""
+    asking = LockRecord(holder=given.name, node_id="", incarnation=given.incarnation, sequence=given.sequence, ttl_s=given.ttl_s)
+    left = given.left_s(o.now)
+    return Standing(whose=Whose.LIVE, record=asking, left_s=left, because=f"{given.name} leads by failsafe mode: promised not to take over for another {left:.1f} s")
 
 
 def _expiry_s(o: Observation, record: LockRecord) -> float:

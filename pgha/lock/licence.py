@@ -5,7 +5,9 @@ Rules of this file (safety model 3):
 * a record is mine only if incarnation and sequence match one that this process sent and has not superseded;
 * a write that may shorten the licence (smaller ttl, end of a pause, release) counts as committed before its first byte;
 * a record in mode `paused` has no end, once it is committed and not before;
-* only another's record means lost; everything else is unknown, and the deadline stands.
+* only another's record means lost; everything else is unknown, and the deadline stands;
+* a failsafe round widens a licence that is held and has not come to its fence, under a sequence of its own: it never
+  revives one, and it never outlives another's record (safety model 12).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from pgha.clock import Deadline, Instant, earlier, remaining_s
-from pgha.model.lock import Identity, Licence, LicenceState, LockMode, LockRecord, licensed_until
+from pgha.model.lock import Identity, Licence, LicenceState, LockMode, LockRecord, fence_at, licence_s, licensed_until
 
 
 class Sent(Struct, frozen=True, kw_only=True):
@@ -33,7 +35,9 @@ class LicenceBook:
         self.licence = Licence()
         self.value = b""                       # of the committed record, for the next compare
         self._sent: dict[int, Sent] = {}       # by sequence: committed last one, and those not settled
-        self._sequence = 0
+        self._sequence = 0                     # the last that was given to a send or to a failsafe round
+        self._composed = 0                     # the last that was given to a send
+        self._committed = 0
         self._cap: Deadline | None = None      # a shortening write that is not settled
         self._cap_sequence = 0
 
@@ -45,13 +49,14 @@ class LicenceBook:
         An unsettled record for the same compare is sent again as it is, so that its validity goes on counting from
         its first send whichever attempt is answered. Otherwise it is a new sequence.
         """
-        last = self._sent.get(self._sequence)
+        last = self._sent.get(self._composed)
         if (
-            last is not None and last.onto_revision == onto_revision and self._sequence != self.licence.sequence
+            last is not None and last.onto_revision == onto_revision and self._composed != self._committed
             and last.record.mode == mode and last.record.ttl_s == ttl_s
         ):
             return last
         self._sequence += 1
+        self._composed = self._sequence
         record = LockRecord(
             holder=self.me.name, node_id=self.me.node_id, incarnation=self.me.incarnation, sequence=self._sequence,
             ttl_s=ttl_s, mode=mode, lsn=lsn, timeline=timeline,
@@ -66,8 +71,8 @@ class LicenceBook:
         The caller has the guard confirm it, then calls `shorten`, then sends.
         """
         now_valid = self.licence.valid_until
-        if now_valid is None:
-            return None
+        if now_valid is None or sent.record.sequence < self.licence.sequence:
+            return None     # sent again, and older than the round that has given more: it takes nothing back
         end = licensed_until(sent.record, sent.at)
         return end if remaining_s(end, now_valid) < 0 else None
 
@@ -84,19 +89,44 @@ class LicenceBook:
         record = sent.record
         self._sent = {n: s for n, s in self._sent.items() if n >= record.sequence}
         self.value = value
+        self._committed = record.sequence
         if self._cap is not None and record.sequence >= self._cap_sequence:
             self._cap = None
         released = record.mode == "released"
+        before = self.licence
         self.licence = replace(
-            self.licence,
+            before,
             state=LicenceState.NONE if released else
             LicenceState.RELEASING if self.licence.state is LicenceState.RELEASING else LicenceState.HELD,
             sequence=record.sequence, ttl_s=record.ttl_s, mode=record.mode, since=None if released else sent.at,
             valid_until=None if released else licensed_until(record, sent.at),
             revision=revision, epoch=epoch, epoch_revision=epoch_revision, acquired_pass=acquired_pass,
-            failing_since=None, failing_why="", lost_to="",
+            failing_since=None, failing_why="", lost_to="", by_failsafe=False,
         )
+        if before.by_failsafe and record.sequence < before.sequence and not released:
+            # A send of before the round has arrived at last. What all members promised since stands beside it.
+            self.licence = replace(self.licence, sequence=before.sequence, since=before.since, valid_until=before.valid_until, by_failsafe=True)
         self._apply_cap()
+
+    # --- failsafe ------------------------------------------------------------------------------------------------------
+
+    def round_begins(self) -> int:
+        """The sequence of the licence that a round is to give: later than every send of before it, so that the guard takes it."""
+        self._sequence += 1
+        return self._sequence
+
+    def extend(self, began: Instant, now: Instant, *, sequence: int, epoch: int) -> bool:
+        """All who might take over have promised not to, after `began`. Whether that widens the licence."""
+        licence = self.licence
+        if licence.state is not LicenceState.HELD or licence.valid_until is None or licence.mode != "held" or licence.epoch != epoch:
+            return False
+        if self._cap is not None or remaining_s(fence_at(licence.valid_until, licence.ttl_s), now) <= 0:
+            return False        # a shorter one may have been committed; or the killing has begun, and nothing is revived
+        end = began.plus_s(licence_s(licence.ttl_s))
+        if sequence <= licence.sequence or remaining_s(end, licence.valid_until) <= 0:
+            return False        # a later send was committed meanwhile: that counts for more
+        self.licence = replace(licence, sequence=sequence, since=began, valid_until=end, by_failsafe=True)
+        return True
 
     def recognise(self, record: LockRecord | None) -> Sent | None:
         """The send that `record` is, if this process sent it and has not superseded it."""
@@ -131,7 +161,7 @@ class LicenceBook:
         It is a new sequence: a renewal that was never answered would bring its old first send with it.
         """
         if self.licence.state is not LicenceState.ACQUIRING:
-            self._sent.pop(self._sequence, None)
+            self._sent.pop(self._composed, None)
         self.licence = Licence(state=LicenceState.ACQUIRING)
         self._cap = None
 

@@ -6,6 +6,7 @@ one endpoint after the other, as long as the loop's mandate stands; what may be 
 
 Rules of this file:
 * the clock is read before the first byte is sent, never after;
+* whether a take-over is promised away is asked in the same step in which it becomes "under way" (safety model 12);
 * nothing here waits for the guard, except before a write that shortens the licence, which the guard confirms first.
 """
 
@@ -21,8 +22,10 @@ from msgspec.structs import replace
 from pgha.clock import Clock, Deadline, Instant, holder_age_s, remaining_s
 from pgha.dcs import ABSENT, Compare, Delete, Entry, Outcome, Put, Store
 from pgha.dcs.keys import EPOCH, LOCK, Keys, encode, parse_epoch, parse_lock
+from pgha.dcs.outage import Outage
 from pgha.errors import DcsError, DcsRefused, DcsUnreachable, GuardError, Refused
 from pgha.lock.licence import LicenceBook, Sent
+from pgha.lock.promise import Promises
 from pgha.log import Log
 from pgha.model.action import AcquireLock
 from pgha.model.decision import Mandate
@@ -52,6 +55,15 @@ class Timing(Struct, frozen=True, kw_only=True):
     paused: bool = False
 
 
+class Round(Struct, frozen=True, kw_only=True):
+    """A failsafe round that has begun: what it gives, should all accept."""
+
+    began: Instant
+    sequence: int
+    epoch: int
+    ttl_s: float
+
+
 class Narrower(Protocol):
     """The guard's confirmation that a shorter licence is known to it."""
 
@@ -64,18 +76,21 @@ class Renewer:
     """Owner of the lock record of this process."""
 
     def __init__(self, *, store: Store, keys: Keys, me: Identity, clock: Clock, timing: Callable[[], Timing],
-                 changed: Callable[[], None]) -> None:
+                 changed: Callable[[], None], outage: Outage | None = None) -> None:
         self._store = store
         self._keys = keys
         self._clock = clock
         self._timing = timing
         self._changed = changed
+        self._outage = outage or Outage(clock)
+        self._told = False               # that renewals fail, for another reason than silence
         self._book = LicenceBook(me)
         self._busy = trio.Lock()
         self._news = trio.Event()
         self._renewing: trio.CancelScope | None = None
         self._wall_offset = clock.wall_s() - clock.now().boot_ns / 1e9
         self._confirm_by: Deadline | None = None
+        self._jumped_at: Instant | None = None
         self._epoch = Epoch(number=0, holder="", incarnation="")
         self._pass = 0
         self._renew_now = False
@@ -84,6 +99,7 @@ class Renewer:
         self.me = me
         self.mandate = Mandate()
         self.narrower: Narrower | None = None
+        self.promises: Promises | None = None
         self.position = (0, 0)           # (lsn, timeline) to write into the record: the loop keeps it fresh
         self.heard_at: Instant | None = None
 
@@ -110,6 +126,7 @@ class Renewer:
             if self._holds():
                 raise Refused("the lock is held by this incarnation already")
             timing = self._timing()
+            self._refuse_promised(action)       # no await between this and `acquiring`: a promise refuses, or is refused
             self._book.acquiring()
             # Paused only where the guard knows of a pause already; a licence that is new begins with an end.
             sent = self._book.compose(
@@ -135,6 +152,13 @@ class Renewer:
             self._settle_take_over(outcome)
             if not self._holds():
                 raise Refused("the lock, or what eligibility was judged on, has changed meanwhile")
+
+    def _refuse_promised(self, action: AcquireLock) -> None:
+        """Whoever promised not to take over does not, whatever has been decided meanwhile. A new cluster's birth is no take-over."""
+        record = parse_lock(action.lock_value) if action.lock_revision else None
+        promise = self.promises.binding(record) if self.promises is not None and action.initialize_revision is None else None
+        if promise is not None:
+            raise Refused(f"promised to {promise.name or 'nobody known'} not to take over for another {promise.left_s(self._clock.now()):.1f} s (failsafe)")
 
     def _holds(self) -> bool:
         licence = self.licence
@@ -234,6 +258,7 @@ class Renewer:
         while True:
             wait_s = self._next_in_s()
             if wait_s > 0:
+                self._outage.answered("lock")       # or it is not asked for anything now
                 self._news = trio.Event()
                 # A holder looks at the wall clock every second: nothing tells when it is set.
                 with trio.move_on_after(min(wait_s, 1.0) if self.licence.state is LicenceState.HELD else wait_s):
@@ -250,8 +275,9 @@ class Renewer:
                 self._failed((f"{OUT_OF_SPACE}: " if error.no_space else "") + str(error))
                 await trio.sleep(0.25)
             except (DcsError, GuardError) as error:
-                self._failed(str(error))
-                await trio.sleep(0.05)      # a refused connection answers at once: do not spin
+                self._failed(str(error), silent=isinstance(error, DcsUnreachable))
+                # A refused connection answers at once: do not spin, and least of all for as long as failsafe may carry on.
+                await trio.sleep(0.25 if self.licence.by_failsafe else 0.05)
 
     def _next_in_s(self) -> float:
         """Seconds until there is something to send; 0 = now."""
@@ -268,7 +294,7 @@ class Renewer:
         refused = self._narrow_refused_at
         changed = ((timing.ttl_s != licence.ttl_s or timing.paused != (licence.mode == "paused"))
                    and (refused is None or holder_age_s(refused, now) >= NARROW_AGAIN_S))
-        if changed or self._renew_now or licence.failing_since is not None or self._confirm_by is not None:
+        if changed or self._renew_now or licence.failing_since is not None or self._confirm_by is not None or licence.by_failsafe:
             return 0.0
         return max(0.0, remaining_s(licence.since.plus_s(min(timing.loop_wait_s, timing.ttl_s / 3)), now))
 
@@ -376,8 +402,9 @@ class Renewer:
 
     def _renewed(self, sent: Sent, revision: int, value: bytes, *, epoch_revision: int | None = None) -> None:
         licence = self.licence
-        if licence.failing_since is not None:
+        if licence.failing_since is not None and self._told:
             log.info("lock renewed again", after_s=remaining_s(self._clock.now(), licence.failing_since), sequence=sent.record.sequence)
+        self._told = False
         self._book.committed(sent, revision=revision, value=value, epoch=licence.epoch,
                              epoch_revision=licence.epoch_revision if epoch_revision is None else epoch_revision,
                              acquired_pass=licence.acquired_pass)
@@ -412,6 +439,24 @@ class Renewer:
                 return
         await trio.sleep(0.1)
 
+    # --- failsafe ------------------------------------------------------------------------------------------------------
+
+    def begin_round(self) -> Round | None:
+        """Call before the first POST of a failsafe round. None: there is no licence to extend."""
+        licence = self.licence
+        if not self._holds():
+            return None
+        return Round(began=self._clock.now(), sequence=self._book.round_begins(), epoch=licence.epoch, ttl_s=licence.ttl_s)
+
+    def extend(self, begun: Round) -> bool:
+        """All members that may race have accepted. Whether that has widened the licence."""
+        if not self._book.extend(begun.began, self._clock.now(), sequence=begun.sequence, epoch=begun.epoch):
+            return False
+        if self._jumped_at is not None and remaining_s(begun.began, self._jumped_at) >= 0:
+            self._confirm_by = None         # nobody has taken over: that is what a renewal was to confirm
+        self._announce()
+        return True
+
     # --- odds and ends -------------------------------------------------------------------------------------------------
 
     def forget_expired(self) -> None:
@@ -437,14 +482,17 @@ class Renewer:
         offset = self._clock.wall_s() - self._clock.now().boot_ns / 1e9
         jump_s, self._wall_offset = offset - self._wall_offset, offset
         if abs(jump_s) > WALL_JUMP_S and self.licence.valid_until is not None and not self.licence.endless:
-            now = self._clock.now()
+            now = self._jumped_at = self._clock.now()
             self._confirm_by = now.plus_s(min(1.0, max(0.0, remaining_s(self.licence.valid_until, now))))
             log.warning("wall clock jumped, confirming the lock", jump_s=jump_s)
             self._changed()
 
-    def _failed(self, why: str) -> None:
-        if self.licence.failing_since is None and self.licence.state is not LicenceState.NONE:
-            log.warning("lock renewal is not answered", why=why, state=str(self.licence.state))
+    def _failed(self, why: str, *, silent: bool = False) -> None:
+        if self.licence.state is not LicenceState.NONE and silent:
+            self._outage.failing("lock", why)
+        elif self.licence.state is not LicenceState.NONE and not self._told:
+            self._told = True
+            log.warning("lock is not renewed", why=why, state=str(self.licence.state))
         self._book.failing(self._clock.now(), why)
         self._changed()
 

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from pgha.clock import Deadline, Instant
 from pgha.model.action import Action
+from pgha.model.failsafe import FailsafeOrder
 from pgha.model.synchronous import Promise
 from pgha.model.wal import HistoryRow
 
@@ -143,6 +144,7 @@ class Decision(Struct, frozen=True, kw_only=True):
     mandate: Mandate = Mandate()
     ask_peers: PeerQuestion = PeerQuestion()
     vote: Vote = Vote()
+    failsafe: FailsafeOrder | None = None       # whom to ask if the store stays silent; None: nobody, the licence just ends
     state: str = ""                             # PostgreSQL's state for the member key and REST (compatibility spec 1.10)
     role: str = ""                              # spec 1.11
     leaves_sync: bool = False                   # published as tags: no synchronous standby, since it is about to stop

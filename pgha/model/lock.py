@@ -76,6 +76,7 @@ class Licence(Struct, frozen=True, kw_only=True):
     failing_since: Instant | None = None  # renewals have failed since then
     failing_why: str = ""
     lost_to: str = ""                   # whose record replaced ours
+    by_failsafe: bool = False           # `since` and `valid_until` come from a failsafe round: the store did not answer
 
     @property
     def endless(self) -> bool:

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from pgha.clock import Instant
 from pgha.model.cluster import ClusterView, LockSeen, PausedHolder, Tags
+from pgha.model.failsafe import FailsafeFacts
 from pgha.model.lock import Identity, Licence
 from pgha.model.node import DataDirectoryFacts, GuardFacts, PostgresFacts, WatchdogFacts
 from pgha.model.wal import HistoryRow, Position
@@ -176,6 +177,7 @@ class Observation(Struct, frozen=True, kw_only=True):
     directory: DataDirectoryFacts = DataDirectoryFacts()
     guard: GuardFacts = GuardFacts()
     watchdog: WatchdogFacts = WatchdogFacts()
+    failsafe: FailsafeFacts = FailsafeFacts()
     peers: dict[str, Peer] = {}
     upstream: Upstream | None = None
     configured_upstream: str = ""        # whom PostgreSQL's files were last written to follow

@@ -21,6 +21,7 @@ from pgha.clock import Clock, Instant, candidate_age_s, remaining_s
 from pgha.config.state import RememberedMember, StoreGeneration, load_remembered, save_remembered
 from pgha.dcs import Capacity, Change, Entry, Generation, Snapshot, Store
 from pgha.dcs.keys import UNREADABLE_LOCK, Keys, parse
+from pgha.dcs.outage import Outage
 from pgha.errors import Compacted, DcsError
 from pgha.log import Log
 from pgha.model.cluster import ClusterView, LockSeen, Member, PausedHolder
@@ -53,7 +54,7 @@ class ClusterObserver:
     """Owner of the view. `settings()` → (ttl_s, loop_wait_s, retry_timeout_s, member_slots_ttl_s)."""
 
     def __init__(self, *, store: Store, keys: Keys, clock: Clock, state_dir: Path, settings: Callable[[], tuple[float, float, float, float]],
-                 wake: Callable[[], None], me: str, in_thread: InThread = in_thread) -> None:
+                 wake: Callable[[], None], me: str, in_thread: InThread = in_thread, outage: Outage | None = None) -> None:
         self._store = store
         self._keys = keys
         self._clock = clock
@@ -62,6 +63,7 @@ class ClusterObserver:
         self._wake = wake
         self._me = me
         self._in_thread = in_thread
+        self._outage = outage or Outage(clock)
         self._entries: dict[str, Entry] = {}
         self._revision = 0
         self._generation = Generation()
@@ -276,7 +278,8 @@ class ClusterObserver:
                 try:
                     self._note_capacity(await self._store.capacity(deadline_s=2.0), quota_bytes())
                 except DcsError as error:
-                    log.info("the store does not say how full it is", why=str(error))
+                    say = log.debug if self._outage.on else log.info
+                    say("the store does not say how full it is", why=str(error))
             elif self.facts.capacity is not None:
                 self.facts = replace(self.facts, capacity=None)     # another leads, and watches
             await trio.sleep(CAPACITY_AT_MOST_S)
@@ -357,14 +360,12 @@ class ClusterObserver:
         self._renew_view(None, self._clock.now())
 
     def _heard(self, at: Instant) -> None:
-        was = self.facts.unreachable_since
-        if was is not None and self.facts.view is not None:
-            log.info("the store answers again", after_s=candidate_age_s(was, at))
+        self._outage.answered("watch")
         self.facts = replace(self.facts, heard_at=at, unreachable_since=None, why="")
 
     def _unreachable(self, why: str) -> None:
         if self.facts.unreachable_since is None:
-            log.warning("the store does not answer", why=why)
+            self._outage.failing("watch", why)
             # Absence is continuous only by reads that were answered.
             seen = replace(self.facts.lock_seen, absent_since=None)
             self.facts = replace(self.facts, unreachable_since=self._clock.now(), why=why, lock_seen=seen)

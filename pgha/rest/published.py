@@ -13,6 +13,7 @@ import trio
 from msgspec import Struct
 
 from pgha.clock import Deadline, Instant, candidate_age_s, holder_age_s, remaining_s
+from pgha.decide import failsafe
 from pgha.model.cluster import ClusterView
 from pgha.model.decision import Decision, Memory, Vote
 from pgha.model.lock import LicenceState, wait_s
@@ -142,7 +143,7 @@ def publish_pass(seen: Observation, decision: Decision, *, scope: str, memory: M
         latest_end_lsn=receiver.latest_end_lsn or None if receiver else None,
         received_lsn=row.received_lsn or row.replayed_lsn if row and answered and row.in_recovery else None,
         replayed_lsn=row.replayed_lsn if row and answered and row.in_recovery else None,
-        maximum_lag_bytes=seen.settings.maximum_lag_on_failover_bytes,
+        maximum_lag_bytes=seen.settings.maximum_lag_on_failover_bytes, failsafe_active=failsafe.is_active(seen),
     )
     running_primary = role == "primary" and state == "running"
     return Published(
@@ -195,6 +196,8 @@ def is_unlocked(seen: Observation) -> bool:
     """True also when the cluster has not been seen: nobody is known to lead."""
     view = seen.dcs.view
     if seen.licence.state is LicenceState.HELD:
+        return False
+    if failsafe.pinging_leader(seen) is not None:
         return False
     if view is None:
         return True

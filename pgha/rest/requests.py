@@ -12,9 +12,11 @@ from typing import Any, Protocol
 
 import trio
 from msgspec import Struct
+from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
 from pgha.decide.standing import still_sends
+from pgha.model.failsafe import Ping
 from pgha.model.lock import wait_s
 from pgha.model.overview import synchronous, synchronous_names
 from pgha.rest.published import Board, Published
@@ -49,6 +51,11 @@ class Requests(Protocol):
         """
         ...
 
+    def failsafe(self, ping: Ping) -> tuple[Answer, int]:
+        """Answer a leader that cannot reach the store, and this node's last known position. Never blocks, never awaits:
+        what is checked and what is promised are one step (safety model 12)."""
+        ...
+
     def wake(self, why: str, epoch: int) -> None:
         """Let the loop know at once. Never blocks."""
         ...
@@ -76,6 +83,7 @@ class Changes:
             ("POST", "switchover"): self._switchover,
             ("DELETE", "switchover"): self._cancel_switchover,
             ("POST", "failover"): self._failover,
+            ("POST", "failsafe"): self._failsafe,
         }
 
     def knows(self, method: str, name: str) -> bool:
@@ -126,6 +134,14 @@ class Changes:
 
     async def _no_restart(self, _request: Request) -> Response:
         return text_response(404, "no restarts are scheduled")
+
+    # --- failsafe ----------------------------------------------------------------------------------------------------
+
+    async def _failsafe(self, request: Request) -> Response:
+        ping = _ping(_object(request))
+        answer, lsn = self._requests.failsafe(ping)
+        response = text_response(answer.status, answer.text)
+        return replace(response, headers=(*response.headers, ("lsn", str(lsn)))) if answer.status == 200 else response
 
     # --- who leads ---------------------------------------------------------------------------------------------------
 
@@ -263,6 +279,27 @@ def _name(body: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise _Wrong(400, f"{key} must be a member's name")
     return value
+
+
+def _ping(body: Mapping[str, Any]) -> Ping:
+    """The reference's four fields and pgha's own. What is there must be sound: half a ping would be half a promise."""
+    own = body.get("pgha", {})
+    slots = body.get("slots") or {}
+    name = _name(body, "name")
+    if not name or not isinstance(own, dict) or not isinstance(slots, dict):
+        raise _Wrong(400, "a failsafe ping has name, conn_url, api_url, slots")
+    epoch, ttl_s, sequence = own.get("epoch"), own.get("ttl_s"), own.get("sequence", 0)
+    if not (_is_number(epoch, int) or epoch is None) or not (_is_number(ttl_s, float) or ttl_s is None) or not _is_number(sequence, int):
+        raise _Wrong(400, "pgha.epoch, pgha.sequence and pgha.ttl_s are numbers")
+    return Ping(name=name, conn_url=_name(body, "conn_url"), api_url=_name(body, "api_url"), to=_name(own, "to"), incarnation=_name(own, "incarnation"),
+                slots={str(k): v for k, v in slots.items() if _is_number(v, int)}, epoch=epoch, ttl_s=ttl_s, sequence=sequence)
+
+
+def _is_number(value: Any, kind: type[int | float]) -> bool:
+    """A whole number of 64 bits, or any but NaN and the infinities."""
+    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+        return False
+    return bool(-(1 << 63) <= value < 1 << 63)
 
 
 def _seconds(value: Any) -> float:

@@ -133,6 +133,9 @@ def upstream(**changes):
 WENT_ON = upstream(timeline=4, history=(*HISTORY, HistoryRow(timeline=3, switch_lsn=LSN)))
 REWINDABLE = {"upstream": WENT_ON, "directory__end_of_wal": LSN + 1, "directory__end_of_wal_timeline": 3, "settings__use_pg_rewind": True}
 
+#: b has a byte more than the primary from which alone it can have it
+AHEAD = {"upstream": upstream(lsn=LSN), "directory__end_of_wal": LSN + 1, "directory__end_of_wal_timeline": 3, "postgres__since": ago(2)}
+
 STANDBYS = [
     row("follows", refuses="", does="StartStandby", summary="starting as a secondary of a", says="both on timeline 3"),
     row("the leader has no key", dcs__view__members={}, refuses="broken.leader_is_known", says="a has no member key yet", does=""),
@@ -149,6 +152,10 @@ STANDBYS = [
     row("start failed a moment ago", memory__start_failures=3, memory__last_start_failed_at=ago(1), does="", summary="start failed 3 times, next try in 3.0 s"),
     row("the leader went on, end of WAL not known", upstream=WENT_ON, refuses="rejoin.judge", does="InspectEndOfWal", says="own WAL goes at least to 0/3FFFC00"),
     row("the leader went on, nothing of ours is left over", upstream=WENT_ON, directory__end_of_wal=LSN, directory__end_of_wal_timeline=3, refuses="", does="StartStandby"),
+    row("ahead of a primary on the same timeline, which was asked after the end", **AHEAD, memory__upstream_asked_at=ago(1), refuses="rejoin.judge rejoin.rewind_is_enabled rejoin.clone_is_allowed",
+        says="both on timeline 3, but own WAL ends at 0/4000001 and a's, a primary's, at 0/4000000", does=""),
+    row("… a copy is allowed", **AHEAD, memory__upstream_asked_at=ago(1), settings__remove_data_directory_on_diverged_timelines=True, refuses="rejoin.judge rejoin.rewind_is_enabled", does="Clone"),
+    row("… and was asked before it", **AHEAD, memory__upstream_asked_at=ago(3), refuses="broken.upstream_was_asked_later", does="InspectUpstream"),
     row("a byte is left over", **REWINDABLE, refuses="rejoin.judge rejoin.clone_is_allowed", does="Rewind", says="own WAL ends at 0/4000001 on timeline 3, a left that timeline at 0/4000000",
         summary="rewinding from a"),
     row("… rewind is off", **{**REWINDABLE, "settings__use_pg_rewind": False}, refuses="rejoin.judge rejoin.rewind_is_enabled rejoin.clone_is_allowed", says="use_pg_rewind is false", does="",

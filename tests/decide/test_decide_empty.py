@@ -13,6 +13,7 @@ from decide_world import (
     MiB,
     ago,
     check,
+    licence,
     names,
     only,
     peer,
@@ -22,7 +23,7 @@ from decide_world import (
     with_lock,
 )
 
-from pgha.model.action import AcquireLock, Clone
+from pgha.model.action import AcquireLock, Clone, ReleaseLock
 from pgha.model.cluster import ClusterView, Tags
 from pgha.model.node import PostgresFacts
 from pgha.model.observation import Operation
@@ -107,6 +108,31 @@ def test_what_cannot_be_read_is_never_taken_for_empty(state):
 
 def test_a_server_that_runs_on_an_unreadable_disk_goes_on():
     assert EMPTY.but(directory__state="unreadable", postgres=PostgresFacts(process="running", row=None)).decide().situation == "following"
+
+
+# --- a holder without data -----------------------------------------------------------------------------------------------
+
+HOLDER = with_lock(EMPTY.but(licence=licence()), record("b"))
+
+
+def test_a_lock_without_data_is_given_back_with_what_was_published():
+    action = only(HOLDER.decide(), ReleaseLock)
+    assert (action.lsn, action.timeline) == (LSN, TIMELINE)
+
+
+@pytest.mark.parametrize("state", ["unreadable", "partial"])
+def test_a_lock_without_a_disk_that_answers_is_given_back_after_a_while(state):
+    waits = HOLDER.but(directory__state=state, directory__why="I/O error").decide()
+    assert (waits.actions, waits.memory.holding_since) == ((), ago(0))
+    assert HOLDER.but(directory__state=state, memory__holding_since=ago(9.9)).decide().actions == ()
+    assert names(HOLDER.but(directory__state=state, memory__holding_since=ago(10)).decide()) == ("ReleaseLock",)
+
+
+def test_the_own_paused_record_is_adopted_after_the_pause_to_be_given_back():
+    """It does not expire, and nobody but its own node can end it."""
+    action = only(with_lock(EMPTY, record("b", incarnation="run-0", mode="paused"), since=ago(1)).decide(), AcquireLock)
+    assert action.readopt
+    assert "AcquireLock" not in names(with_lock(EMPTY, record("a", mode="paused"), since=ago(1)).decide())
 
 
 # --- the last write of a bootstrap ---------------------------------------------------------------------------------------

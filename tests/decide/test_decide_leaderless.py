@@ -31,6 +31,7 @@ from pgha.model.cluster import ClusterView
 from pgha.model.decision import Election
 from pgha.model.lock import Licence, LicenceState
 from pgha.model.node import WalReceiver
+from pgha.model.wal import Position
 
 ELECTION = [
     row("all is well", situation="leaderless", refuses="", does="AcquireLock"),
@@ -129,6 +130,13 @@ def test_anothers_live_record_is_followed():
 def test_the_own_former_record_is_taken_over_by_a_standby_as_by_any():
     action = only(with_lock(CANDIDATE, record("b", incarnation="run-0"), since=ago(1)).decide(), AcquireLock)
     assert (action.readopt, action.claim_timeline) == (False, TIMELINE + 1)
+
+
+@pytest.mark.parametrize("known", [{"dcs__last_positions": {"c": Position(timeline=TIMELINE + 2, lsn=LSN)}},
+                                   {"peers": {"a": silent("a"), "c": peer("c", timeline=TIMELINE + 2, candidate=False, frozen_epoch=5)}}])
+def test_a_number_that_a_member_is_known_to_be_on_is_not_taken_again(known):
+    """A store that was rebuilt has lost the claims (simulation: two promotions to one number at one point)."""
+    assert only(CANDIDATE.but(**known).decide(), AcquireLock).claim_timeline == TIMELINE + 3
 
 
 def test_a_refusal_names_every_obstacle():

@@ -11,6 +11,7 @@ from decide_world import (
     REPLICA,
     STATUS,
     SYSTEM,
+    TIMELINE,
     WINNER,
     MiB,
     ago,
@@ -148,6 +149,7 @@ def test_history_is_cut_to_what_the_operator_keeps():
     {"postgres__row__timeline": 4, "directory__history": ()},      # not looked at since the promotion
     {"postgres__row__timeline": 3},
     {"postgres__row__timeline": 1, "dcs__view__history": (), "directory__history": ()},
+    {"postgres__row__timeline": TIMELINE + 4},      # numbers of others were left out, and it is told already
 ])
 def test_history_is_left_alone(changes):
     assert "WriteKey" not in names(LEADER.but(**changes).decide())

@@ -281,3 +281,99 @@ def test_no_history_of_answers_licenses_longer_than_the_store_does(seed):
         pending = [s for s in on_the_way if s.onto_revision == revision]
         for sent in pending:     # each may commit at any moment from its first send on
             assert ends_s(book) <= max(now, first_sent[sent.record.sequence] + licence_s(sent.record.ttl_s)) + 1e-6, (seed, sent)
+
+
+# --- failsafe rounds -----------------------------------------------------------------------------------------------------
+
+def extended(book: LicenceBook, *, began_s: float = 20, done_s: float = 21, epoch: int = 1) -> bool:
+    return book.extend(at(began_s), at(done_s), sequence=book.round_begins(), epoch=epoch)
+
+
+def test_a_round_widens_the_licence_from_its_first_post_under_a_sequence_of_its_own():
+    book = holder()
+    assert extended(book)
+    assert (ends_s(book), book.licence.sequence, book.licence.since, book.licence.by_failsafe) == (pytest.approx(20 + 29.7), 2, at(20), True)
+    assert extended(book, began_s=40, done_s=41)
+    assert (ends_s(book), book.licence.sequence) == (pytest.approx(40 + 29.7), 3)
+
+
+@pytest.mark.parametrize("state", [LicenceState.LOST, LicenceState.RELEASING, LicenceState.ACQUIRING, LicenceState.NONE])
+def test_a_round_revives_nothing(state):
+    book = holder()
+    {LicenceState.LOST: lambda: book.lost(LockRecord(holder="z", node_id="z", incarnation="z", sequence=1, ttl_s=30.0)), LicenceState.RELEASING: book.releasing,
+     LicenceState.ACQUIRING: book.acquiring, LicenceState.NONE: book.expired}[state]()
+    before = book.licence
+    assert not extended(book)
+    assert book.licence == before
+    assert before.state is state
+
+
+@pytest.mark.parametrize("done_s, gives", [(28.1, True), (28.3, False), (31.0, False)])
+def test_a_round_that_ends_after_the_fence_gives_nothing(done_s, gives):
+    book = holder()
+    assert extended(book, done_s=done_s) is gives
+    assert ends_s(book) == pytest.approx(20 + 29.7 if gives else 29.7)
+
+
+def test_a_round_of_another_epoch_gives_nothing():
+    assert not extended(holder(), epoch=2)
+
+
+def test_a_round_that_began_before_a_renewal_was_sent_gives_nothing():
+    book = holder()
+    number = book.round_begins()
+    commit(book, compose(book, 21, onto=10), 11)
+    assert not book.extend(at(20), at(22), sequence=number, epoch=1)
+    assert (ends_s(book), book.licence.by_failsafe) == (pytest.approx(21 + 29.7), False)
+
+
+def test_a_round_in_pause_gives_nothing():
+    book = holder()
+    book.licence = replace(book.licence, mode="paused")
+    assert not extended(book)
+
+
+def test_a_round_gives_nothing_while_a_shorter_licence_may_have_been_committed():
+    book = holder()
+    send(book, 10, onto=10, ttl_s=15.0)
+    assert not extended(book, began_s=15, done_s=16)
+    assert ends_s(book) == pytest.approx(10 + 14.85)
+
+
+def test_a_renewal_of_before_the_round_that_arrives_late_takes_nothing_back():
+    book = holder()
+    late = compose(book, 10, onto=10)
+    assert extended(book)
+    again = compose(book, 22, onto=10)
+    assert again is late, "one unsettled record however long the store is away"
+    assert book.shortened(again) is None
+    commit(book, again, 11)
+    assert (ends_s(book), book.licence.sequence, book.licence.revision, book.licence.by_failsafe) == (pytest.approx(20 + 29.7), 3, 11, True)
+
+
+def test_a_renewal_after_the_round_ends_failsafe():
+    book = holder()
+    compose(book, 10, onto=10)
+    assert extended(book)
+    commit(book, compose(book, 22, onto=10), 11)
+    fresh = compose(book, 23, onto=11)
+    assert fresh.record.sequence == 4
+    commit(book, fresh, 12)
+    assert (ends_s(book), book.licence.sequence, book.licence.by_failsafe) == (pytest.approx(23 + 29.7), 4, False)
+
+
+def test_anothers_record_ends_what_the_others_gave():
+    book = holder()
+    assert extended(book)
+    book.lost(LockRecord(holder="z", node_id="z", incarnation="z", sequence=1, ttl_s=30.0))
+    assert (book.licence.state, book.licence.valid_until, book.licence.by_failsafe) == (LicenceState.LOST, None, False)
+
+
+def test_a_release_ends_what_the_others_gave():
+    book = holder()
+    assert extended(book)
+    book.releasing()
+    sent = send(book, 22, onto=10, mode="released")
+    assert ends_s(book) == pytest.approx(22)
+    commit(book, sent, 11)
+    assert book.licence.valid_until is None

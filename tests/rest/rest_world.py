@@ -17,6 +17,7 @@ from pgha.dcs import Entry, Generation, Snapshot
 from pgha.dcs.keys import Keys, parse
 from pgha.model.cluster import LockSeen, Tags
 from pgha.model.decision import Decision, Reason, Vote
+from pgha.model.failsafe import FailsafeFacts, Ping, Promise
 from pgha.model.lock import Identity, Licence, LicenceState
 from pgha.model.node import Answer as Answered
 from pgha.model.node import PostgresFacts, Row, WalReceiver
@@ -53,6 +54,7 @@ class Inbox:
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.woken: list[tuple[str, int]] = []
+        self.pings: list[Ping] = []
         self.answers: dict[str, Answer] = {}
         self.arrived = trio.Event()
 
@@ -61,6 +63,10 @@ class Inbox:
         self.arrived.set()
         await trio.lowlevel.checkpoint()
         return self.answers[kind]
+
+    def failsafe(self, ping: Ping) -> tuple[Answer, int]:
+        self.pings.append(ping)
+        return self.answers["failsafe"], 67837408
 
     def wake(self, why: str, epoch: int) -> None:
         self.woken.append((why, epoch))
@@ -104,15 +110,17 @@ def replica_row() -> Row:
 
 def published(*, primary: bool = True, etcd: Mapping[str, Any] | None = None, row: Row | None = None, answer: Answered = "sql", ttl_s: float = 30.0,
               held: bool | None = None, tags: Mapping[str, Any] | None = None, pause: bool = False, state: str = "running",
-              refusal: str = "", number: int = 1, vote: Vote | None = None, reasons: tuple[Reason, ...] = (), seen: bool = True, seen_lock_s_ago: float = 0.0, **changed: Any) -> Published:
+              refusal: str = "", number: int = 1, vote: Vote | None = None, reasons: tuple[Reason, ...] = (), seen: bool = True, seen_lock_s_ago: float = 0.0,
+              by_failsafe: bool = False, promise: Promise | None = None, **changed: Any) -> Published:
     """A pass of n1 (primary, holding the lock) or n2 (replica) of the recorded cluster."""
     view = view_of(etcd or golden("steady")["etcd"], **changed) if seen else None
     held = primary if held is None else held
-    licence = Licence(state=LicenceState.HELD, valid_until=NOW.plus_s(ttl_s), ttl_s=ttl_s) if held else Licence()
+    licence = Licence(state=LicenceState.HELD, valid_until=NOW.plus_s(ttl_s), ttl_s=ttl_s, by_failsafe=by_failsafe) if held else Licence()
     observation = Observation(
         now=NOW, wall_s=WALL_S, number=number, me=Identity(name="n1" if primary else "n2", node_id="id", incarnation="i"),
         settings=Settings(ttl_s=ttl_s, pause=pause, tags=Tags.of(dict(tags or {}))), dcs=DcsFacts(view=view, heard_at=NOW if seen else None, lock_seen=LockSeen(since=NOW.plus_s(-seen_lock_s_ago))),
         licence=licence, postgres=PostgresFacts(process="running", answer=answer, row=row or (primary_row() if primary else replica_row())),
+        failsafe=FailsafeFacts(promise=promise),
     )
     decision = Decision(situation="leading" if primary else "following", summary="no action", state=state, reasons=reasons, paused=pause,
                         role="primary" if primary else "replica", vote=vote or Vote(timeline=2, lsn=67837408))

@@ -118,6 +118,9 @@ class NothingPromisedIsLost(Checker):
         data = instance.dir
         for branch in self.branches:
             if not contains(data.branch, data.lsn, branch, branch.promised):
+                if self.world.promise_is_void():
+                    branch.promised = 0
+                    continue
                 self.broken(f"{instance.name} becomes primary ({how}) at {data.lsn} on timeline {data.timeline} without what was acknowledged up to "
                             f"{branch.promised} on timeline {branch.number}")
                 branch.promised = 0

@@ -13,6 +13,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from tests.simulation.postgres import DataDir, contains
 from tests.simulation.store import MEMBERS
 
 
@@ -176,7 +177,9 @@ def _draw_config(random: Random, names: list[str], ttl_s: float) -> dict[str, An
     change: dict[str, Any] = random.choice((
         {"ttl": ttl, "loop_wait": loop_wait, "retry_timeout": retry}, {"ttl": ttl, "loop_wait": loop_wait, "retry_timeout": retry},
         {"maximum_lag_on_failover": random.choice((0, 1048576, 10485760))}, {"check_timeline": random.random() < 0.5},
-        {"primary_start_timeout": random.choice((0, 3, 30, 300))}))
+        {"primary_start_timeout": random.choice((0, 3, 30, 300))},
+        {"synchronous_mode": random.choice((True, "quorum", False))}, {"synchronous_mode": random.choice((True, "quorum", False))},
+        {"synchronous_mode_strict": random.random() < 0.5}, {"synchronous_node_count": random.choice((1, 2, 3))}))
     return {"change": change}
 
 
@@ -241,6 +244,38 @@ def _by_hand(sim: Any, with_: dict[str, Any]) -> None:
         instance.start()
 
 
+def _replace_data(how: str) -> Begin:
+    """Somebody replaces the data of a stopped node: by nothing, or by what it held some time ago. Never the only copy."""
+    def do(sim: Any, with_: dict[str, Any]) -> None:
+        host = sim.hosts[with_["at"]]
+        instance = host.instance
+        if how == "note":
+            if instance.dir.content == "valid" and not instance.dir.rewind_marker:
+                host.saved_data = instance.dir.copy()
+                host.saved_data.state = "in production" if instance.accepting else "in archive recovery"
+                host.saved_data.min_recovery_lsn, host.saved_data.min_recovery_timeline = instance.dir.lsn, instance.dir.timeline
+            return
+        others = [i.dir for n, i in sim.instances.items() if n != host.name and i.dir.content == "valid" and i.dir.branch is not None]
+        mine = instance.dir
+        if mine.branch is None or not any(contains(d.branch, d.lsn, mine.branch, mine.lsn) for d in others if d.branch is not None):
+            return
+        saved = getattr(host, "saved_data", None)
+        if how == "backup" and saved is None:
+            return
+        host.power_off()
+        instance.dir = DataDir() if how == "wiped" else saved.copy()
+        if with_["state_too"]:
+            host.remembered, host.cached_config = None, None
+            host.node_id = f"{host.node_id}+"
+        host.reset()
+        sim.scheduler.after(6.0, host.power_on)
+    return do
+
+
+def _data(random: Random, names: list[str], ttl_s: float) -> dict[str, Any]:
+    return {"node": _who(random, names), "state_too": random.random() < 0.3}
+
+
 KINDS: dict[str, Kind] = {
     "partition": Kind(10, _partition, _cut, _mend, (1.0, 90.0)),
     "freeze agent": Kind(4, _node, _process("freeze", "agent"), _process("thaw", "agent"), (1.0, 70.0)),
@@ -277,6 +312,9 @@ KINDS: dict[str, Kind] = {
                 lambda sim, w: sim.network.slow_down(w["at"], w["by_s"]), lambda sim, w: sim.network.slow_down(w["at"], 0.0), (5.0, 60.0)),
     "loss": Kind(2, lambda r, n, t: {"node": n[int(r.random() * len(n))], "share": r.choice((0.05, 0.3))},
                  lambda sim, w: sim.network.lose(w["at"], w["share"]), lambda sim, w: sim.network.lose(w["at"], 0.0), (5.0, 60.0)),
+    "data wiped": Kind(1.5, _data, _replace_data("wiped")),
+    "data backed up": Kind(1, _data, _replace_data("note")),
+    "data from backup": Kind(1.5, _data, _replace_data("backup")),
     # the store
     "store election": Kind(3, lambda r, n, t: {"seconds": 1.0 + 2.0 * r.random()}, _store("elect", "$seconds")),
     "store member down": Kind(2, _member, _store("set_down", "$member", True), _store("set_down", "$member", False), (1.0, 60.0)),
@@ -304,9 +342,14 @@ KINDS: dict[str, Kind] = {
 
 
 def draw(seed: int, names: list[str], *, ttl_s: float, from_s: float, for_s: float, faults: int) -> list[Step]:
-    """A program of so many faults, at random times, some of them close together."""
+    """A program of so many faults, at random times, some of them close together.
+
+    Most programs have a few kinds only: what comes of three kinds that meet again and again is found sooner than among all.
+    """
     random = Random(f"{seed}/program")
     kinds = list(KINDS)
+    if random.random() < 0.7:
+        kinds = sorted(random.sample(kinds, random.choice((3, 5, 8, 12))))
     weights = [KINDS[k].weight for k in kinds]
     steps = []
     at_s = from_s

@@ -74,8 +74,10 @@ class Simulation(World):
             "check_timeline": random.random() < 0.3,
             "postgresql": {"use_pg_rewind": random.random() < 0.8, "remove_data_directory_on_diverged_timelines": True,
                            "remove_data_directory_on_rewind_failure": True}}
+        if random.random() < 0.5:
+            self.config |= {"synchronous_mode": random.choice((True, True, "quorum")), "synchronous_mode_strict": random.random() < 0.3,
+                            "synchronous_node_count": random.choice((1, 1, 2))}
         self.longest_ttl_s = float(self.ttl)
-        self.modes: set[str] = set()
         make = make_agent or _level_a
         self.make_agent = lambda host, incarnation: make(host, incarnation=incarnation)
         devices = random.random() < 0.3
@@ -99,6 +101,7 @@ class Simulation(World):
         self.faults_done = 0
         self._publications: list[tuple[str, int, float]] = []   # (node_id, lsn, when), the last of each holder in a row
         self._lock_revision = 0
+        self._store_config: tuple[Any, dict[str, Any]] | None = None
         self._tampered_ns: int | None = None
         self._replaced = False
         self._manual_ns: int | None = None
@@ -147,8 +150,7 @@ class Simulation(World):
         self.edges += 1
         self.network.heal()
         self.store.heal()
-        if self.config.get("pause"):
-            self.change_config({"pause": False})
+        self.change_config({"pause": False})        # also in a store that was restored to a time of pause
         for host in self.hosts.values():
             instance = host.instance
             instance.slow_start_s = instance.slow_stop_s = instance.work_s = 0.0
@@ -211,6 +213,11 @@ class Simulation(World):
         manual = self._manual_ns is not None and self.scheduler.now_ns - self._manual_ns < 90 * SECOND
         return manual or self.store_was_tampered(150.0) or self._replaced
 
+    def promise_is_void(self) -> bool:
+        """An operator has forced a failover, or the store has lost who the synchronous standbys were."""
+        manual = self._manual_ns is not None and self.scheduler.now_ns - self._manual_ns < 90 * SECOND
+        return manual or self._replaced
+
     def store_tampered(self) -> None:
         self._tampered_ns = self.scheduler.now_ns
 
@@ -226,7 +233,7 @@ class Simulation(World):
 
     def promises(self, instance: Any) -> bool:
         """Is an acknowledgement of this primary a promise that every later primary has the commit?"""
-        if self.config.get("synchronous_mode", "off") in ("off", False):
+        if not self.store_config().get("synchronous_mode"):
             return False
         entry = self.store.world._entries.get(KEYS.path("sync"))
         try:
@@ -234,6 +241,19 @@ class Simulation(World):
         except ValueError:
             value = None
         return isinstance(value, dict) and value.get("leader") == instance.name
+
+    def store_config(self) -> dict[str, Any]:
+        entry = self.store.world._entries.get(KEYS.path("config"))
+        if entry is None:
+            return self.config
+        if self._store_config is None or self._store_config[0] is not entry:
+            try:
+                value = json.loads(entry.value)
+            except ValueError:
+                value = self.config
+            self._store_config = (entry, value)
+        found: dict[str, Any] = self._store_config[1]
+        return found
 
     # operators
 
@@ -245,7 +265,7 @@ class Simulation(World):
     def change_config(self, change: dict[str, Any]) -> None:
         self.config = {**self.config, **change}
         self.longest_ttl_s = max(self.longest_ttl_s, float(self.config["ttl"]))
-        if KEYS.path("config") in self.store.world._entries:
+        if KEYS.path("config") in self.store.world._entries and not all(self.store.down.values()):
             self.store.put(KEYS.path("config"), json.dumps(self.config).encode())
 
     # --- at the end ------------------------------------------------------------------------------------------------------------
@@ -318,9 +338,10 @@ def run(options: Options, *, out: TextIO | None = None) -> Outcome:
             scheduler.run_due(due)
         return False
 
-    outcome = drive(sim, until)
-    kernel.throw_away(_processes(sim))
-    return outcome
+    try:
+        return drive(sim, until)
+    finally:
+        kernel.throw_away(_processes(sim))
 
 
 def drive(sim: Simulation, until: Callable[[float], bool]) -> Outcome:

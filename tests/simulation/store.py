@@ -28,6 +28,13 @@ KEEP_REVISIONS = 2000
 ATTEMPT_S = 1.0
 
 
+class _Service(MemoryWorld):
+    """With a quota it is out of space at once: counting bytes would cost more than all the rest."""
+
+    def used_bytes(self) -> int:
+        return self.quota_bytes + 1 if self.quota_bytes else 0
+
+
 class Watch:
     """A stream of changes to one client, from one member."""
 
@@ -47,7 +54,7 @@ class StoreWorld:
         self._network = network
         self._trace = trace
         self._chance = scheduler.stream("store")
-        self.world = MemoryWorld(TrueClock(scheduler), cluster_id="c1")
+        self.world = _Service(TrueClock(scheduler), cluster_id="c1")
         self.down: dict[str, bool] = dict.fromkeys(MEMBERS, False)
         self.hung: dict[str, bool] = dict.fromkeys(MEMBERS, False)
         self.slow_s = 0.0                 # how much longer answers take
@@ -190,7 +197,10 @@ class StoreWorld:
         self._election_until_ns = max(self._election_until_ns, self._scheduler.now_ns + round(seconds * 1e9))
         self._trace("store", "election", leader=self.leader, for_s=seconds)
         for lease in list(self.world._leases):  # noqa: SLF001  (what an etcd leader change does)
-            self.world.renew(lease)
+            try:
+                self.world.renew(lease)
+            except LeaseLost:       # it was over already
+                continue
 
     def set_down(self, member: str, down: bool) -> None:
         self.down[member] = down
@@ -236,7 +246,10 @@ class StoreWorld:
 
     def put(self, key: str, value: bytes) -> int:
         """Somebody writes a key by hand; its revision."""
-        outcome = self.world.transact([], [Put(key=key, value=value)])
+        try:
+            outcome = self.world.transact([], [Put(key=key, value=value)])
+        except DcsRefused:          # out of space: who asked is told
+            return 0
         self._after_change()
         return outcome.revision
 

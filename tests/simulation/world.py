@@ -49,6 +49,8 @@ class Device:
         self._timer = self._host.world.scheduler.after(self._timeout_s, self._fire)
 
     def open(self) -> None:
+        if not self.present:
+            raise OSError(2, "No such file or directory", "/dev/watchdog")
         self._open = True
         self._count()
 
