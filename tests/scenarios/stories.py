@@ -127,6 +127,24 @@ def store_away(s: Stage) -> None:
     s.until(110)
 
 
+@story(config={"failsafe_mode": True})
+def store_away_failsafe(s: Stage) -> None:
+    """etcd is away for longer than the ttl, failsafe_mode is on.
+
+    The primary asks every other member to promise that it will not take over. While all of them do, it goes on. When one
+    more is gone, nobody can promise for it: it may be with an etcd that n1 does not see, so n1 stops accepting writes.
+    """
+    s.until(10)
+    s.happens("all members of etcd are down", lambda: s.store_is(down=True))
+    s.until(100)
+    s.happens("the network of n3 is cut, too", s.isolate, "n3", "n1", "n2")
+    s.until(150)
+    s.happens("the network of n3 heals, etcd is still away", s.reconnect, "n3", "n1", "n2")
+    s.until(170)
+    s.happens("etcd is back", lambda: s.store_is(down=False))
+    s.until(200)
+
+
 @story()
 def primary_cut_off(s: Stage) -> None:
     """The primary is cut off from etcd and from the other nodes. Some clients still reach it.

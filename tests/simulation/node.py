@@ -23,7 +23,16 @@ from pgha.config.schema import Report, read
 from pgha.config.state import Remembered
 from pgha.dcs.keys import Keys, encode
 from pgha.decide import decide
-from pgha.errors import ConfigError, DcsError, GuardError, OperationFailed, PghaError, PostgresError, Refused
+from pgha.errors import (
+    ConfigError,
+    DcsError,
+    GuardError,
+    GuardSilent,
+    OperationFailed,
+    PghaError,
+    PostgresError,
+    Refused,
+)
 from pgha.lock import watchdog
 from pgha.lock.guard_client import GuardStatus
 from pgha.lock.protocol import Agent, Answer, Op, Request
@@ -45,6 +54,7 @@ from pgha.model.action import (
     StartPrimary,
 )
 from pgha.model.decision import Decision, Memory, PeerQuestion
+from pgha.model.failsafe import FailsafeFacts
 from pgha.model.lock import Identity, LicenceState
 from pgha.model.node import Control, DataDirectoryFacts, PostgresFacts
 from pgha.model.observation import Observation, Operation, Peer, Settings, Upstream, WrittenNames
@@ -61,6 +71,7 @@ from pgha.observe.postgres import (
     look_every_s,
     not_looked_since,
 )
+from pgha.rest.requests import _ping
 from tests.simulation import hands, kernel, stepped
 from tests.simulation.kernel import Process
 from tests.simulation.postgres import Instance, Server
@@ -150,7 +161,7 @@ class SimGuardClient:
         with kernel.move_on_after(deadline_s):
             await event.wait()
         if not answers:
-            raise GuardError(f"{request.op}: no acknowledgement within {deadline_s} s")
+            raise GuardSilent(f"{request.op}: no acknowledgement within {deadline_s} s")
         answer = answers[0]
         if not answer.ok:
             raise GuardError(f"{request.op} refused: {answer.error}")
@@ -398,6 +409,33 @@ def _shape(peer: Peer) -> tuple[object, ...]:
     return (peer.answered, peer.in_recovery, peer.timeline, peer.lsn, peer.frozen_epoch, peer.running, peer.candidate, peer.watchdog_failed)
 
 
+class SimAsker:
+    """pgha.lock.failsafe.Asker: POST /failsafe, by the model's network."""
+
+    def __init__(self, agent: AgentProcess) -> None:
+        self._agent = agent
+
+    async def ask(self, api_url: str, body: bytes) -> str:
+        agent, name = self._agent, api_url.removeprefix("http://").partition(":")[0]
+        answers: list[str] = []
+        event = kernel.Event()
+
+        def answered(text: str) -> None:
+            answers.append(text)
+            event.set()
+
+        def arrived() -> None:
+            peer = agent.world.agents.get(name)
+            if peer is None or not peer.process.alive:
+                agent.world.network.send(name, agent.host.name, answered, "connection refused")
+            else:
+                peer.process.call(peer.failsafe_asked, body, lambda text: agent.world.network.send(name, agent.host.name, answered, text))
+
+        agent.world.network.send(agent.host.name, name, arrived)
+        await event.wait()
+        return answers[0]
+
+
 class AgentProcess:
     """One run of the agent on a host."""
 
@@ -421,7 +459,7 @@ class AgentProcess:
         renewer_store = src.simulation_store.SimStore(world.store, host.name, first=incarnation + 1)
         self.renewer = src.lock_renewer.Renewer(
             store=renewer_store, keys=KEYS, me=self.me, clock=self.clock,
-            timing=lambda: src.lock_renewer.Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause), changed=self._licence_changed)
+            timing=self._timing, changed=self._licence_changed)
         self.guard = SimGuardClient(host, self.me, self.clock.now().boot_ns)
         self.machine = hands.SimMachine(host)
         self.fence = src.lock_fence.Fence(renewer=self.renewer, guard=self.guard, directory=self.machine.directory, clock=self.clock, wake=self.wake)
@@ -442,6 +480,11 @@ class AgentProcess:
             last_position=self._last_position, bootstrap_config=lambda: encode(normalised(host.first_config)),
             private_dir=hands.ModelDir(host.instance, "private"))
         self.actor = src.pgha_act.Actor(context)
+        unknown_ttl_s = self._longest_ttl_s() if self.settings.failsafe_mode and not self.machine.directory.processes() else 0.0
+        self.promises = self.renewer.promises = _promises(src, host, self.clock, self.machine.boot_id(), unknown_ttl_s)
+        self.failsafe = src.lock_failsafe.Rounds(
+            renewer=self.renewer, clock=self.clock, timing=self._timing, wake=self.wake, asker=SimAsker(self),
+            conn_url=lambda: f"postgres://{host.name}:5432/postgres", api_url=lambda: f"http://{host.name}:8008/patroni")
         self.memory = Memory()
         self.number = 0
         self.shutting_down = self.finished = False
@@ -497,8 +540,29 @@ class AgentProcess:
     def wake(self) -> None:
         self._news.set()
 
+    def _timing(self) -> Any:
+        return stepped.sources().lock_renewer.Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause)
+
+    def _longest_ttl_s(self) -> float:
+        return max(self.settings.ttl_s, self.cluster.facts.remembered_ttl_s, 30.0)
+
+    def failsafe_asked(self, body: bytes, answered: Any) -> None:
+        """POST /failsafe, as rest/requests.py and the agent answer it: one step."""
+        if self.seen is None:
+            return
+        view, licence = self.cluster.facts.view, self.renewer.licence
+        verdict = self.promises.accept(_ping(msgspec.json.decode(body)), stepped.sources().lock_promise.Receiver(
+            name=self.me.name, failsafe_mode=self.settings.failsafe_mode, leads=self.postgres.facts.is_primary or self.fence.mode == "armed", licence=licence,
+            epoch=max(licence.epoch, view.epoch.number if view else 0), epoch_holder=view.epoch.holder if view and view.epoch.number >= licence.epoch else "",
+            ttl_s=self._longest_ttl_s()))
+        if verdict.promise is not None:
+            self.wake()
+        answered("" if verdict.status == 200 and verdict.text.strip() == "Accepted" else f"{verdict.status} {verdict.text}")
+
     def _licence_changed(self) -> None:
         self.fence.changed()
+        if hasattr(self, "failsafe"):
+            self.failsafe.changed()
         self._look_at_protection()
         self.wake()
         self.world.licence_changed(self)
@@ -539,7 +603,7 @@ class AgentProcess:
                 pass
         async with kernel.open_nursery() as nursery:
             self._nursery = nursery
-            for work in (self.fence.run, self.renewer.run, self.postgres.run, self.cluster.run, self.announcer.run, self._pet_watchdog,
+            for work in (self.fence.run, self.renewer.run, self.failsafe.run, self.postgres.run, self.cluster.run, self.announcer.run, self._pet_watchdog,
                          self._keep_directory_facts, self._keep_guard):
                 nursery.start_soon(work)
             nursery.start_soon(self.cluster.keep_capacity, lambda: self.renewer.licence.state is LicenceState.HELD)
@@ -564,20 +628,37 @@ class AgentProcess:
         raise GuardError(f"no guard within 5 s: {last}")
 
     async def _keep_guard(self) -> None:
+        answered: Any = None
         while True:
+            if self.fence.facts.reachable:
+                answered = self.host.guard
             with kernel.move_on_after(GUARD_ASKED_EVERY_S):
-                await self._guard_exit()
+                await self._guard_ends_or_is_silent()
             try:
                 self.fence.note(await self.guard.status())
             except GuardError as error:
                 if self.finished:
                     return
                 self.fence.unanswered(str(error))
+                if isinstance(error, GuardSilent) and answered is not None and answered is self.host.guard:
+                    self.world.trace(self.host.name, "stuck guard ended")
+                    self.host.kill_guard()
+                    await kernel.checkpoint()
                 try:
                     self.fence.note(await self._guard_there())
                     self.fence.changed()
                 except GuardError:
                     await kernel.sleep(0.5)
+
+    async def _guard_ends_or_is_silent(self) -> None:
+        async with kernel.open_nursery() as nursery:
+            async def ends() -> None:
+                await self._guard_exit()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(ends)
+            await self.fence.silent.wait()
+            nursery.cancel_scope.cancel()
 
     async def _guard_exit(self) -> None:
         guard = self.host.guard
@@ -632,6 +713,7 @@ class AgentProcess:
             self.renewer.give_mandate(decision.mandate, number=self.number)
             self.renewer.position = self._position_to_record(seen)
             self.peers.ask(decision.ask_peers)
+            self.failsafe.give(decision.failsafe)
             if decision.ask_peers.names:
                 self.postgres.position_asked()
             self._publish(seen, decision)
@@ -656,7 +738,7 @@ class AgentProcess:
         return Observation(
             now=self.clock.now(), wall_s=self.clock.wall_s(), number=self.number, me=self.me, settings=self._settings_now(), dcs=facts,
             licence=self.renewer.licence, postgres=self.postgres.facts, directory=directory, guard=self.fence.facts, watchdog=self.watchdog.facts,
-            peers=dict(self.peers.facts), upstream=self._upstream, configured_upstream=self.wanted.upstream.name if self.wanted.upstream else "",
+            peers=dict(self.peers.facts), failsafe=FailsafeFacts(promise=self.promises.promise, missing=self.failsafe.missing), upstream=self._upstream, configured_upstream=self.wanted.upstream.name if self.wanted.upstream else "",
             written_names=WrittenNames(told=self.wanted.names_told, names=self.wanted.names), operation=self._operation, ended=self._ended, requests=tuple(self.requests.values()), shutting_down=self.shutting_down)
 
     def _settings_now(self) -> Settings:
@@ -921,6 +1003,31 @@ class AgentProcess:
         """SIGTERM."""
         self.shutting_down = True
         self.wake()
+
+
+class _PromiseFile:
+    """The promise's file on tmpfs, as far as it is read."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def __truediv__(self, name: str) -> _PromiseFile:
+        return self
+
+    def read_bytes(self) -> bytes:
+        if self._host.promise_file is None:
+            raise FileNotFoundError(2, "No such file or directory", "promise.json")
+        return self._host.promise_file
+
+
+def _promises(src: Any, host: Host, clock: Any, boot_id: str, unknown_ttl_s: float) -> Any:
+    module = src.lock_promise
+
+    class SimPromises(module.Promises):      # type: ignore[misc, name-defined]  (loaded at run time)
+        def _write(self, promise: Any) -> None:
+            host.promise_file = msgspec.json.encode(module._Written(boot_id=boot_id, promise=promise))
+
+    return SimPromises(_PromiseFile(host), clock, boot_id=boot_id, unknown_ttl_s=unknown_ttl_s)
 
 
 def _effect_is_seen(action: LongAction, facts: PostgresFacts) -> bool:
