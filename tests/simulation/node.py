@@ -457,23 +457,25 @@ class AgentProcess:
         self._news = kernel.Event()
         self.store = src.simulation_store.SimStore(world.store, host.name, first=incarnation + len(host.name))
         renewer_store = src.simulation_store.SimStore(world.store, host.name, first=incarnation + 1)
+        self.outage = src.dcs_outage.Outage(self.clock)
         self.renewer = src.lock_renewer.Renewer(
             store=renewer_store, keys=KEYS, me=self.me, clock=self.clock,
-            timing=self._timing, changed=self._licence_changed)
+            timing=self._timing, changed=self._licence_changed, outage=self.outage)
         self.guard = SimGuardClient(host, self.me, self.clock.now().boot_ns)
         self.machine = hands.SimMachine(host)
         self.fence = src.lock_fence.Fence(renewer=self.renewer, guard=self.guard, directory=self.machine.directory, clock=self.clock, wake=self.wake)
         self.renewer.narrower = self
         self.cluster = src.observe_cluster.ClusterObserver(
             store=self.store, keys=KEYS, clock=self.clock, state_dir=host, wake=self.wake, me=self.me.name, in_thread=self.machine.in_thread,
-            settings=lambda: (self.settings.ttl_s, self.settings.loop_wait_s, self.settings.retry_timeout_s, self.settings.member_slots_ttl_s))
+            settings=lambda: (self.settings.ttl_s, self.settings.loop_wait_s, self.settings.retry_timeout_s, self.settings.member_slots_ttl_s),
+            outage=self.outage)
         self.wanted = hands.ModelWanted(host.instance, lambda: self.effective)
         self.postgres = SimPostgresObserver(self.process, host, lambda: look_every_s(self.settings), self._postgres_changed)
         self.reader = SimReader(host.instance)
         self.peers = SimPeers(self)
         self.watchdog = src.lock_watchdog.Watchdog(host.device, mode=host.watchdog_mode, safety_margin_s=5, clock=self.clock)
         self.announcer = src.pgha_announce.Announcer(store=self.store, keys=KEYS, name=self.me.name, clock=self.clock, ttl_s=lambda: self.settings.ttl_s,
-                                                     loop_wait_s=lambda: self.settings.loop_wait_s)
+                                                     loop_wait_s=lambda: self.settings.loop_wait_s, outage=self.outage)
         context = src.act_context.Context(
             clock=self.clock, me=self.me, store=self.store, keys=KEYS, renewer=self.renewer, fence=self.fence, server=hands.ModelServer(host.instance),
             machine=self.machine, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.configuration_changed,
@@ -863,7 +865,8 @@ class AgentProcess:
                 with kernel.fail_after(max(QUICK_S, self.settings.retry_timeout_s) + 1.0):
                     await self._quick(action)
             except OPERATING_ERRORS as error:
-                self.world.trace(self.host.name, "action failed", action=type(action).__name__, why=(str(error) or type(error).__name__).replace(" ", "_"))
+                if not (self.outage.on and isinstance(error, DcsError | kernel.TooSlowError)):
+                    self.world.trace(self.host.name, "action failed", action=type(action).__name__, why=(str(error) or type(error).__name__).replace(" ", "_"))
                 return True
         return False
 
