@@ -86,7 +86,7 @@ def may_bootstrap(o: Observation) -> tuple[Reason, ...]:
     return (
         reason("empty.never_initialised", now.whose in (Whose.NEVER, Whose.FREE) and not view.initialize and view.lock is None,
                f"initialize is {view.initialize!r}, lock: {now.because}"),
-        reason("empty.initialize_is_free", view.initialize is None, "somebody else is bootstrapping" if view.initialize is not None else "initialize is absent"),
+        reason("empty.initialize_is_free", view.initialize is None, _initialize_says(view.initialize)),
         reason("empty.has_bootstrap_section", o.settings.has_bootstrap_section, "the configuration has "
                + ("a" if o.settings.has_bootstrap_section else "no") + " [bootstrap] section"),
         reason("empty.may_lead", not o.settings.tags.nofailover, "tag nofailover is " + ("set" if o.settings.tags.nofailover else "not set")),
@@ -94,6 +94,12 @@ def may_bootstrap(o: Observation) -> tuple[Reason, ...]:
                else "no configured or remembered peer answers with a system identifier"),
         reason("empty.peers_were_asked", all(n in o.peers for n in others(o)), f"{len(o.peers)} of {len(others(o))} peers asked"),
     )
+
+
+def _initialize_says(value: str | None) -> str:
+    if value is None:
+        return "initialize is absent"
+    return f"the cluster is {value}, initialised already" if value else "somebody else is bootstrapping"
 
 
 def _bootstrap(o: Observation, memory: Memory) -> Decision:

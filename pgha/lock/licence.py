@@ -38,7 +38,8 @@ class LicenceBook:
         self._sequence = 0                     # the last that was given to a send or to a failsafe round
         self._composed = 0                     # the last that was given to a send
         self._committed = 0
-        self._cap: Deadline | None = None      # a shortening write that is not settled
+        self._cap: Deadline | None = None      # a shortening write that is not settled …
+        self._cap_at: Instant | None = None    # … and when it was first sent
         self._cap_sequence = 0
 
     # --- what to send --------------------------------------------------------------------------------------------------
@@ -78,6 +79,8 @@ class LicenceBook:
 
     def shorten(self, sent: Sent, end: Deadline) -> None:
         """From now on the licence ends at `end` at the latest, until this send is settled."""
+        if self._cap is None:
+            self._cap_at = sent.at
         self._cap = end if self._cap is None else earlier(self._cap, end)
         self._cap_sequence = max(self._cap_sequence, sent.record.sequence)
         self._apply_cap()
@@ -101,7 +104,7 @@ class LicenceBook:
             sequence=record.sequence, ttl_s=record.ttl_s, mode=record.mode, since=None if released else sent.at,
             valid_until=None if released else licensed_until(record, sent.at),
             revision=revision, epoch=epoch, epoch_revision=epoch_revision, acquired_pass=acquired_pass,
-            failing_since=None, failing_why="", lost_to="", by_failsafe=False,
+            failing_since=None, failing_why="", lost_to="", by_failsafe=False, shortened_at=None,
         )
         if before.by_failsafe and record.sequence < before.sequence and not released:
             # A send of before the round has arrived at last. What all members promised since stands beside it.
@@ -191,4 +194,4 @@ class LicenceBook:
     def _apply_cap(self) -> None:
         valid = self.licence.valid_until
         if self._cap is not None and valid is not None:
-            self.licence = replace(self.licence, valid_until=earlier(valid, self._cap))
+            self.licence = replace(self.licence, valid_until=earlier(valid, self._cap), shortened_at=self._cap_at)

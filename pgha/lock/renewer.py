@@ -30,6 +30,7 @@ from pgha.log import Log
 from pgha.model.action import AcquireLock
 from pgha.model.decision import Mandate
 from pgha.model.lock import Epoch, Identity, Licence, LicenceState, LockMode, LockRecord
+from pgha.model.wal import format_lsn
 
 log = Log("pgha.lock")
 
@@ -244,7 +245,7 @@ class Renewer:
             self._book.committed(mine, revision=revision, value=stored, epoch=self.licence.epoch,
                                  epoch_revision=self.licence.epoch_revision, acquired_pass=self.licence.acquired_pass)
             if mine.record.mode == "released":
-                log.info("lock released", sequence=mine.record.sequence, lsn=lsn, timeline=timeline)
+                log.info("lock released", sequence=mine.record.sequence, lsn=format_lsn(lsn), timeline=timeline)
                 self._announce()
                 return
         self._book.lost(parse_lock(entry.value) if entry else _NOBODY)

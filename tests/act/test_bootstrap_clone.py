@@ -115,6 +115,16 @@ def test_clone_replaces_only_when_asked_and_keeps_the_old_one(bed):
     trio.run(main)
 
 
+def test_a_copy_confirms_under_no_members_name(bed):
+    """pg_basebackup's own WAL stream would pass for a synchronous standby, and its data is none yet (safety model 13)."""
+    async def main():
+        async with bed.node("a") as node:
+            for which in ("replication", "rewind"):
+                name = node.wanted.program_conninfo(as_source(node), which)["application_name"]
+                assert name != node.name and node.name in name
+    trio.run(main)
+
+
 def test_clone_without_room_is_refused_with_both_numbers(bed):
     async def main():
         async with bed.node("a") as one, bed.node("b") as two:

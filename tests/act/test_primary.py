@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import trio
 from act_bed import as_source
 from test_bootstrap_clone import cancelled_at
 
+from pgha.act import Actor
 from pgha.clock import remaining_s
 from pgha.errors import CommandFailed, GuardError, OperationFailed, PostgresError, Refused
 from pgha.lock import recipe
@@ -43,6 +45,35 @@ def test_no_start_as_primary_without_the_lock(bed):
             with pytest.raises(GuardError, match="no licence"):
                 await node.operate(a.StartPrimary(timeout_s=10))
             assert not node.living() and node.standby_signal and await node.guard_state() == "standby"
+    trio.run(main)
+
+
+class _ArmsOnce:
+    """A fence whose licence ends between the first question and the second, as when the disk hangs in between."""
+
+    def __init__(self, fence):
+        self._fence = fence
+        self._asked = 0
+
+    def __getattr__(self, name):
+        return getattr(self._fence, name)
+
+    async def armed(self):
+        self._asked += 1
+        if self._asked > 1:
+            raise GuardError("the licence ends too soon")
+        await self._fence.armed()
+
+
+def test_no_start_as_primary_under_what_was_armed_before_the_disk_took_its_time(bed):
+    async def main():
+        async with bed.node("a") as node:
+            made = await node.operate(a.Bootstrap())
+            await node.take_lock(initialize_revision=made["initialize_revision"], initialize_value=made["system_identifier"])
+            slow = Actor(replace(node.ctx, fence=_ArmsOnce(node.fence)))
+            with pytest.raises(GuardError, match="too soon"):
+                await slow.operate(a.StartPrimary(timeout_s=10), node.progress.append)
+            assert not node.living() and node.standby_signal
     trio.run(main)
 
 
@@ -95,12 +126,12 @@ def test_cancelled_promotion_is_given_up_whole(bed):
             await one.primary()
             await two.standby_of(one)
             await one.operate(a.Demote(mode="fast", release=True, checkpoint=False, why="test", timeout_s=20))
-            await two.take_lock(claim=4)
             histories.block_timeline(two.data_dir, 2, "of an earlier claim")
-            with pytest.raises(OperationFailed, match="not promoted"):
-                await two.operate(a.Promote(timeline=4, block=(2, 3), epoch=2, synchronous_names="nobody"))
+            with pytest.raises(GuardError, match="no licence"):
+                await two.operate(a.Promote(timeline=4, block=(2, 3), epoch=2))
             assert list(histories.blocked_timelines(two.data_dir)) == [2], "not its own to free"
             histories.unblock_all(two.data_dir)
+            await two.take_lock(claim=4)
             await cancelled_at(two, a.Promote(timeline=4, block=(2, 3), epoch=2), "blocking")
             assert (await two.sql("SELECT pg_is_in_recovery()")) == [("t",)] and two.standby_signal
             assert not histories.blocked_timelines(two.data_dir)

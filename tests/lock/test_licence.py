@@ -133,6 +133,9 @@ def test_a_shorter_ttl_counts_before_it_is_answered():
     assert ends_s(book) == pytest.approx(29.7), "not before the guard has confirmed it"
     book.shorten(sent, end)
     assert ends_s(book) == pytest.approx(10 + 4.95)
+    assert book.licence.shortened_at == sent.at
+    commit(book, sent, 11)
+    assert book.licence.shortened_at is None
 
 
 def test_a_renewal_that_does_not_shorten_shortens_nothing():

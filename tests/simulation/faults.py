@@ -179,7 +179,7 @@ def _draw_config(random: Random, names: list[str], ttl_s: float) -> dict[str, An
         {"maximum_lag_on_failover": random.choice((0, 1048576, 10485760))}, {"check_timeline": random.random() < 0.5},
         {"primary_start_timeout": random.choice((0, 3, 30, 300))},
         {"synchronous_mode": random.choice((True, "quorum", False))}, {"synchronous_mode": random.choice((True, "quorum", False))},
-        {"synchronous_mode_strict": random.random() < 0.5}, {"synchronous_node_count": random.choice((1, 2, 3))}))
+        {"failsafe_mode": random.random() < 0.5}, {"synchronous_mode_strict": random.random() < 0.5}, {"synchronous_node_count": random.choice((1, 2, 3))}))
     return {"change": change}
 
 
@@ -255,8 +255,11 @@ def _replace_data(how: str) -> Begin:
                 host.saved_data.state = "in production" if instance.accepting else "in archive recovery"
                 host.saved_data.min_recovery_lsn, host.saved_data.min_recovery_timeline = instance.dir.lsn, instance.dir.timeline
             return
-        others = [i.dir for n, i in sim.instances.items() if n != host.name and i.dir.content == "valid" and i.dir.branch is not None]
+        others = [i.dir for n, i in sim.instances.items() if n != host.name and i.dir.content == "valid" and i.dir.branch is not None
+                  and not sim.hosts[n].tags.get("nofailover")]      # who may not lead cannot bring the cluster back
         mine = instance.dir
+        if sim.store_config().get("synchronous_mode"):
+            return      # who was promised to hold a commit must not lose it by hand: then nobody may lead, until somebody says so
         if mine.branch is None or not any(contains(d.branch, d.lsn, mine.branch, mine.lsn) for d in others if d.branch is not None):
             return
         saved = getattr(host, "saved_data", None)

@@ -60,6 +60,7 @@ class AgentProcess:
         self.process = Process(host.name)
         self.decision: Decision | None = None
         self._incarnation = incarnation
+        host.disk.follow_the_model()
         self.machine = SimMachine(world, host, self.process)
         world.machines[host.name] = self.machine
         self._agent: Told | None = None

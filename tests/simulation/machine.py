@@ -9,8 +9,10 @@ An unknown line of SQL or program is an AssertionError: who teaches pgha to ask 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -316,7 +318,9 @@ class NodeDisk:
     """The files of one host. They outlive agents, servers and boots."""
 
     def __init__(self, host: Any, root: Path) -> None:
+        self._host = host
         self.instance: Instance = host.instance
+        self._in_place: DataDir = self.instance.dir
         self.truth = host.world.truth
         self.data_dir, self.state_dir, self.runtime_dir = root / "data", root / "state", root / "run"
         for path in (root, self.state_dir, self.runtime_dir):
@@ -346,12 +350,13 @@ class NodeDisk:
         """After file work: which directory is in place, what does its configuration say."""
         instance, path = self.instance, str(self.data_dir)
         inode = there(path)
-        if inode != getattr(instance.dir, "inode", None):
+        if inode != getattr(instance.dir, "inode", None) or (inode in self.dirs and instance.dir is not self.dirs[inode]):
             for known in self.dirs.values():
                 known.find()
             instance.dir = self.dirs[inode] if inode in self.dirs else DataDir(content=content_of(path))  # type: ignore[arg-type]
             instance.aside = [known for known in self.dirs.values() if known is not instance.dir]
             self._conf_seen = None
+            self._in_place = instance.dir
             instance._changed("files")
         elif inode is None:
             instance.dir.content = content_of(path)  # type: ignore[assignment]
@@ -386,6 +391,25 @@ class NodeDisk:
         instance.conf_slot = said.get("primary_slot_name", "")
         instance.conf_restore_command = said.get("restore_command", "")
         instance.conf_synchronous = said.get("synchronous_standby_names", "")
+
+    def follow_the_model(self) -> None:
+        """Somebody has replaced the data, or the whole disk, while nothing ran here: so it is in the files."""
+        model, host = self.instance.dir, self._host
+        if model is not self._in_place:
+            for known in self.dirs.values():
+                known.close()
+            self.dirs.clear()
+            for path in self.data_dir.parent.glob("data*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if model.content == "valid":
+                self.made(str(self.data_dir), model)
+            self._conf_seen = None
+        if host.node_id.endswith("+"):
+            for path in self.state_dir.iterdir():
+                path.unlink()
+            host.node_id = hashlib.md5(host.node_id.encode(), usedforsecurity=False).hexdigest()
+            (self.state_dir / "node_id").write_text(host.node_id + "\n", encoding="ascii")
+        self.look()
 
     def close(self) -> None:
         for known in self.dirs.values():

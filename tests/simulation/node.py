@@ -23,7 +23,16 @@ from pgha.config.schema import Report, read
 from pgha.config.state import Remembered
 from pgha.dcs.keys import Keys, encode
 from pgha.decide import decide
-from pgha.errors import ConfigError, DcsError, GuardError, OperationFailed, PghaError, PostgresError, Refused
+from pgha.errors import (
+    ConfigError,
+    DcsError,
+    GuardError,
+    GuardSilent,
+    OperationFailed,
+    PghaError,
+    PostgresError,
+    Refused,
+)
 from pgha.lock import watchdog
 from pgha.lock.guard_client import GuardStatus
 from pgha.lock.protocol import Agent, Answer, Op, Request
@@ -45,6 +54,7 @@ from pgha.model.action import (
     StartPrimary,
 )
 from pgha.model.decision import Decision, Memory, PeerQuestion
+from pgha.model.failsafe import FailsafeFacts
 from pgha.model.lock import Identity, LicenceState
 from pgha.model.node import Control, DataDirectoryFacts, PostgresFacts
 from pgha.model.observation import Observation, Operation, Peer, Settings, Upstream, WrittenNames
@@ -53,11 +63,15 @@ from pgha.model.wal import HistoryRow, Position
 from pgha.observe.postgres import (
     HURRY_S,
     MAX_HURRY_S,
+    POSITION_AGE_S,
     PROBE_DEADLINE_S,
     UNSETTLED_S,
     _as_it_should_be,
     _what_matters,
+    look_every_s,
+    not_looked_since,
 )
+from pgha.rest.requests import _ping
 from tests.simulation import hands, kernel, stepped
 from tests.simulation.kernel import Process
 from tests.simulation.postgres import Instance, Server
@@ -147,7 +161,7 @@ class SimGuardClient:
         with kernel.move_on_after(deadline_s):
             await event.wait()
         if not answers:
-            raise GuardError(f"{request.op}: no acknowledgement within {deadline_s} s")
+            raise GuardSilent(f"{request.op}: no acknowledgement within {deadline_s} s")
         answer = answers[0]
         if not answer.ok:
             raise GuardError(f"{request.op} refused: {answer.error}")
@@ -165,6 +179,7 @@ class SimPostgresObserver:
         self._server: Server | None = None
         self._session = False
         self._hurry_until: Instant | None = None
+        self._position_asked = False
         self.facts = PostgresFacts()
         host.instance.on_change.append(self._noticed)
 
@@ -183,6 +198,13 @@ class SimPostgresObserver:
 
     def configuration_changed(self) -> None:
         self.hurry(0.6)
+
+    def position_asked(self) -> None:
+        row_at = self.facts.row_at
+        if self._position_asked or row_at is None or remaining_s(row_at.plus_s(POSITION_AGE_S), self._host.clock.now()) > 0:
+            return
+        self._position_asked = True
+        self._kick.set()
 
     def _hurries(self) -> bool:
         return self._hurry_until is not None and remaining_s(self._hurry_until, self._host.clock.now()) > 0
@@ -266,7 +288,10 @@ class SimPostgresObserver:
         if self._server is None and facts.process != "absent":
             return
         before, self.facts = self.facts, facts
-        if _what_matters(before) != _what_matters(facts):
+        told = self._position_asked and facts.row_at != before.row_at
+        if told or facts.row_at is None:
+            self._position_asked = False
+        if told or _what_matters(before) != _what_matters(facts):
             self._wake()
 
 
@@ -384,6 +409,33 @@ def _shape(peer: Peer) -> tuple[object, ...]:
     return (peer.answered, peer.in_recovery, peer.timeline, peer.lsn, peer.frozen_epoch, peer.running, peer.candidate, peer.watchdog_failed)
 
 
+class SimAsker:
+    """pgha.lock.failsafe.Asker: POST /failsafe, by the model's network."""
+
+    def __init__(self, agent: AgentProcess) -> None:
+        self._agent = agent
+
+    async def ask(self, api_url: str, body: bytes) -> str:
+        agent, name = self._agent, api_url.removeprefix("http://").partition(":")[0]
+        answers: list[str] = []
+        event = kernel.Event()
+
+        def answered(text: str) -> None:
+            answers.append(text)
+            event.set()
+
+        def arrived() -> None:
+            peer = agent.world.agents.get(name)
+            if peer is None or not peer.process.alive:
+                agent.world.network.send(name, agent.host.name, answered, "connection refused")
+            else:
+                peer.process.call(peer.failsafe_asked, body, lambda text: agent.world.network.send(name, agent.host.name, answered, text))
+
+        agent.world.network.send(agent.host.name, name, arrived)
+        await event.wait()
+        return answers[0]
+
+
 class AgentProcess:
     """One run of the agent on a host."""
 
@@ -401,32 +453,40 @@ class AgentProcess:
         self.effective = effective_of(host.name, self.local, normalised(host.cached_config or host.first_config))
         self.dynamic = host.cached_config
         self._config_revision = -1
+        self._before_limit: tuple[PostgresFacts, float] | None = None
         self._news = kernel.Event()
         self.store = src.simulation_store.SimStore(world.store, host.name, first=incarnation + len(host.name))
         renewer_store = src.simulation_store.SimStore(world.store, host.name, first=incarnation + 1)
+        self.outage = src.dcs_outage.Outage(self.clock)
         self.renewer = src.lock_renewer.Renewer(
             store=renewer_store, keys=KEYS, me=self.me, clock=self.clock,
-            timing=lambda: src.lock_renewer.Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause), changed=self._licence_changed)
+            timing=self._timing, changed=self._licence_changed, outage=self.outage)
         self.guard = SimGuardClient(host, self.me, self.clock.now().boot_ns)
         self.machine = hands.SimMachine(host)
         self.fence = src.lock_fence.Fence(renewer=self.renewer, guard=self.guard, directory=self.machine.directory, clock=self.clock, wake=self.wake)
         self.renewer.narrower = self
         self.cluster = src.observe_cluster.ClusterObserver(
             store=self.store, keys=KEYS, clock=self.clock, state_dir=host, wake=self.wake, me=self.me.name, in_thread=self.machine.in_thread,
-            settings=lambda: (self.settings.ttl_s, self.settings.loop_wait_s, self.settings.retry_timeout_s, self.settings.member_slots_ttl_s))
+            settings=lambda: (self.settings.ttl_s, self.settings.loop_wait_s, self.settings.retry_timeout_s, self.settings.member_slots_ttl_s),
+            outage=self.outage)
         self.wanted = hands.ModelWanted(host.instance, lambda: self.effective)
-        self.postgres = SimPostgresObserver(self.process, host, lambda: self.settings.loop_wait_s, self._postgres_changed)
+        self.postgres = SimPostgresObserver(self.process, host, lambda: look_every_s(self.settings), self._postgres_changed)
         self.reader = SimReader(host.instance)
         self.peers = SimPeers(self)
         self.watchdog = src.lock_watchdog.Watchdog(host.device, mode=host.watchdog_mode, safety_margin_s=5, clock=self.clock)
         self.announcer = src.pgha_announce.Announcer(store=self.store, keys=KEYS, name=self.me.name, clock=self.clock, ttl_s=lambda: self.settings.ttl_s,
-                                                     loop_wait_s=lambda: self.settings.loop_wait_s)
+                                                     loop_wait_s=lambda: self.settings.loop_wait_s, outage=self.outage)
         context = src.act_context.Context(
             clock=self.clock, me=self.me, store=self.store, keys=KEYS, renewer=self.renewer, fence=self.fence, server=hands.ModelServer(host.instance),
             machine=self.machine, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.configuration_changed,
             last_position=self._last_position, bootstrap_config=lambda: encode(normalised(host.first_config)),
             private_dir=hands.ModelDir(host.instance, "private"))
         self.actor = src.pgha_act.Actor(context)
+        unknown_ttl_s = self._longest_ttl_s() if self.settings.failsafe_mode and not self.machine.directory.processes() else 0.0
+        self.promises = self.renewer.promises = _promises(src, host, self.clock, self.machine.boot_id(), unknown_ttl_s)
+        self.failsafe = src.lock_failsafe.Rounds(
+            renewer=self.renewer, clock=self.clock, timing=self._timing, wake=self.wake, asker=SimAsker(self),
+            conn_url=lambda: f"postgres://{host.name}:5432/postgres", api_url=lambda: f"http://{host.name}:8008/patroni")
         self.memory = Memory()
         self.number = 0
         self.shutting_down = self.finished = False
@@ -482,8 +542,29 @@ class AgentProcess:
     def wake(self) -> None:
         self._news.set()
 
+    def _timing(self) -> Any:
+        return stepped.sources().lock_renewer.Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause)
+
+    def _longest_ttl_s(self) -> float:
+        return max(self.settings.ttl_s, self.cluster.facts.remembered_ttl_s, 30.0)
+
+    def failsafe_asked(self, body: bytes, answered: Any) -> None:
+        """POST /failsafe, as rest/requests.py and the agent answer it: one step."""
+        if self.seen is None:
+            return
+        view, licence = self.cluster.facts.view, self.renewer.licence
+        verdict = self.promises.accept(_ping(msgspec.json.decode(body)), stepped.sources().lock_promise.Receiver(
+            name=self.me.name, failsafe_mode=self.settings.failsafe_mode, leads=self.postgres.facts.is_primary or self.fence.mode == "armed", licence=licence,
+            epoch=max(licence.epoch, view.epoch.number if view else 0), epoch_holder=view.epoch.holder if view and view.epoch.number >= licence.epoch else "",
+            ttl_s=self._longest_ttl_s()))
+        if verdict.promise is not None:
+            self.wake()
+        answered("" if verdict.status == 200 and verdict.text.strip() == "Accepted" else f"{verdict.status} {verdict.text}")
+
     def _licence_changed(self) -> None:
         self.fence.changed()
+        if hasattr(self, "failsafe"):
+            self.failsafe.changed()
         self._look_at_protection()
         self.wake()
         self.world.licence_changed(self)
@@ -524,7 +605,7 @@ class AgentProcess:
                 pass
         async with kernel.open_nursery() as nursery:
             self._nursery = nursery
-            for work in (self.fence.run, self.renewer.run, self.postgres.run, self.cluster.run, self.announcer.run, self._pet_watchdog,
+            for work in (self.fence.run, self.renewer.run, self.failsafe.run, self.postgres.run, self.cluster.run, self.announcer.run, self._pet_watchdog,
                          self._keep_directory_facts, self._keep_guard):
                 nursery.start_soon(work)
             nursery.start_soon(self.cluster.keep_capacity, lambda: self.renewer.licence.state is LicenceState.HELD)
@@ -549,20 +630,37 @@ class AgentProcess:
         raise GuardError(f"no guard within 5 s: {last}")
 
     async def _keep_guard(self) -> None:
+        answered: Any = None
         while True:
+            if self.fence.facts.reachable:
+                answered = self.host.guard
             with kernel.move_on_after(GUARD_ASKED_EVERY_S):
-                await self._guard_exit()
+                await self._guard_ends_or_is_silent()
             try:
                 self.fence.note(await self.guard.status())
             except GuardError as error:
                 if self.finished:
                     return
                 self.fence.unanswered(str(error))
+                if isinstance(error, GuardSilent) and answered is not None and answered is self.host.guard:
+                    self.world.trace(self.host.name, "stuck guard ended")
+                    self.host.kill_guard()
+                    await kernel.checkpoint()
                 try:
                     self.fence.note(await self._guard_there())
                     self.fence.changed()
                 except GuardError:
                     await kernel.sleep(0.5)
+
+    async def _guard_ends_or_is_silent(self) -> None:
+        async with kernel.open_nursery() as nursery:
+            async def ends() -> None:
+                await self._guard_exit()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(ends)
+            await self.fence.silent.wait()
+            nursery.cancel_scope.cancel()
 
     async def _guard_exit(self) -> None:
         guard = self.host.guard
@@ -617,6 +715,9 @@ class AgentProcess:
             self.renewer.give_mandate(decision.mandate, number=self.number)
             self.renewer.position = self._position_to_record(seen)
             self.peers.ask(decision.ask_peers)
+            self.failsafe.give(decision.failsafe)
+            if decision.ask_peers.names:
+                self.postgres.position_asked()
             self._publish(seen, decision)
             self._discard_replaced(seen)
             failed = await self._carry_out(decision)
@@ -639,10 +740,13 @@ class AgentProcess:
         return Observation(
             now=self.clock.now(), wall_s=self.clock.wall_s(), number=self.number, me=self.me, settings=self._settings_now(), dcs=facts,
             licence=self.renewer.licence, postgres=self.postgres.facts, directory=directory, guard=self.fence.facts, watchdog=self.watchdog.facts,
-            peers=dict(self.peers.facts), upstream=self._upstream, configured_upstream=self.wanted.upstream.name if self.wanted.upstream else "",
+            peers=dict(self.peers.facts), failsafe=FailsafeFacts(promise=self.promises.promise, missing=self.failsafe.missing), upstream=self._upstream, configured_upstream=self.wanted.upstream.name if self.wanted.upstream else "",
             written_names=WrittenNames(told=self.wanted.names_told, names=self.wanted.names), operation=self._operation, ended=self._ended, requests=tuple(self.requests.values()), shutting_down=self.shutting_down)
 
     def _settings_now(self) -> Settings:
+        return not_looked_since(self._settings_cached(), self._before_limit, self.postgres.facts)
+
+    def _settings_cached(self) -> Settings:
         if self.dynamic is None:
             return self.settings
         key = id(self.effective)
@@ -706,7 +810,9 @@ class AgentProcess:
         if self.decision is None or self.seen is None:
             answered(context, Peer(name=self.host.name, asked_at=self.clock.now(), answered=True, is_pgha=True))
             return
-        if self.decision.vote.epoch < epoch:
+        if epoch < 0:
+            self.postgres.position_asked()
+        elif self.decision.vote.epoch < epoch:
             view = self.cluster.facts.view
             if view is not None and epoch >= view.epoch.number:
                 self.wake()
@@ -759,7 +865,8 @@ class AgentProcess:
                 with kernel.fail_after(max(QUICK_S, self.settings.retry_timeout_s) + 1.0):
                     await self._quick(action)
             except OPERATING_ERRORS as error:
-                self.world.trace(self.host.name, "action failed", action=type(action).__name__, why=(str(error) or type(error).__name__).replace(" ", "_"))
+                if not (self.outage.on and isinstance(error, DcsError | kernel.TooSlowError)):
+                    self.world.trace(self.host.name, "action failed", action=type(action).__name__, why=(str(error) or type(error).__name__).replace(" ", "_"))
                 return True
         return False
 
@@ -858,6 +965,8 @@ class AgentProcess:
         if mark == self._config_revision:
             return
         self._config_revision = mark
+        self._before_limit = (self.postgres.facts, self.settings.primary_hang_timeout_s)
+        self.postgres.kick()
         self.dynamic = view.config
         self.effective = effective_of(self.host.name, self.local, view.config)
         self.fence.changed()
@@ -897,6 +1006,31 @@ class AgentProcess:
         """SIGTERM."""
         self.shutting_down = True
         self.wake()
+
+
+class _PromiseFile:
+    """The promise's file on tmpfs, as far as it is read."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def __truediv__(self, name: str) -> _PromiseFile:
+        return self
+
+    def read_bytes(self) -> bytes:
+        if self._host.promise_file is None:
+            raise FileNotFoundError(2, "No such file or directory", "promise.json")
+        return self._host.promise_file
+
+
+def _promises(src: Any, host: Host, clock: Any, boot_id: str, unknown_ttl_s: float) -> Any:
+    module = src.lock_promise
+
+    class SimPromises(module.Promises):      # type: ignore[misc, name-defined]  (loaded at run time)
+        def _write(self, promise: Any) -> None:
+            host.promise_file = msgspec.json.encode(module._Written(boot_id=boot_id, promise=promise))
+
+    return SimPromises(_PromiseFile(host), clock, boot_id=boot_id, unknown_ttl_s=unknown_ttl_s)
 
 
 def _effect_is_seen(action: LongAction, facts: PostgresFacts) -> bool:

@@ -77,6 +77,8 @@ class Simulation(World):
         if random.random() < 0.5:
             self.config |= {"synchronous_mode": random.choice((True, True, "quorum")), "synchronous_mode_strict": random.random() < 0.3,
                             "synchronous_node_count": random.choice((1, 1, 2))}
+        if random.random() < 0.4:
+            self.config["failsafe_mode"] = True
         self.longest_ttl_s = float(self.ttl)
         make = make_agent or _level_a
         self.make_agent = lambda host, incarnation: make(host, incarnation=incarnation)
@@ -93,7 +95,7 @@ class Simulation(World):
                 tags["failover_priority"] = random.choice((1, 2, 5))
             if random.random() < 0.05:
                 tags["clonefrom"] = True
-            host.tags = tags                # type: ignore[attr-defined]
+            host.tags = tags
         self.writers = Writers(self)
         self.checkers = {c.__name__: c(self) for c in checkers.ALL}
         self.truth.checkers = list(self.checkers.values())

@@ -93,6 +93,7 @@ class Host:
         self.instance = Instance(name, world.scheduler, world.network, world.trace, world.instances, world.truth)
         world.instances[name] = self.instance
         self.guard_file = GuardFile()
+        self.promise_file: bytes | None = None      # on tmpfs, too
         self.guard: GuardProcess | None = None
         self.agent: Any = None
         self.all_agents: list[Any] = []
@@ -103,6 +104,7 @@ class Host:
         self.suspended = False
         self.wanted = True                  # systemd is to have an agent here
         self.local: Any = None              # LocalConfig
+        self.tags: dict[str, Any] = {}
         self.first_config: dict[str, Any] = {}
         self.cached_config: dict[str, Any] | None = None
         self.remembered: Any = None
@@ -177,6 +179,7 @@ class Host:
         if self.guard is not None and self.guard.process.alive:
             self.guard.kill()
         self.guard_file.held = None
+        self.promise_file = None
         self.device.close(stop=True)
         self.instance.power_off()
 
@@ -226,9 +229,13 @@ class Host:
 class World:
     """`out`: where the trace goes while it happens."""
 
+    #: How time, chance and trace are made: tests/scenarios have chance that is always the same, and a trace for people.
+    scheduler_of: Callable[[int | str], Scheduler] = Scheduler
+    trace_of: Callable[[Scheduler, TextIO | None], Trace] = Trace
+
     def __init__(self, seed: int | str, *, out: TextIO | None = None) -> None:
-        self.scheduler = Scheduler(seed)
-        self.trace = Trace(self.scheduler, out)
+        self.scheduler = type(self).scheduler_of(seed)
+        self.trace = type(self).trace_of(self.scheduler, out)
         self.network = Network(self.scheduler)
         self.store = StoreWorld(self.scheduler, self.network, self.trace)
         self.truth = Truth()
