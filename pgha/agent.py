@@ -92,7 +92,7 @@ from pgha.model.wal import HistoryRow, Position
 from pgha.observe.cluster import ClusterObserver
 from pgha.observe.data_directory import DataDirectoryReader
 from pgha.observe.peers import PeersObserver
-from pgha.observe.postgres import PostgresObserver
+from pgha.observe.postgres import PostgresObserver, look_every_s, not_looked_since
 from pgha.postgres.files import read_dynamic_cache, write_dynamic_cache
 from pgha.postgres.server import Server
 from pgha.rest.access import Access, resolve_allowlist
@@ -160,14 +160,15 @@ class Agent:
         self.wanted = Wanted(effective=lambda: self.effective, passfile=pgpass(local, environ))
         self.postgres = PostgresObserver(
             data_dir=data_dir, machine=machine, conninfo=self.wanted.local_conninfo, clock=clock,
-            interval_s=lambda: self.settings.loop_wait_s, wake=self._postgres_changed,
+            interval_s=lambda: look_every_s(self.settings), wake=self._postgres_changed,
             wanted=self.wanted.settings)
         self.reader = DataDirectoryReader(data_dir, bin_dir, in_thread=machine.in_thread, run=machine.run)
         self.peers = PeersObserver(clock=clock, wake=self.wake, http=partial(machine.http, _peer_context(local)))
         self.watchdog = Watchdog(machine.device(local.watchdog.device), mode=local.watchdog.mode, safety_margin_s=local.watchdog.safety_margin_s, clock=clock)
         self.announcer = Announcer(store=self.store, keys=self.keys, name=self.me.name, clock=clock, ttl_s=lambda: self.settings.ttl_s,
                                    loop_wait_s=lambda: self.settings.loop_wait_s, outage=self.outage)
-        self.inbox = Inbox(store=self.store, keys=self.keys, clock=clock, view=lambda: self.cluster.facts.view, wake=self.wake)
+        self.inbox = Inbox(store=self.store, keys=self.keys, clock=clock, view=lambda: self.cluster.facts.view, wake=self.wake,
+                           look=self.postgres.position_asked)
         # One may have been given before this boot; while a server of this boot runs, the guard has watched over it since.
         unknown_ttl_s = self._longest_ttl_s() if self.settings.failsafe_mode and not machine.directory.processes() else 0.0
         self.promises = self.renewer.promises = Promises(self.runtime_dir, clock, boot_id=machine.boot_id(), unknown_ttl_s=unknown_ttl_s)
@@ -195,6 +196,7 @@ class Agent:
         self._directory_news = trio.Event()
         self._checkpoint_pending = False
         self._applied: Any = None
+        self._before_limit: tuple[PostgresFacts, float] | None = None   # what was known, and the limit, when the hang timeout changed
         self._said: tuple[str, ...] = ()
         self._refusal = ""
         self._upstream: Upstream | None = None
@@ -441,6 +443,8 @@ class Agent:
             self.renewer.position = self._position_to_record(seen)
             self.failsafe.give(decision.failsafe)
             self.peers.ask(decision.ask_peers)
+            if decision.ask_peers.names:
+                self.postgres.position_asked()      # theirs are compared with this node's own
             self._publish(seen, decision, remembered)
             self._discard_replaced(seen)
             failed = await self._carry_out(decision)
@@ -481,7 +485,8 @@ class Agent:
         return replace(facts, heard_at=heard) if heard is not None and (facts.heard_at is None or heard > facts.heard_at) else facts
 
     def _settings_now(self) -> Settings:
-        return replace(self.settings, configuration_changed=self._applied != self._to_apply() and self._applied is not None,
+        settings = not_looked_since(self.settings, self._before_limit, self.postgres.facts)
+        return replace(settings, configuration_changed=self._applied != self._to_apply() and self._applied is not None,
                        dynamic_config=encode(self.dynamic) if self.dynamic else b"")
 
     def _bootstrap_config(self) -> bytes:
@@ -685,6 +690,8 @@ class Agent:
         if mark == self._config_revision:
             return
         self._config_revision = mark
+        self._before_limit = (self.postgres.facts, self.settings.primary_hang_timeout_s)
+        self.postgres.kick()        # how often it is looked at may have changed, too
         self.dynamic = view.config
         self.effective = effective(self.local, view.config, patroni_member_present=mixed)
         for problem in self.effective.problems:

@@ -30,14 +30,16 @@ WAITING_AT_MOST = 16
 
 
 class Inbox:
-    """Owner of the requests that wait. `view()`: the cluster as seen; `wake(why)`: the loop."""
+    """Owner of the requests that wait. `view()`: the cluster as seen; `wake()`: the loop; `look()`: at PostgreSQL's position."""
 
-    def __init__(self, *, store: Store, keys: Keys, clock: Clock, view: Callable[[], ClusterView | None], wake: Callable[[], None]) -> None:
+    def __init__(self, *, store: Store, keys: Keys, clock: Clock, view: Callable[[], ClusterView | None], wake: Callable[[], None],
+                 look: Callable[[], None] = lambda: None) -> None:
         self._store = store
         self._keys = keys
         self._clock = clock
         self._view = view
         self._wake = wake
+        self._look = look
         self.accept: Callable[[Ping], tuple[Answer, int]] = _nobody_there     # who promises: the agent, once it is made
         self._number = 0
         self._waiting: dict[int, Request] = {}
@@ -73,7 +75,9 @@ class Inbox:
 
     def wake(self, why: str, epoch: int) -> None:  # noqa: ARG002  (the port's signature)
         view = self._view()
-        if view is not None and epoch >= view.epoch.number:
+        if epoch < 0:
+            self._look()        # no election: whoever asks compares positions, and the last look may be a loop_wait old
+        elif view is not None and epoch >= view.epoch.number:
             self._wake()
 
     async def submit(self, kind: str, payload: Mapping[str, Any], *, deadline_s: float) -> Answer:

@@ -154,7 +154,7 @@ def _hand_over(o: Observation, memory: Memory, reasons: tuple[Reason, ...]) -> D
     if reasons[-1].holds:
         release = Demote(mode="kill", release=True, checkpoint=False, why=reasons[-1].because, timeout_s=0.0)
         return _one(f"handing over after a crash: {reasons[-1].because}", reasons, release, memory)
-    return Decision(situation="broken", summary="handing over would lose acknowledged writes: starting in place", reasons=reasons,
+    return Decision(situation="broken", summary=f"not handing over, starting in place: {reasons[-1].because}", reasons=reasons,
                     memory=replace(memory, handover_judged_at=o.now), ask_peers=ask_others(o), wake_in_s=0.0)
 
 
@@ -175,6 +175,10 @@ def _own_former(o: Observation, memory: Memory, now: Standing) -> Decision:
 # --- somebody else holds it --------------------------------------------------------------------------------------------
 
 def _rejoin(o: Observation, memory: Memory, now: Standing) -> Decision:
+    if now.record is not None and now.record.node_id == o.me.node_id:
+        # It was not renewed in time, and nobody knows whether another has it by now: this node asks itself for nothing.
+        over = reason("broken.record_is_anothers", False, f"this node's own licence is over, and its record is {now.because}")
+        return Decision(situation="broken", summary=f"waiting for the store: {over.because}", reasons=(over,), memory=memory, wake_in_s=0.3, state="stopped")
     leader = leader_member(o, now.holder)
     upstream = o.upstream
     if leader is None or not leader.host:

@@ -26,7 +26,8 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     ]
     obstacles = [r for r in reasons if not r.holds]
     cancel = () if not obstacles or operation.cancelling else (CancelOperation(id=operation.id, why=obstacles[0].because),)
-    ask = ask_others(o) if operation.kind == "StartPrimary" and o.dcs.view is not None else PeerQuestion()
+    # Whoever looks for the end of WAL compares it with the others' positions in the next pass: what they said must not be forgotten.
+    ask = ask_others(o) if operation.kind in ("StartPrimary", "InspectEndOfWal") and o.dcs.view is not None else PeerQuestion()
     return Decision(
         situation="busy", summary=f"{operation.kind.lower()} in progress" + (": ending it" if obstacles else ""),
         reasons=tuple(reasons), actions=cancel, memory=memory, ask_peers=ask, wake_in_s=min(1.0, o.settings.loop_wait_s),

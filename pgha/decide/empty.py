@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
-from pgha.decide import restart
+from pgha.decide import eligible, restart
 from pgha.decide.common import ask_others, backed_off, leader_member, others, reason, source_of, view_of
 from pgha.decide.standing import Whose, because, licensed, standing
 from pgha.model.action import AbandonDirectory, AcquireLock, Action, Bootstrap, Clone, ReadCluster, ReleaseLock, Stop
@@ -86,7 +86,7 @@ def may_bootstrap(o: Observation) -> tuple[Reason, ...]:
     return (
         reason("empty.never_initialised", now.whose in (Whose.NEVER, Whose.FREE) and not view.initialize and view.lock is None,
                f"initialize is {view.initialize!r}, lock: {now.because}"),
-        reason("empty.initialize_is_free", view.initialize is None, "somebody else is bootstrapping" if view.initialize is not None else "initialize is absent"),
+        reason("empty.initialize_is_free", view.initialize is None, _initialize_says(view.initialize)),
         reason("empty.has_bootstrap_section", o.settings.has_bootstrap_section, "the configuration has "
                + ("a" if o.settings.has_bootstrap_section else "no") + " [bootstrap] section"),
         reason("empty.may_lead", not o.settings.tags.nofailover, "tag nofailover is " + ("set" if o.settings.tags.nofailover else "not set")),
@@ -94,6 +94,12 @@ def may_bootstrap(o: Observation) -> tuple[Reason, ...]:
                else "no configured or remembered peer answers with a system identifier"),
         reason("empty.peers_were_asked", all(n in o.peers for n in others(o)), f"{len(o.peers)} of {len(others(o))} peers asked"),
     )
+
+
+def _initialize_says(value: str | None) -> str:
+    if value is None:
+        return "initialize is absent"
+    return f"the cluster is {value}, initialised already" if value else "somebody else is bootstrapping"
 
 
 def _bootstrap(o: Observation, memory: Memory) -> Decision:
@@ -135,7 +141,10 @@ def _finish_bootstrap(o: Observation, memory: Memory) -> Decision:
 # --- a copy ------------------------------------------------------------------------------------------------------------
 
 def clone_source(o: Observation) -> tuple[Member | None, Reason]:
-    """A running member tagged clonefrom, else the leader."""
+    """A running member tagged clonefrom, else the leader.
+
+    Whoever may lead by /sync copies from the leader only: another's copy may lack what this name has confirmed before.
+    """
     rule = "empty.has_source"
     view, now = view_of(o), standing(o)
     if now.whose is not Whose.LIVE:
@@ -144,6 +153,8 @@ def clone_source(o: Observation) -> tuple[Member | None, Reason]:
     if leader is None or leader.role != "primary" or leader.state != "running" or not leader.host:
         return None, reason(rule, False, f"leader {now.holder} is not running as primary yet")
     tagged = sorted(m.name for m in view.members.values() if m.tags.clonefrom and m.state == "running" and m.host and m.name not in (o.me.name, leader.name))
+    if tagged and eligible.is_active(o) and eligible.may_lead(o, o.me.name):
+        return leader, reason(rule, True, f"copying from {leader.name}, the leader, since /sync names {o.me.name}")
     source = view.members[tagged[0]] if tagged else leader
     return source, reason(rule, True, f"copying from {source.name}" + (" (clonefrom)" if tagged else ", the leader"))
 

@@ -87,7 +87,11 @@ def follows_wanted(o: Observation, upstream: Source | None) -> Reason:
         return reason(rule, True, "the leader's address is not known: left as it is")
     ours = o.configured_upstream == (upstream.name if upstream else "")      # a restarted agent has not written them yet
     slot_fits = row.primary_slot_name == (own_slot_name(o) if upstream else "")
-    return reason(rule, current == wanted and slot_fits and ours, f"wanted {wanted[0]}:{wanted[1]}, set {current[0]}:{current[1]}, slot {row.primary_slot_name or 'none'}")
+    return reason(rule, current == wanted and slot_fits and ours, f"wanted {_address(wanted)}, set {_address(current)}, slot {row.primary_slot_name or 'none'}")
+
+
+def _address(target: tuple[str, int]) -> str:
+    return f"{target[0]}:{target[1]}" if target[0] else "nobody"
 
 
 def _conninfo_target(conninfo: str) -> tuple[str, int]:

@@ -11,6 +11,7 @@ from pgha.decide.standing import Standing, Whose, because, standing
 from pgha.model.action import AcquireLock, Action, Freeze, ReadCluster
 from pgha.model.decision import Decision, Election, Memory, Reason, Vote
 from pgha.model.observation import Observation
+from pgha.model.wal import format_lsn
 
 READ_ABSENCE_EVERY_S = 1.0
 FREEZE_SETTLES_S = 0.05
@@ -123,7 +124,7 @@ def position_is_final(o: Observation, election: Election) -> Reason:
     if not row.received_lsn:
         # Nothing was received since it started: it replays what lies in pg_wal, and where that ends shows only at the end.
         stands_s = candidate_age_s(election.standing_since, row_at) if election.standing_since else 0.0
-        return reason(rule, min(settled_s, stands_s) >= REPLAY_STANDS_S, f"replay has stood at {row.position} for {stands_s:.2f} s, {REPLAY_STANDS_S} s needed")
+        return reason(rule, min(settled_s, stands_s) >= REPLAY_STANDS_S, f"replay has stood at {format_lsn(row.position)} for {stands_s:.2f} s, {REPLAY_STANDS_S} s needed")
     return reason(rule, settled_s >= FREEZE_SETTLES_S, f"no walreceiver {settled_s:.3f} s after the freeze, {FREEZE_SETTLES_S} s needed")
 
 

@@ -134,7 +134,8 @@ def _hand_over(o: Observation, memory: Memory) -> Decision | None:
     if key.candidate == o.me.name or key.leader not in ("", o.me.name):
         # Either it has just been carried out, to this node, or it was meant for another leader: done with.
         clear = WriteKey(key="failover", value=b"{}", if_revision=revision, epoch_revision=o.licence.epoch_revision)
-        return Decision(situation="leading", summary="clearing the failover key", reasons=switchover.conditions(o), actions=(clear,), memory=memory, wake_in_s=0.1)
+        done = switchover.is_done_with(o)
+        return Decision(situation="leading", summary=f"clearing the failover key: {done.because}", reasons=(done,), actions=(clear,), memory=memory, wake_in_s=0.1)
     if memory.switchover_revision != revision:
         memory = replace(memory, switchover_revision=revision, switchover_asked_at=o.now)
     reasons = switchover.conditions(o)
@@ -187,6 +188,8 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
     summary = f"no action. I am ({o.me.name}), the leader with the lock"
     if o.licence.by_failsafe:
         summary = "continue to run as a leader because failsafe mode is enabled and all members are accessible"
+    if (held_up := next((r for r in kept.reasons if r.rule == synchronous.COMMITS_GO_ON and not r.holds), None)) is not None:
+        summary += f"; {held_up.because}"       # a DBA who sees nothing but waiting sessions finds it in the log
     return Decision(situation="leading", summary=summary, reasons=reasons, actions=tuple(actions), memory=memory,
                     wake_in_s=min(o.settings.loop_wait_s, kept.wake_in_s or o.settings.loop_wait_s))
 

@@ -74,11 +74,14 @@ def licence_lasts(o: Observation) -> Reason:
     licence = o.licence
     assert licence.valid_until is not None
     assert licence.since is not None
-    begin = demote_at(licence.valid_until, licence.ttl_s, since=licence.since, loop_wait_s=o.settings.loop_wait_s)
+    # A write that shortens the licence has just been sent: it is to have its time to be answered, too, or every smaller
+    # ttl would end the primary.
+    begin = demote_at(licence.valid_until, licence.ttl_s, since=licence.shortened_at or licence.since, loop_wait_s=o.settings.loop_wait_s)
     to_go_s = remaining_s(begin, o.now)
     failing = f", renewals have failed for {holder_age_s(licence.failing_since, o.now):.1f} s ({licence.failing_why})" if licence.failing_since else ""
     failing += failsafe.agreement(o)
-    return reason("lease.licence_lasts", to_go_s > 0, f"{left_s(o):.1f} s of the licence left, demotion in {to_go_s:.1f} s{failing}")
+    due = f"demotion in {to_go_s:.1f} s" if to_go_s > 0 else "demotion is due" if to_go_s > -0.1 else f"demotion was due {-to_go_s:.1f} s ago"
+    return reason("lease.licence_lasts", to_go_s > 0, f"{left_s(o):.1f} s of the licence left, {due}{failing}")
 
 
 def server_answers(o: Observation) -> Reason:

@@ -29,6 +29,13 @@ def still_patient(o: Observation, memory: Memory) -> bool:
     return since is None or candidate_age_s(since, o.now) < PATIENCE_S
 
 
+def is_done_with(o: Observation) -> Reason:
+    """The request names this leader as the candidate, or another as the one to leave: nothing is left to be done."""
+    key = view_of(o).failover
+    said = f"{o.me.name}, which was asked for, leads" if key.candidate == o.me.name else f"it asks {key.leader} to hand over, and {o.me.name} leads"
+    return reason("switchover.is_done_with", True, said)
+
+
 def names_this_leader(o: Observation) -> Reason:
     key = view_of(o).failover
     return reason("switchover.names_this_leader", key.leader in ("", o.me.name), f"asked from {key.leader or 'anybody'}, the leader is {o.me.name}")

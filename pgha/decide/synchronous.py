@@ -51,8 +51,9 @@ from pgha.model.wal import format_lsn
 
 #: With the lock and without a checkpointer that has read the setting: rather nobody but this node may lead than no primary.
 CHECKPOINTER_S = 3.0
+COMMITS_GO_ON = "synchronous.commits_go_on"
 
-__all__ = ["Upkeep", "before_promotion", "is_to_be_let_go", "may_start", "primary_names", "upkeep"]
+__all__ = ["COMMITS_GO_ON", "Upkeep", "before_promotion", "is_to_be_let_go", "may_start", "primary_names", "upkeep"]
 
 
 class Upkeep(Struct, frozen=True, kw_only=True):
@@ -112,7 +113,7 @@ def before_promotion(o: Observation, memory: Memory) -> tuple[tuple[Reason, ...]
     reasons = (
         ours,
         reason("synchronous.names_are_set", told, f"synchronous_standby_names is {seen!r}, " + ("the operator's own" if wanted is None else f"wanted {wanted!r}")),
-        reason("synchronous.backends_will_wait", waits, "nobody is waited for" if not wanted else f"set for {setting_age_s(o, book):.2f} s, the checkpointer "
+        reason("synchronous.backends_will_wait", waits, "nobody is waited for" if not wanted else f"synchronous_standby_names seen for {setting_age_s(o, book):.2f} s, the checkpointer "
                + ("has read it" if row.checkpointer_rests else f"may not have read it (for {held_s:.1f} s, limit {CHECKPOINTER_S:g} s)")),
     )
     return reasons, tuple(actions), replace(memory, sync=book)
@@ -144,7 +145,7 @@ def upkeep(o: Observation, memory: Memory) -> Upkeep:
     now = State(promise=taken_over(o), requirement=parse_requirement(row.synchronous_standby_names))
     verdicts = standbys(o, book, now)
     target = target_of(o, now, verdicts)
-    reasons = (_standing(o, now, target), who_is_fit(verdicts))
+    reasons = (_standing(o, now, target), who_is_fit(verdicts), commits_go_on(now, verdicts))
     done = _step(o, memory, now, target, verdicts)
     wake_in_s = done.wake_in_s if done.wake_in_s is not None else min((v.again_in_s for v in verdicts.values() if v.again_in_s), default=None)
     return replace(done, reasons=(*reasons, *done.reasons), wake_in_s=wake_in_s)
@@ -228,6 +229,15 @@ def _switch_off(o: Observation, memory: Memory, book: SyncBook) -> Upkeep:
         why = reason("synchronous.switched_off", False, "the mode is off: synchronous_standby_names becomes the operator's own")
         return Upkeep(actions=(SetSynchronousNames(names=None),), memory=memory, reasons=(why,), wake_in_s=SOON_S)
     return Upkeep(memory=memory)
+
+
+def commits_go_on(now: State, verdicts: dict[str, Verdict]) -> Reason:
+    """Are there enough of those whom commits wait for?"""
+    demand = now.requirement
+    here = sorted(name for name, verdict in verdicts.items() if verdict.healthy and (demand.anybody or name in demand.names))
+    holds = len(here) >= demand.count
+    return reason(COMMITS_GO_ON, holds, f"{len(here)} standbys confirm, {demand.count} needed" if holds
+                  else f"commits wait: {len(here)} standbys confirm, {demand.count} needed ({who_is_fit(verdicts).because})")
 
 
 def _standing(o: Observation, now: State, target: State) -> Reason:

@@ -149,7 +149,9 @@ class Rounds:
                 for name, url in order.members.items():
                     nursery.start_soon(self._persuade, name, url, begun, asked)
         missing = {name: why for name, why in asked.items() if why}
-        extended = not missing and self._renewer.extend(begun)
+        # Whoever came meanwhile was not asked, and may be listed by now: the loop says so before it writes the list.
+        asked_all = self._order is not None and self._order.members.keys() <= asked.keys()
+        extended = not missing and asked_all and self._renewer.extend(begun)
         if missing and not self._is_over(begun) and self.missing.keys() != missing.keys():
             log.warning("failsafe: not every member agrees that this node leads on", **{f"member_{name}": why for name, why in missing.items()})
         self.missing = missing

@@ -38,7 +38,8 @@ class LicenceBook:
         self._sequence = 0                     # the last that was given to a send or to a failsafe round
         self._composed = 0                     # the last that was given to a send
         self._committed = 0
-        self._cap: Deadline | None = None      # a shortening write that is not settled
+        self._cap: Deadline | None = None      # a shortening write that is not settled …
+        self._cap_at: Instant | None = None    # … and when it was first sent
         self._cap_sequence = 0
 
     # --- what to send --------------------------------------------------------------------------------------------------
@@ -78,6 +79,8 @@ class LicenceBook:
 
     def shorten(self, sent: Sent, end: Deadline) -> None:
         """From now on the licence ends at `end` at the latest, until this send is settled."""
+        if self._cap is None:
+            self._cap_at = sent.at
         self._cap = end if self._cap is None else earlier(self._cap, end)
         self._cap_sequence = max(self._cap_sequence, sent.record.sequence)
         self._apply_cap()
@@ -101,7 +104,7 @@ class LicenceBook:
             sequence=record.sequence, ttl_s=record.ttl_s, mode=record.mode, since=None if released else sent.at,
             valid_until=None if released else licensed_until(record, sent.at),
             revision=revision, epoch=epoch, epoch_revision=epoch_revision, acquired_pass=acquired_pass,
-            failing_since=None, failing_why="", lost_to="", by_failsafe=False,
+            failing_since=None, failing_why="", lost_to="", by_failsafe=False, shortened_at=None,
         )
         if before.by_failsafe and record.sequence < before.sequence and not released:
             # A send of before the round has arrived at last. What all members promised since stands beside it.
@@ -115,14 +118,20 @@ class LicenceBook:
         self._sequence += 1
         return self._sequence
 
-    def extend(self, began: Instant, now: Instant, *, sequence: int, epoch: int) -> bool:
-        """All who might take over have promised not to, after `began`. Whether that widens the licence."""
+    def extend(self, began: Instant, now: Instant, *, sequence: int, epoch: int, ttl_s: float) -> bool:
+        """All who might take over have promised not to, after `began`, for `ttl_s`. Whether that widens the licence.
+
+        A renewal of before the round may have been answered during it: what it changed of the ttl was asked of nobody.
+        And one of after its beginning may have been committed: the promise is void beside it (Promise.is_superseded_by).
+        """
         licence = self.licence
         if licence.state is not LicenceState.HELD or licence.valid_until is None or licence.mode != "held" or licence.epoch != epoch:
             return False
         if self._cap is not None or remaining_s(fence_at(licence.valid_until, licence.ttl_s), now) <= 0:
             return False        # a shorter one may have been committed; or the killing has begun, and nothing is revived
-        end = began.plus_s(licence_s(licence.ttl_s))
+        end = began.plus_s(licence_s(min(ttl_s, licence.ttl_s)))
+        for number, sent in self._sent.items():
+            end = earlier(end, licensed_until(sent.record, sent.at)) if number > sequence else end
         if sequence <= licence.sequence or remaining_s(end, licence.valid_until) <= 0:
             return False        # a later send was committed meanwhile: that counts for more
         self.licence = replace(licence, sequence=sequence, since=began, valid_until=end, by_failsafe=True)
@@ -185,4 +194,4 @@ class LicenceBook:
     def _apply_cap(self) -> None:
         valid = self.licence.valid_until
         if self._cap is not None and valid is not None:
-            self.licence = replace(self.licence, valid_until=earlier(valid, self._cap))
+            self.licence = replace(self.licence, valid_until=earlier(valid, self._cap), shortened_at=self._cap_at)

@@ -30,6 +30,7 @@ from pgha.log import Log
 from pgha.model.action import AcquireLock
 from pgha.model.decision import Mandate
 from pgha.model.lock import Epoch, Identity, Licence, LicenceState, LockMode, LockRecord
+from pgha.model.wal import format_lsn
 
 log = Log("pgha.lock")
 
@@ -244,7 +245,7 @@ class Renewer:
             self._book.committed(mine, revision=revision, value=stored, epoch=self.licence.epoch,
                                  epoch_revision=self.licence.epoch_revision, acquired_pass=self.licence.acquired_pass)
             if mine.record.mode == "released":
-                log.info("lock released", sequence=mine.record.sequence, lsn=lsn, timeline=timeline)
+                log.info("lock released", sequence=mine.record.sequence, lsn=format_lsn(lsn), timeline=timeline)
                 self._announce()
                 return
         self._book.lost(parse_lock(entry.value) if entry else _NOBODY)
@@ -450,7 +451,7 @@ class Renewer:
 
     def extend(self, begun: Round) -> bool:
         """All members that may race have accepted. Whether that has widened the licence."""
-        if not self._book.extend(begun.began, self._clock.now(), sequence=begun.sequence, epoch=begun.epoch):
+        if not self._book.extend(begun.began, self._clock.now(), sequence=begun.sequence, epoch=begun.epoch, ttl_s=begun.ttl_s):
             return False
         if self._jumped_at is not None and remaining_s(begun.began, self._jumped_at) >= 0:
             self._confirm_by = None         # nobody has taken over: that is what a renewal was to confirm

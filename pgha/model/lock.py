@@ -68,6 +68,7 @@ class Licence(Struct, frozen=True, kw_only=True):
     ttl_s: float = 0.0
     since: Instant | None = None        # first send of the last committed sequence; None: none was committed
     valid_until: Deadline | None = None
+    shortened_at: Instant | None = None  # first send of a write that ends it earlier and is not settled
     revision: int = 0                   # of the committed record
     epoch: int = 0
     epoch_revision: int = 0
@@ -115,7 +116,7 @@ def demote_at(licence_until: Deadline, ttl_s: float, *, since: Instant, loop_wai
     """When an orderly demotion begins if no renewal has been committed (safety model 8).
 
     Early enough for a fast shutdown, but not while an etcd election may still end well; in any case half a second
-    before the fence.
+    before the fence. `since`: first send of what is not known to be committed after the last that is.
     """
     fence = fence_at(licence_until, ttl_s)
     wanted = fence.plus_s(-max(3.0, ttl_s / 3))

@@ -26,6 +26,7 @@ from pgha.errors import PostgresError, PostgresTimeout, PostgresUnreachable
 from pgha.log import Log
 from pgha.machine import Machine
 from pgha.model.node import Answer, PostgresFacts, Process, Row
+from pgha.model.observation import Settings
 from pgha.postgres.connection import Connection, resolve
 from pgha.postgres.parameters import SETTINGS_SQL, pending_restart, running_settings, settings_argument
 from pgha.postgres.probe import OPTIONS, read_row
@@ -41,6 +42,10 @@ CALM_HURRY_S = 0.2
 SOON_S = 5.0
 #: A hurry that nobody ends must not cost the CPU for long.
 MAX_HURRY_S = 10.0
+#: Whoever asks for the position is told one that is no older than this, a moment later.
+POSITION_AGE_S = 0.25
+#: So many looks at least fit into the time after which a silent server counts as one that hangs.
+LOOKS_BEFORE_HANGING = 2.5
 #: A reload reaches the backends within this time.
 RELOAD_S = 0.3
 #: While it gives no SQL answer, or a standby has an upstream and does not stream from it.
@@ -79,6 +84,7 @@ class PostgresObserver:
         self._settings_due: Instant | None = None
         self._kick = trio.Event()
         self._hurry_until: Instant | None = None
+        self._position_asked = False
         self._postmaster: Postmaster | None = None
         self._connection: Connection | None = None
         self._probing: trio.CancelScope | None = None
@@ -99,6 +105,14 @@ class PostgresObserver:
         until = self._clock.now().plus_s(min(for_s, MAX_HURRY_S))
         if self._hurry_until is None or remaining_s(until, self._hurry_until) > 0:
             self._hurry_until = until
+        self._kick.set()
+
+    def position_asked(self) -> None:
+        """Somebody compares positions: look now, unless that was just done, and tell the loop even if nothing else has changed."""
+        row_at = self.facts.row_at
+        if self._position_asked or row_at is None or remaining_s(row_at.plus_s(POSITION_AGE_S), self._clock.now()) > 0:
+            return
+        self._position_asked = True
         self._kick.set()
 
     def configuration_changed(self) -> None:
@@ -290,7 +304,10 @@ class PostgresObserver:
 
     def _set(self, facts: PostgresFacts) -> None:
         before, self.facts = self.facts, facts
-        if _what_matters(before) != _what_matters(facts):
+        told = self._position_asked and facts.row_at != before.row_at
+        if told or facts.row_at is None:
+            self._position_asked = False
+        if told or _what_matters(before) != _what_matters(facts):
             self._wake()
 
     def _disconnect(self) -> None:
@@ -303,6 +320,19 @@ def _as_it_should_be(row: Row | None) -> bool:
     """Nothing is under way that the loop waits for."""
     return row is not None and (
         not row.in_recovery or not row.primary_conninfo or (row.receiver is not None and row.receiver.status == "streaming"))
+
+
+def look_every_s(settings: Settings) -> float:
+    """How often PostgreSQL is looked at in calm times."""
+    return min(settings.loop_wait_s, settings.primary_hang_timeout_s / LOOKS_BEFORE_HANGING)
+
+
+def not_looked_since(settings: Settings, before: tuple[PostgresFacts, float] | None, now: PostgresFacts) -> Settings:
+    """A smaller hang timeout counts from the first look after it was set: until then a healthy server has only not been
+    asked, at the pace of the former configuration. `before`: what was known then, and the limit until then."""
+    if before is None or now.answer != "sql" or now.answered_at != before[0].answered_at:
+        return settings
+    return replace(settings, primary_hang_timeout_s=max(before[1], settings.primary_hang_timeout_s))
 
 
 def _what_matters(facts: PostgresFacts) -> tuple[object, ...]:

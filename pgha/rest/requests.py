@@ -57,7 +57,8 @@ class Requests(Protocol):
         ...
 
     def wake(self, why: str, epoch: int) -> None:
-        """Let the loop know at once. Never blocks."""
+        """Let the loop know at once that somebody asks for a vote in the election after `epoch`, or, -1, for the position
+        as it is. Never blocks."""
         ...
 
 

@@ -193,7 +193,9 @@ class App:
             wait_s = min(float(request.query.get("wait", "0")), VOTE_WAIT_S)
         except ValueError:
             return text_response(400, "epoch and wait are numbers")
-        if published.vote.epoch < epoch:
+        if epoch < 0:
+            self.requests.wake("position asked", epoch)
+        elif published.vote.epoch < epoch:
             self.requests.wake("vote asked", epoch)
         if wait_s > 0:
             with trio.move_on_after(wait_s):

@@ -25,9 +25,12 @@ class Scene:
     def __init__(self) -> None:
         self.world = MemoryWorld(TrioClock())
         self.store = CountingStore(self.world)
-        self.wakes = 0
+        self.wakes = self.looks = 0
         self.view: ClusterView | None = None
-        self.inbox = Inbox(store=self.store, keys=KEYS, clock=TrioClock(), view=lambda: self.view, wake=self._wake)
+        self.inbox = Inbox(store=self.store, keys=KEYS, clock=TrioClock(), view=lambda: self.view, wake=self._wake, look=self._look)
+
+    def _look(self) -> None:
+        self.looks += 1
 
     def _wake(self) -> None:
         self.wakes += 1
@@ -329,5 +332,14 @@ def test_only_a_question_about_this_election_or_a_later_one_wakes_the_loop(epoch
         scene.look()
         scene.inbox.wake("vote asked", epoch)
         assert scene.wakes == wakes
+
+    run(main)
+
+
+def test_whoever_asks_for_the_position_lets_it_be_looked_at():
+    async def main() -> None:
+        scene = Scene()
+        scene.inbox.wake("position asked", -1)
+        assert (scene.wakes, scene.looks) == (0, 1)
 
     run(main)

@@ -61,6 +61,14 @@ def test_who_holds_the_lock_copies_from_nobody(kind, ends):
     assert [r.holds for r in decision.reasons if r.rule == "busy.still_wanted"] == [not ends]
 
 
+@pytest.mark.parametrize("kind", ["StartPrimary", "InspectEndOfWal"])
+def test_the_others_are_asked_while_a_hand_over_may_be_judged(kind):
+    """A hand-over is judged right after the end of WAL was found: who was asked before must not have to answer anew."""
+    asked = CRASHED.but(operation=operation(kind)).decide().ask_peers
+    assert asked == CRASHED.decide().ask_peers
+    assert set(asked.names) == {"b", "c"}
+
+
 STARTING = CRASHED.but(operation=operation("StartPrimary"), memory__crash_seen_at=ago(3.5))
 
 HAND_OVERS = [

@@ -24,7 +24,7 @@ from decide_world import (
 )
 
 from pgha.model.action import AcquireLock, Clone, ReleaseLock
-from pgha.model.cluster import ClusterView, Tags
+from pgha.model.cluster import ClusterView, Sync, Tags
 from pgha.model.node import PostgresFacts
 from pgha.model.observation import Operation
 
@@ -68,6 +68,10 @@ CLUSTER = "empty.initialize_is_free empty.no_peer_has_data"       # there is a c
 COPIES = [
     row("of the leader", refuses=CLUSTER, does="Clone", summary="bootstrap from leader 'a'"),
     row("of a member that offers itself", dcs__view__members__c__tags=Tags(clonefrom=True), does="Clone", says="copying from c (clonefrom)", summary="bootstrap from replica 'c'"),
+    row("… whose copy may lack what this name has confirmed: /sync says that it may lead (strict: nobody else is fit)", dcs__view__members__c__tags=Tags(clonefrom=True),
+        settings__synchronous_mode="on", dcs__view__sync=Sync(leader="a", members=("B",)), does="Clone", says="copying from a, the leader, since /sync names b"),
+    row("… the same, /sync names another", dcs__view__members__c__tags=Tags(clonefrom=True), settings__synchronous_mode="on", dcs__view__sync=Sync(leader="a", members=("c",)),
+        does="Clone", says="copying from c (clonefrom)"),
     row("… which does not run", dcs__view__members__c__tags=Tags(clonefrom=True), dcs__view__members__c__state="stopped", says="copying from a, the leader"),
     row("… whose address is not known", dcs__view__members__c__tags=Tags(clonefrom=True), dcs__view__members__c__host="", says="copying from a, the leader"),
     row("this node's own tag", dcs__view__members__b__tags=Tags(clonefrom=True), says="copying from a, the leader"),

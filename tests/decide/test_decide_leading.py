@@ -204,9 +204,9 @@ SWITCHOVER = [
         says="c: is no standby, its watchdog is required and not usable, lag 64.0 MiB, limit 1.0 MiB, timeline 2, the leader's is 3"),
     row("c has not answered, and may still", peers={}, memory__switchover_asked_at=ago(1.9), refuses="switchover.has_good_candidate", does="", summary="asking the others"),
     row("asked anew", peers={}, memory__switchover_revision=98, refuses="switchover.has_good_candidate", does="", summary="asking the others"),
-    row("meant for another leader", dcs__view__failover__leader="b", refuses="switchover.names_this_leader", says="asked from b, the leader is a", does="WriteKey", summary="clearing"),
-    row("carried out already: this is the candidate", dcs__view__failover=FailoverKey(leader="", candidate="a"), refuses="switchover.names_another_candidate switchover.has_good_candidate",
-        says="candidate a, the leader is a", does="WriteKey", summary="clearing"),
+    row("meant for another leader", dcs__view__failover__leader="b", refuses="", says="it asks b to hand over, and a leads", does="WriteKey", summary="clearing"),
+    row("carried out already: this is the candidate", dcs__view__failover=FailoverKey(leader="", candidate="a"), refuses="", says="a, which was asked for, leads",
+        does="WriteKey", summary="clearing"),
     row("from anybody", dcs__view__failover__leader="", refuses="", does="Demote"),
     row("on a date", dcs__view__failover__scheduled_at="2030-01-01T00:00Z", refuses="", does="", summary="no action"),
 ]

@@ -178,6 +178,23 @@ def test_without_a_mandate_or_an_order_nobody_is_asked():
         story(steps)
 
 
+def test_whoever_comes_during_a_round_is_asked_before_anything_is_given():
+    """It may be listed in /failsafe already: the list is written after the loop has given the order."""
+    async def steps(node: Leader) -> None:
+        node.rounds.give(FailsafeOrder(members={"b": MEMBERS["b"]}))
+        node.members.takes_s["b"] = 0.15
+        node.members.says["c"] = lambda: "409 not now"
+        node.store.link(up=False)
+        while not node.members.asked:
+            await trio.sleep(0.01)
+        node.rounds.give(FailsafeOrder(members=MEMBERS))
+        await trio.sleep(5)
+        assert "c" in {ping["pgha"]["to"] for _, ping in node.members.asked}
+        assert not node.licence.by_failsafe
+        assert node.left_s() <= 0
+    story(steps)
+
+
 def test_a_member_alone_asks_nobody_and_leads_on():
     async def steps(node: Leader) -> None:
         node.rounds.give(FailsafeOrder())

@@ -133,6 +133,9 @@ def test_a_shorter_ttl_counts_before_it_is_answered():
     assert ends_s(book) == pytest.approx(29.7), "not before the guard has confirmed it"
     book.shorten(sent, end)
     assert ends_s(book) == pytest.approx(10 + 4.95)
+    assert book.licence.shortened_at == sent.at
+    commit(book, sent, 11)
+    assert book.licence.shortened_at is None
 
 
 def test_a_renewal_that_does_not_shorten_shortens_nothing():
@@ -286,7 +289,7 @@ def test_no_history_of_answers_licenses_longer_than_the_store_does(seed):
 # --- failsafe rounds -----------------------------------------------------------------------------------------------------
 
 def extended(book: LicenceBook, *, began_s: float = 20, done_s: float = 21, epoch: int = 1) -> bool:
-    return book.extend(at(began_s), at(done_s), sequence=book.round_begins(), epoch=epoch)
+    return book.extend(at(began_s), at(done_s), sequence=book.round_begins(), epoch=epoch, ttl_s=TTL_S)
 
 
 def test_a_round_widens_the_licence_from_its_first_post_under_a_sequence_of_its_own():
@@ -323,8 +326,31 @@ def test_a_round_that_began_before_a_renewal_was_sent_gives_nothing():
     book = holder()
     number = book.round_begins()
     commit(book, compose(book, 21, onto=10), 11)
-    assert not book.extend(at(20), at(22), sequence=number, epoch=1)
+    assert not book.extend(at(20), at(22), sequence=number, epoch=1, ttl_s=TTL_S)
     assert (ends_s(book), book.licence.by_failsafe) == (pytest.approx(21 + 29.7), False)
+
+
+@pytest.mark.parametrize("before_s, after_s, gives_s", [(10.0, 30.0, None), (30.0, 10.0, 21 + 9.9), (30.0, 30.0, 21 + 29.7)])
+def test_a_round_gives_no_more_than_was_asked_for(before_s, after_s, gives_s):
+    """A renewal with another ttl, sent before the round, is answered during it: the others promised for the former ttl."""
+    book = LicenceBook(ME)
+    book.acquiring()
+    commit(book, compose(book, 12, onto=0, ttl_s=before_s), 10)
+    changed = send(book, 20, onto=10, ttl_s=after_s)
+    number, asked_s = book.round_begins(), book.licence.ttl_s
+    commit(book, changed, 11)
+    assert book.extend(at(21), at(21.5), sequence=number, epoch=1, ttl_s=asked_s) is (gives_s is not None)
+    assert ends_s(book) == pytest.approx(gives_s or 20 + 29.7)
+
+
+def test_a_round_gives_no_more_than_a_shorter_record_that_was_sent_meanwhile():
+    """It shortened nothing when it was sent, but it frees the others from what they promised before, if it has arrived."""
+    book = holder()
+    number = book.round_begins()
+    sent = send(book, 22, onto=10, ttl_s=10.0)
+    assert (book.shortened(sent), ends_s(book)) == (None, pytest.approx(29.7))
+    assert book.extend(at(20), at(23), sequence=number, epoch=1, ttl_s=TTL_S)
+    assert ends_s(book) == pytest.approx(22 + 9.9)
 
 
 def test_a_round_in_pause_gives_nothing():
@@ -377,3 +403,52 @@ def test_a_release_ends_what_the_others_gave():
     assert ends_s(book) == pytest.approx(22)
     commit(book, sent, 11)
     assert book.licence.valid_until is None
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_no_history_of_answers_and_rounds_licenses_longer_than_record_or_promise(seed):
+    """The model of above, with a candidate that also keeps its promise: given at a round's first post at the earliest, for
+    the ttl that was asked for, and void for a record that the same holder wrote afterwards."""
+    chance = random.Random(seed)
+    book, now, revision = holder(), 0.0, 10
+    stored = Sent(record=LockRecord(holder="a", node_id="id-a", incarnation="run-a", sequence=1, ttl_s=TTL_S, timeline=1), at=at(0), onto_revision=0)
+    first_sent: dict[int, float] = {1: 0.0}
+    on_the_way: list[Sent] = []
+    begun: tuple[float, int, float] | None = None             # began, sequence, ttl
+    promised: tuple[float, int, float] | None = None
+    ttl_s = TTL_S
+
+    def may_be_taken_s(sent: Sent) -> float:
+        at_s = first_sent[sent.record.sequence] + licence_s(sent.record.ttl_s)
+        if promised is not None and sent.record.sequence <= promised[1]:
+            at_s = max(at_s, promised[0] + licence_s(promised[2]))
+        return at_s
+
+    for _ in range(60):
+        now += chance.uniform(0.01, 2.0)
+        what = chance.random()
+        if book.licence.state is not LicenceState.HELD or ends_s(book) <= now:
+            return
+        if what < 0.1:
+            ttl_s = chance.choice([5.0, 10.0, 30.0])
+        elif what < 0.4:
+            sent = send(book, now, onto=book.licence.revision, ttl_s=ttl_s)
+            first_sent.setdefault(sent.record.sequence, now)
+            on_the_way.append(sent)
+        elif what < 0.65 and on_the_way:
+            sent = on_the_way.pop(chance.randrange(len(on_the_way)))
+            if sent.onto_revision == revision:
+                stored, revision = sent, revision + 1
+            mine = book.recognise(stored.record)
+            if chance.random() < 0.6 and mine is not None:     # answered
+                commit(book, mine, revision)
+        elif what < 0.8:
+            begun = now, book.round_begins(), book.licence.ttl_s
+        elif begun is not None:
+            left_s = promised[0] + promised[2] - begun[0] if promised is not None else 0.0
+            promised = begun[0], begun[1], max(begun[2], left_s)
+            if chance.random() < 0.8:
+                book.extend(at(begun[0]), at(now), sequence=begun[1], epoch=1, ttl_s=begun[2])
+            begun = None
+        for sent in [stored, *(s for s in on_the_way if s.onto_revision == revision)]:
+            assert ends_s(book) <= max(now, may_be_taken_s(sent)) + 1e-6, (seed, sent, promised)

@@ -769,7 +769,7 @@ class StepLog:
         task = kernel._running
         trace = getattr(task.process, "trace", None) if task is not None else None
         if trace is not None:
-            trace(task.process.name, event.replace(" ", "_"), **{k: str(v).replace(" ", "_") for k, v in facts.items()})
+            trace(task.process.name, event, **facts)
 
     def debug(self, event: str, /, **facts: Any) -> None: ...
 

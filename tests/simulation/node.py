@@ -63,10 +63,13 @@ from pgha.model.wal import HistoryRow, Position
 from pgha.observe.postgres import (
     HURRY_S,
     MAX_HURRY_S,
+    POSITION_AGE_S,
     PROBE_DEADLINE_S,
     UNSETTLED_S,
     _as_it_should_be,
     _what_matters,
+    look_every_s,
+    not_looked_since,
 )
 from pgha.rest.requests import _ping
 from tests.simulation import hands, kernel, stepped
@@ -176,6 +179,7 @@ class SimPostgresObserver:
         self._server: Server | None = None
         self._session = False
         self._hurry_until: Instant | None = None
+        self._position_asked = False
         self.facts = PostgresFacts()
         host.instance.on_change.append(self._noticed)
 
@@ -194,6 +198,13 @@ class SimPostgresObserver:
 
     def configuration_changed(self) -> None:
         self.hurry(0.6)
+
+    def position_asked(self) -> None:
+        row_at = self.facts.row_at
+        if self._position_asked or row_at is None or remaining_s(row_at.plus_s(POSITION_AGE_S), self._host.clock.now()) > 0:
+            return
+        self._position_asked = True
+        self._kick.set()
 
     def _hurries(self) -> bool:
         return self._hurry_until is not None and remaining_s(self._hurry_until, self._host.clock.now()) > 0
@@ -277,7 +288,10 @@ class SimPostgresObserver:
         if self._server is None and facts.process != "absent":
             return
         before, self.facts = self.facts, facts
-        if _what_matters(before) != _what_matters(facts):
+        told = self._position_asked and facts.row_at != before.row_at
+        if told or facts.row_at is None:
+            self._position_asked = False
+        if told or _what_matters(before) != _what_matters(facts):
             self._wake()
 
 
@@ -439,26 +453,29 @@ class AgentProcess:
         self.effective = effective_of(host.name, self.local, normalised(host.cached_config or host.first_config))
         self.dynamic = host.cached_config
         self._config_revision = -1
+        self._before_limit: tuple[PostgresFacts, float] | None = None
         self._news = kernel.Event()
         self.store = src.simulation_store.SimStore(world.store, host.name, first=incarnation + len(host.name))
         renewer_store = src.simulation_store.SimStore(world.store, host.name, first=incarnation + 1)
+        self.outage = src.dcs_outage.Outage(self.clock)
         self.renewer = src.lock_renewer.Renewer(
             store=renewer_store, keys=KEYS, me=self.me, clock=self.clock,
-            timing=self._timing, changed=self._licence_changed)
+            timing=self._timing, changed=self._licence_changed, outage=self.outage)
         self.guard = SimGuardClient(host, self.me, self.clock.now().boot_ns)
         self.machine = hands.SimMachine(host)
         self.fence = src.lock_fence.Fence(renewer=self.renewer, guard=self.guard, directory=self.machine.directory, clock=self.clock, wake=self.wake)
         self.renewer.narrower = self
         self.cluster = src.observe_cluster.ClusterObserver(
             store=self.store, keys=KEYS, clock=self.clock, state_dir=host, wake=self.wake, me=self.me.name, in_thread=self.machine.in_thread,
-            settings=lambda: (self.settings.ttl_s, self.settings.loop_wait_s, self.settings.retry_timeout_s, self.settings.member_slots_ttl_s))
+            settings=lambda: (self.settings.ttl_s, self.settings.loop_wait_s, self.settings.retry_timeout_s, self.settings.member_slots_ttl_s),
+            outage=self.outage)
         self.wanted = hands.ModelWanted(host.instance, lambda: self.effective)
-        self.postgres = SimPostgresObserver(self.process, host, lambda: self.settings.loop_wait_s, self._postgres_changed)
+        self.postgres = SimPostgresObserver(self.process, host, lambda: look_every_s(self.settings), self._postgres_changed)
         self.reader = SimReader(host.instance)
         self.peers = SimPeers(self)
         self.watchdog = src.lock_watchdog.Watchdog(host.device, mode=host.watchdog_mode, safety_margin_s=5, clock=self.clock)
         self.announcer = src.pgha_announce.Announcer(store=self.store, keys=KEYS, name=self.me.name, clock=self.clock, ttl_s=lambda: self.settings.ttl_s,
-                                                     loop_wait_s=lambda: self.settings.loop_wait_s)
+                                                     loop_wait_s=lambda: self.settings.loop_wait_s, outage=self.outage)
         context = src.act_context.Context(
             clock=self.clock, me=self.me, store=self.store, keys=KEYS, renewer=self.renewer, fence=self.fence, server=hands.ModelServer(host.instance),
             machine=self.machine, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.configuration_changed,
@@ -699,6 +716,8 @@ class AgentProcess:
             self.renewer.position = self._position_to_record(seen)
             self.peers.ask(decision.ask_peers)
             self.failsafe.give(decision.failsafe)
+            if decision.ask_peers.names:
+                self.postgres.position_asked()
             self._publish(seen, decision)
             self._discard_replaced(seen)
             failed = await self._carry_out(decision)
@@ -725,6 +744,9 @@ class AgentProcess:
             written_names=WrittenNames(told=self.wanted.names_told, names=self.wanted.names), operation=self._operation, ended=self._ended, requests=tuple(self.requests.values()), shutting_down=self.shutting_down)
 
     def _settings_now(self) -> Settings:
+        return not_looked_since(self._settings_cached(), self._before_limit, self.postgres.facts)
+
+    def _settings_cached(self) -> Settings:
         if self.dynamic is None:
             return self.settings
         key = id(self.effective)
@@ -788,7 +810,9 @@ class AgentProcess:
         if self.decision is None or self.seen is None:
             answered(context, Peer(name=self.host.name, asked_at=self.clock.now(), answered=True, is_pgha=True))
             return
-        if self.decision.vote.epoch < epoch:
+        if epoch < 0:
+            self.postgres.position_asked()
+        elif self.decision.vote.epoch < epoch:
             view = self.cluster.facts.view
             if view is not None and epoch >= view.epoch.number:
                 self.wake()
@@ -841,7 +865,8 @@ class AgentProcess:
                 with kernel.fail_after(max(QUICK_S, self.settings.retry_timeout_s) + 1.0):
                     await self._quick(action)
             except OPERATING_ERRORS as error:
-                self.world.trace(self.host.name, "action failed", action=type(action).__name__, why=(str(error) or type(error).__name__).replace(" ", "_"))
+                if not (self.outage.on and isinstance(error, DcsError | kernel.TooSlowError)):
+                    self.world.trace(self.host.name, "action failed", action=type(action).__name__, why=(str(error) or type(error).__name__).replace(" ", "_"))
                 return True
         return False
 
@@ -940,6 +965,8 @@ class AgentProcess:
         if mark == self._config_revision:
             return
         self._config_revision = mark
+        self._before_limit = (self.postgres.facts, self.settings.primary_hang_timeout_s)
+        self.postgres.kick()
         self.dynamic = view.config
         self.effective = effective_of(self.host.name, self.local, view.config)
         self.fence.changed()

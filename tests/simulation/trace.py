@@ -25,7 +25,7 @@ class Trace:
     def __call__(self, where: str, what: str, **facts: Any) -> None:
         text = f"{self._scheduler.now_ns / 1e9:13.6f} {where:<9} {what}"
         if facts:
-            text += "".join(f" {k}={v}" for k, v in facts.items())
+            text += "".join(f" {k}={str(v).replace(' ', '_')}" for k, v in facts.items())
         self.lines += 1
         self.last.append(text)
         self._hash.update(text.encode())

@@ -229,9 +229,13 @@ class Host:
 class World:
     """`out`: where the trace goes while it happens."""
 
+    #: How time, chance and trace are made: tests/scenarios have chance that is always the same, and a trace for people.
+    scheduler_of: Callable[[int | str], Scheduler] = Scheduler
+    trace_of: Callable[[Scheduler, TextIO | None], Trace] = Trace
+
     def __init__(self, seed: int | str, *, out: TextIO | None = None) -> None:
-        self.scheduler = Scheduler(seed)
-        self.trace = Trace(self.scheduler, out)
+        self.scheduler = type(self).scheduler_of(seed)
+        self.trace = type(self).trace_of(self.scheduler, out)
         self.network = Network(self.scheduler)
         self.store = StoreWorld(self.scheduler, self.network, self.trace)
         self.truth = Truth()
