@@ -345,7 +345,8 @@ class Renewer:
     async def _send_renewal(self, sent: Sent, deadline_s: float) -> None:
         path, licence = self._keys.path, self.licence
         value = encode(sent.record)
-        compares, puts = [Compare(key=path(LOCK), revision=licence.revision, value=self._book.value)], [Put(key=path(LOCK), value=value)]
+        compares = [Compare(key=path(LOCK), revision=licence.revision, value=self._book.value)]
+        puts: list[Put | Delete] = [Put(key=path(LOCK), value=value)]
         restores, self._epoch_missing = self._epoch_missing, False
         if restores:
             # Somebody has deleted it: without it every leader's write is refused, and the next take-over would count from 1.
@@ -355,8 +356,8 @@ class Renewer:
         outcome = await self._store.transact(compares=compares, puts=puts, read=[path(LOCK), path(EPOCH)], deadline_s=deadline_s, attempt_s=ATTEMPT_S)
         self.heard_at = self._clock.now()
         if outcome.succeeded:
-            self._epoch_missing = path(EPOCH) not in outcome.found and licence.epoch_revision != ABSENT
             self._renewed(sent, outcome.revision, value, epoch_revision=outcome.revision if restores else None)
+            self._epoch_missing = path(EPOCH) not in outcome.found and licence.epoch_revision != ABSENT
             return
         entry = outcome.found.get(path(LOCK))
         record = parse_lock(entry.value) if entry else None
