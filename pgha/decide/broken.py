@@ -160,7 +160,11 @@ def _hand_over(o: Observation, memory: Memory, reasons: tuple[Reason, ...]) -> D
 
 def _own_former(o: Observation, memory: Memory, now: Standing) -> Decision:
     """The record is this node's own: go on as leader without an election, if the data bears it."""
-    conditions = (*restart.readoption_conditions(o), *restart.may_start_as_primary(o)[1:])
+    reaches = restart.own_wal_reaches_record(o)
+    conditions = (*restart.readoption_conditions(o), *restart.may_start_as_primary(o)[1:], reaches)
+    looked = o.ended is not None and o.ended.kind == "InspectEndOfWal" and not o.ended.ok
+    if all(c.holds for c in conditions[:-1]) and not reaches.holds and not o.directory.end_of_wal and not looked:
+        return _one("looking for the end of own WAL before adopting the lock record", (because(now), *conditions), InspectEndOfWal(), memory)
     if not all(c.holds for c in conditions):
         return _start_standby(o, memory, (because(now), *conditions), None)
     actions: tuple[Action, ...] = (restart.readopt(o),) if restart.read_in_this_pass(o).holds else (ReadCluster(),)
