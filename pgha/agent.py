@@ -840,9 +840,13 @@ def _cached_config(data_dir: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+#: Lengths of time, sizes, positions. What belongs to a name is none: to follow n2 instead of n1 is a change.
+_NUMBER = re.compile(r"(?<![\w-])(?:[0-9A-F]+/[0-9A-F]+|-?[0-9]+(?:\.[0-9]+)?)(?!\w)")
+
+
 def _what_is_said(decision: Decision) -> tuple[str, ...]:
     """A decision is logged when it changes, not when only its numbers do."""
-    return (decision.situation, re.sub(r"[0-9A-F]*/?[0-9.]+", "#", decision.summary), *(type(a).__name__ for a in decision.actions if isinstance(a, LongAction)))
+    return (decision.situation, _NUMBER.sub("#", decision.summary), *(type(a).__name__ for a in decision.actions if isinstance(a, LongAction)))
 
 
 def _effect_is_seen(action: LongAction, facts: PostgresFacts) -> bool:

@@ -160,7 +160,11 @@ def _hand_over(o: Observation, memory: Memory, reasons: tuple[Reason, ...]) -> D
 
 def _own_former(o: Observation, memory: Memory, now: Standing) -> Decision:
     """The record is this node's own: go on as leader without an election, if the data bears it."""
-    conditions = (*restart.readoption_conditions(o), *restart.may_start_as_primary(o)[1:])
+    reaches = restart.own_wal_reaches_record(o)
+    conditions = (*restart.readoption_conditions(o), *restart.may_start_as_primary(o)[1:], reaches)
+    looked = o.ended is not None and o.ended.kind == "InspectEndOfWal" and not o.ended.ok
+    if all(c.holds for c in conditions[:-1]) and not reaches.holds and not o.directory.end_of_wal and not looked:
+        return _one("looking for the end of own WAL before adopting the lock record", (because(now), *conditions), InspectEndOfWal(), memory)
     if not all(c.holds for c in conditions):
         return _start_standby(o, memory, (because(now), *conditions), None)
     actions: tuple[Action, ...] = (restart.readopt(o),) if restart.read_in_this_pass(o).holds else (ReadCluster(),)
@@ -178,12 +182,12 @@ def _rejoin(o: Observation, memory: Memory, now: Standing) -> Decision:
     leader = leader_member(o, now.holder)
     upstream = o.upstream
     if leader is None or not leader.host:
-        return _wait_for_upstream(memory, (because(now), reason("broken.leader_is_known", False, f"{now.holder} has no member key yet")))
+        return _wait_for_upstream(memory, now, (because(now), reason("broken.leader_is_known", False, f"{now.holder} has no member key yet")))
     asked = memory.upstream_asked_at
     fresh = upstream is not None and upstream.name == leader.name and asked is not None and candidate_age_s(upstream.asked_at, o.now) < 10.0
     if not fresh or upstream is None or not upstream.ok or upstream.in_recovery:
         why = "not asked yet" if upstream is None or not fresh else upstream.why or "still in recovery"
-        return _ask_upstream(o, memory, leader, reason("broken.leader_is_primary", False, f"{leader.name}: {why}"))
+        return _ask_upstream(o, memory, now, leader, reason("broken.leader_is_primary", False, f"{leader.name}: {why}"))
     control = o.directory.control
     if control is None:
         return Decision(situation="broken", summary="pg_control cannot be read", reasons=(reason("broken.control_is_readable", False, o.directory.why),),
@@ -197,7 +201,7 @@ def _rejoin(o: Observation, memory: Memory, now: Standing) -> Decision:
     asked_later = stopped_at is not None and asked is not None and remaining_s(asked, stopped_at) >= 0
     if own.timeline == upstream.timeline and own.lsn > upstream.lsn > 0 and not asked_later:
         # It was asked while this server still received: what it had then proves nothing.
-        return _ask_upstream(o, memory, leader, reason("broken.upstream_was_asked_later", False, f"{leader.name} was asked before this server ended"))
+        return _ask_upstream(o, memory, now, leader, reason("broken.upstream_was_asked_later", False, f"{leader.name} was asked before this server ended"))
     judged = (rejoin.interrupted() if o.directory.rewind_interrupted
               else rejoin.judge(own, own_history(o, own.timeline) or (), upstream, end_is_known=end_known, asked_later=asked_later))
     if judged.verdict is rejoin.Verdict.UNKNOWN:
@@ -239,18 +243,18 @@ def _diverged(o: Observation, memory: Memory, leader: Member, judged: rejoin.Jud
                     wake_in_s=o.settings.loop_wait_s, state="stopped")
 
 
-def _ask_upstream(o: Observation, memory: Memory, leader: Member, why: Reason) -> Decision:
+def _ask_upstream(o: Observation, memory: Memory, now: Standing, leader: Member, why: Reason) -> Decision:
     asked = memory.upstream_asked_at
     age_s = candidate_age_s(asked, o.now) if asked else 1e9
     if age_s >= 0.25 and leader.role == "primary":
         ask = InspectUpstream(source=source_of(leader))
         return Decision(situation="broken", summary=f"asking {leader.name} for its timeline", reasons=(why,), actions=(ask,),
                         memory=replace(memory, upstream_asked_at=o.now), wake_in_s=0.3)
-    return _wait_for_upstream(memory, (why,))
+    return _wait_for_upstream(memory, now, (because(now), why))
 
 
-def _wait_for_upstream(memory: Memory, reasons: tuple[Reason, ...]) -> Decision:
-    return Decision(situation="broken", summary="waiting for the leader to be a primary before joining it", reasons=reasons, memory=memory, wake_in_s=0.3,
+def _wait_for_upstream(memory: Memory, now: Standing, reasons: tuple[Reason, ...]) -> Decision:
+    return Decision(situation="broken", summary=f"waiting for the leader to be a primary before joining it: {now.because}", reasons=reasons, memory=memory, wake_in_s=0.3,
                     state="stopped")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import NEVER, Deadline, earlier
-from pgha.decide import capacity, failsafe, paused, slots
+from pgha.decide import capacity, failsafe, lease, paused, slots
 from pgha.decide.common import may_write, stop_timeout_s
 from pgha.decide.standing import licensed
 from pgha.model.action import Bootstrap, Clone, Demote, Restart, Rewind, StartPrimary, StartStandby, Stop
@@ -29,7 +29,8 @@ def finish(o: Observation, decision: Decision) -> Decision:
     if not room.holds and room not in decision.reasons:
         decision = replace(decision, reasons=(*decision.reasons, room))     # it may be why nobody leads
     return replace(decision, mandate=mandate(o), failsafe=failsafe.order(o, slots.published_slots(o)), state=decision.state or state(o),
-                   role=decision.role or role(o), paused=pause, memory=memory, leaves_sync=memory.leaving_since is not None)
+                   role=decision.role or role(o), paused=pause, memory=memory, leaves_sync=memory.leaving_since is not None,
+                   wake_in_s=min(decision.wake_in_s, lease.judged_again_in_s(o)))
 
 
 def mandate(o: Observation) -> Mandate:

@@ -16,6 +16,9 @@ from pgha.model.decision import Decision, Memory, Reason
 from pgha.model.lock import demote_at
 from pgha.model.observation import Observation
 
+#: The next pass is no sooner, so that it finds what it waited for on whichever side of the moment it wakes.
+MOMENT_S = 0.01
+
 
 def decide(o: Observation, memory: Memory) -> Decision | None:
     if not may_write(o):
@@ -65,19 +68,34 @@ def _readopt(o: Observation, memory: Memory, reasons: tuple[Reason, ...]) -> Dec
                     actions=actions, memory=memory, wake_in_s=0.1)
 
 
-def licence_is_valid(o: Observation) -> Reason:
-    return reason("lease.licence_is_valid", licensed(o), f"licence {o.licence.state}, {left_s(o):.1f} s left")
+def judged_again_in_s(o: Observation) -> float:
+    """When the clock alone will change this judgement: no news would wake the loop for that. Infinity: it will not."""
+    licence, postgres = o.licence, o.postgres
+    if not licensed(o) or licence.endless or not may_write(o):
+        return float("inf")
+    since = postgres.answered_at or postgres.since
+    hangs_in_s = o.settings.primary_hang_timeout_s - holder_age_s(since, o.now) if since else float("inf")
+    left_s = min((s for s in (_demotion_in_s(o), hangs_in_s) if s > 0), default=float("inf"))
+    return max(MOMENT_S, left_s)
 
 
-def licence_lasts(o: Observation) -> Reason:
-    """Demotion begins early enough for a fast shutdown before the fence, not before an election may have ended well."""
+def _demotion_in_s(o: Observation) -> float:
     licence = o.licence
     assert licence.valid_until is not None
     assert licence.since is not None
     # A write that shortens the licence has just been sent: it is to have its time to be answered, too, or every smaller
     # ttl would end the primary.
     begin = demote_at(licence.valid_until, licence.ttl_s, since=licence.shortened_at or licence.since, loop_wait_s=o.settings.loop_wait_s)
-    to_go_s = remaining_s(begin, o.now)
+    return remaining_s(begin, o.now)
+
+
+def licence_is_valid(o: Observation) -> Reason:
+    return reason("lease.licence_is_valid", licensed(o), f"licence {o.licence.state}, {left_s(o):.1f} s left")
+
+
+def licence_lasts(o: Observation) -> Reason:
+    """Demotion begins early enough for a fast shutdown before the fence, not before an election may have ended well."""
+    licence, to_go_s = o.licence, _demotion_in_s(o)
     failing = f", renewals have failed for {holder_age_s(licence.failing_since, o.now):.1f} s ({licence.failing_why})" if licence.failing_since else ""
     failing += failsafe.agreement(o)
     due = f"demotion in {to_go_s:.1f} s" if to_go_s > 0 else "demotion is due" if to_go_s > -0.1 else f"demotion was due {-to_go_s:.1f} s ago"

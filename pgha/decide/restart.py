@@ -48,6 +48,17 @@ def data_is_not_behind_record(o: Observation) -> Reason:
     return reason(rule, True, f"timeline {timeline}, record's {record.timeline}")
 
 
+def own_wal_reaches_record(o: Observation) -> Reason:
+    """What the record says was flushed here: a stopped server whose WAL ends before it has got other data since, from a
+    backup. Started in place it would write the same timeline once more, where its standbys have the first."""
+    rule, record, control = "restart.own_wal_reaches_record", view_of(o).lock, o.directory.control
+    if record is None or control is None or o.postgres.alive or not record.lsn or newest_timeline(control) != record.timeline:
+        return reason(rule, True, "nothing to compare")
+    end = max(control.checkpoint_lsn, o.directory.end_of_wal if o.directory.end_of_wal_timeline == record.timeline else 0)
+    known = "" if o.directory.end_of_wal else " at least"
+    return reason(rule, end >= record.lsn, f"own WAL goes{known} to {format_lsn(end)}, the record says {format_lsn(record.lsn)}")
+
+
 def guard_answers(o: Observation) -> Reason:
     """Without the guard no primary runs."""
     return reason("restart.guard_answers", o.guard.reachable, f"guard is {o.guard.state}" if o.guard.reachable else f"guard does not answer: {o.guard.why}")

@@ -220,7 +220,7 @@ class Fence:
         """The loop has given no mandate for too long: end writes in order, then give the lock back (safety model 10)."""
         if not self._directory.processes():
             return
-        log.error("the mandate has lapsed: ending writes", kind=self._renewer.mandate.kind, why=self._renewer.mandate.why)
+        log.error("the mandate has lapsed: ending writes", kind=self._renewer.mandate.kind, given_for=self._renewer.mandate.why)
         self._lapsing = True
         try:
             await self._end_writes_and_release()

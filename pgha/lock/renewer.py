@@ -93,6 +93,7 @@ class Renewer:
         self._confirm_by: Deadline | None = None
         self._jumped_at: Instant | None = None
         self._epoch = Epoch(number=0, holder="", incarnation="")
+        self._epoch_missing = False      # the last renewal found none: the next one writes it again
         self._pass = 0
         self._renew_now = False
         self._acquiring_since: Instant | None = None
@@ -344,13 +345,19 @@ class Renewer:
     async def _send_renewal(self, sent: Sent, deadline_s: float) -> None:
         path, licence = self._keys.path, self.licence
         value = encode(sent.record)
-        outcome = await self._store.transact(
-            compares=[Compare(key=path(LOCK), revision=licence.revision, value=self._book.value)], puts=[Put(key=path(LOCK), value=value)],
-            read=[path(LOCK), path(EPOCH)], deadline_s=deadline_s, attempt_s=ATTEMPT_S,
-        )
+        compares = [Compare(key=path(LOCK), revision=licence.revision, value=self._book.value)]
+        puts: list[Put | Delete] = [Put(key=path(LOCK), value=value)]
+        restores, self._epoch_missing = self._epoch_missing, False
+        if restores:
+            # Somebody has deleted it: without it every leader's write is refused, and the next take-over would count from 1.
+            epoch = replace(self._epoch, number=licence.epoch, holder=self.me.name, incarnation=self.me.incarnation)
+            compares.append(Compare(key=path(EPOCH), revision=ABSENT))
+            puts.append(Put(key=path(EPOCH), value=encode(epoch)))
+        outcome = await self._store.transact(compares=compares, puts=puts, read=[path(LOCK), path(EPOCH)], deadline_s=deadline_s, attempt_s=ATTEMPT_S)
         self.heard_at = self._clock.now()
         if outcome.succeeded:
-            self._renewed(sent, outcome.revision, value)
+            self._renewed(sent, outcome.revision, value, epoch_revision=outcome.revision if restores else None)
+            self._epoch_missing = path(EPOCH) not in outcome.found and licence.epoch_revision != ABSENT
             return
         entry = outcome.found.get(path(LOCK))
         record = parse_lock(entry.value) if entry else None

@@ -273,6 +273,8 @@ def test_guarded_writes_say_when_they_were_decided_on_an_old_view(bed):
             revision = (await node.view()).revision_of("status")
             with pytest.raises(Refused):
                 await node.quick(a.WriteKey(key="status", value=b'{"optime":2}', if_revision=revision, epoch_revision=epoch + 99))
+            with pytest.raises(Refused):        # it says so already, but from before: no write of ours whose answer was lost
+                await node.quick(a.WriteKey(key="status", value=b'{"optime":1}', if_revision=revision, epoch_revision=epoch + 99))
             await node.quick(a.WriteKey(key="status", value=None, if_revision=revision, epoch_revision=epoch))
             assert (await node.view()).revision_of("status") == 0
             with pytest.raises(Refused):

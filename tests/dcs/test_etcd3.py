@@ -297,6 +297,22 @@ def test_whom_to_believe(said, others, known, believed):
     assert believable("e0", header, answers, Known(*known) if known else Known()) is believed
 
 
+@pytest.mark.parametrize(("cluster_id", "revision", "raft_term", "linear", "fits"), [
+    ("7", 100, 3, True, True),
+    ("7", 101, 4, True, True),
+    ("7", 99, 3, True, False),      # a backup, or a member that lags
+    ("7", 99, 4, True, False),
+    ("7", 99, 3, False, True),      # a member's own word, which may lag
+    ("7", 100, 2, True, False),
+    ("8", 200, 9, True, False),
+    ("8", 200, 9, False, False),
+])
+def test_what_agrees_with_what_was_known(cluster_id, revision, raft_term, linear, fits):
+    client = Etcd3Store(["http://127.0.0.1:1"])._client
+    client.known = Known("7", 100, 3)
+    assert client._fits(Header(cluster_id=cluster_id, revision=revision, raft_term=raft_term), client.known, linear=linear) is fits
+
+
 @trio_test
 async def test_answers_that_overtake_each_other_are_no_step_back(etcd):
     async with aclosing(Etcd3Store(etcd.urls)) as store:

@@ -29,7 +29,7 @@ from pgha.model.cluster import HistoryEntry, Tags
 from pgha.model.lock import Licence, LicenceState
 from pgha.model.node import Control
 from pgha.model.observation import Operation, Upstream
-from pgha.model.wal import HistoryRow, Position
+from pgha.model.wal import HistoryRow, Position, format_lsn
 
 FINE = "broken.handover_is_due broken.handover_loses_nothing"     # a crash a moment ago is not handed over: that is no obstacle
 END = {"directory__end_of_wal": LSN, "directory__end_of_wal_timeline": TIMELINE}
@@ -97,7 +97,7 @@ def test_the_time_to_start_is_bounded():
 
 # --- the own former record -----------------------------------------------------------------------------------------------
 
-FORMER = with_lock(CRASHED.but(licence=Licence()), record("a", incarnation="run-0"))
+FORMER = with_lock(CRASHED.but(licence=Licence(), **END), record("a", incarnation="run-0"))
 
 OWN = [
     row("fits", refuses="", does="AcquireLock", summary="adopting"),
@@ -109,6 +109,11 @@ OWN = [
     row("the cluster went on", dcs__view__history=(HistoryEntry(timeline=3, lsn=LSN),), does="StartStandby", refuses="restart.timeline_is_current"),
     row("a rewind of it was interrupted", directory__rewind_interrupted=True, refuses="restart.is_whole broken.is_whole", does="", summary="waits for a leader to be rewound from"),
     row("no guard", guard__reachable=False, does="StartStandby", refuses="restart.guard_answers"),
+    row("the end of WAL is not known", directory__end_of_wal=0, does="InspectEndOfWal", refuses="restart.own_wal_reaches_record", says="own WAL goes at least to"),
+    row("… and cannot be read", directory__end_of_wal=0, does="StartStandby", refuses="restart.own_wal_reaches_record",
+        ended=Operation(kind="InspectEndOfWal", id=1, started_at=ago(2), ended_at=ago(1), why="x")),
+    row("data from a backup of the same timeline", directory__end_of_wal=LSN - 8, does="StartStandby", refuses="restart.own_wal_reaches_record",
+        says=f"own WAL goes to {format_lsn(LSN - 8)}, the record says {format_lsn(LSN)}"),
     row("the outcome of adopting is not known", licence=Licence(state=LicenceState.ACQUIRING), does="", summary="not known yet"),
 ]
 

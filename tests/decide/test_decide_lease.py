@@ -44,6 +44,17 @@ def test_with_a_licence(case):
     check(LEADER, case)
 
 
+@pytest.mark.parametrize(("changes", "wake_in_s"), [
+    ({}, 10.0),
+    ({"licence__since": ago(15), "licence__valid_until": ago(15).plus_s(29.7)}, 3.2),       # 29.7 - 1.5 - 10 after the renewal
+    ({"postgres__answered_at": ago(24), "licence__since": ago(1), "licence__valid_until": ago(1).plus_s(29.7)}, 5.0),
+    ({"postgres__answered_at": ago(28.999), "licence__since": ago(1), "licence__valid_until": ago(1).plus_s(29.7)}, 0.01),
+])
+def test_the_loop_wakes_when_it_would_judge_otherwise(changes, wake_in_s):
+    """Else a silent store or server is noticed up to a loop_wait late, and the fence comes first."""
+    assert LEADER.but(**changes).decide().wake_in_s == pytest.approx(wake_in_s, abs=0.005)
+
+
 def test_a_hanging_primary_is_killed_and_its_lock_given_back():
     demote = only(LEADER.but(postgres__answered_at=ago(29.1)).decide(), Demote)
     assert (demote.mode, demote.release) == ("kill", True)

@@ -411,6 +411,18 @@ def test_an_absent_record_is_created_again_while_the_licence_is_valid():
     story(steps)
 
 
+def test_an_epoch_that_somebody_deleted_is_written_again_by_a_renewal():
+    """Without it no leader's write ever succeeds again (simulation: ten refused writes a second, for ever)."""
+    async def steps(node: Node) -> None:
+        await trio.sleep(1)
+        delete(node.world, EPOCH)
+        await trio.sleep(25)
+        assert (epoch_of(node.world).number, epoch_of(node.world).holder) == (1, "a")
+        assert node.licence.epoch_revision == node.entry(EPOCH).revision
+        assert node.licence.state is LicenceState.HELD
+    story(steps)
+
+
 def test_a_lost_store_gets_lock_leader_and_epoch_again():
     async def steps(node: Node) -> None:
         await trio.sleep(1)

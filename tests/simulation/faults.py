@@ -262,6 +262,9 @@ def _replace_data(how: str) -> Begin:
             return      # who was promised to hold a commit must not lose it by hand: then nobody may lead, until somebody says so
         if mine.branch is None or not any(contains(d.branch, d.lsn, mine.branch, mine.lsn) for d in others if d.branch is not None):
             return
+        sync = sim.view().sync
+        if sync.leader == host.name and not sync.members:
+            return      # by /sync nobody else may lead: without its data people have to say what is to be lost
         saved = getattr(host, "saved_data", None)
         if how == "backup" and saved is None:
             return

@@ -13,6 +13,7 @@ import shutil
 import signal
 import traceback
 from pathlib import Path
+from random import Random
 from typing import Any, TextIO
 
 from pgha.agent import Agent
@@ -21,16 +22,19 @@ from pgha.config.local import LocalConfig
 from pgha.config.rules import finish
 from pgha.config.schema import Report, read
 from pgha.errors import PghaError
+from pgha.model.action import LongAction
 from pgha.model.decision import Decision, Memory
 from pgha.model.observation import Observation
 from tests.simulation import virtual
 from tests.simulation.machine import NodeDisk, SimMachine, address
-from tests.simulation.simulation import Options, Outcome, Simulation, drive
+from tests.simulation.simulation import BORN_WITHIN_S, Options, Outcome, Simulation, drive
 from tests.simulation.store import SimStore
 from tests.simulation.virtual import PROCESS, Dead, Process
 
 #: systemd starts an agent that has ended again.
 RESTART_S = 1.0
+#: The share of operations in which something is killed or frozen.
+INTERRUPTED = 0.2
 
 
 class Told(Agent):
@@ -42,6 +46,10 @@ class Told(Agent):
         super()._publish(seen, decision, remembered)
         self.owner.decision = decision
         self.owner.world.passed(self.owner, seen, decision)
+
+    def _begin(self, action: LongAction) -> None:
+        super()._begin(action)
+        self.owner.world.operation_begins(self.owner.host, type(action).__name__)
 
     def _licence_changed(self) -> None:
         super()._licence_changed()
@@ -126,6 +134,7 @@ class ShippedWorld(Simulation):
     def __init__(self, options: Options, root: Path, *, out: TextIO | None = None) -> None:
         self.root = root
         self.machines: dict[str, SimMachine] = {}
+        self._traps = Random(f"{options.seed}/traps")
         super().__init__(options, out=out, make_agent=self._make)
         self.run = virtual.Run(self.scheduler)
         for number, host in enumerate(self.hosts.values()):
@@ -135,6 +144,47 @@ class ShippedWorld(Simulation):
 
     def _make(self, host: Any, *, incarnation: int) -> AgentProcess:
         return AgentProcess(self, host, incarnation)
+
+    def operation_begins(self, host: Any, kind: str) -> None:
+        """Many a fault falls in the middle of an operation, where order matters most: between one await and the next."""
+        chance = self._traps
+        if not BORN_WITHIN_S <= self.scheduler.now_s < self.ends_s or chance.random() >= INTERRUPTED:
+            return
+        what = chance.choice(("kill agent", "kill agent", "kill agent", "freeze agent", "freeze agent", "kill guard", "kill postgres", "kill all", "power"))
+        after_s = 0.0002 * 10.0 ** (4.0 * chance.random())
+        self.scheduler.after(after_s, self._interrupt, host, what, kind, chance.choice((0.2, 1.0, 5.0)), chance.choice((0.5, 3.0, 12.0, 45.0)))
+
+    def _interrupt(self, host: Any, what: str, kind: str, again_s: float, for_s: float) -> None:
+        agent = host.agent
+        if not host.up or host.suspended or agent is None or not agent.process.runs:
+            return
+        self.trace("fault", f"{what} in an operation", at=host.name, operation=kind)
+        self.edges += 1
+        self.faults_done += 1
+        self.writers.hurry()
+        match what:
+            case "kill agent":
+                host.kill_agent(restart_after_s=again_s)
+            case "freeze agent":
+                agent.process.freeze()
+                self.scheduler.after(for_s, self._thaw, host, agent)
+            case "kill guard":
+                host.kill_guard()
+            case "kill postgres":
+                host.instance.kill_all()
+            case "kill all":
+                host.kill_agent(restart_after_s=again_s)
+                host.kill_guard()
+            case "power":
+                host.power_off()
+                self.scheduler.after(for_s, host.power_on)
+        host.note_bare()
+
+    def _thaw(self, host: Any, agent: AgentProcess) -> None:
+        self.edges += 1
+        if not host.suspended:
+            agent.process.thaw()
+        host.note_bare()
 
     def without_root(self, text: str) -> str:
         return text.replace(str(self.root), "")

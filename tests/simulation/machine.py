@@ -36,7 +36,7 @@ from pgha.postgres.wal_files import ShutdownPositions
 from pgha.rest.wire import Request
 from tests.simulation.disk import FileDir, content_of, control_text, fresh, there
 from tests.simulation.postgres import BLOCK, START_LSN, DataDir, Instance, Server
-from tests.simulation.virtual import Process, pause
+from tests.simulation.virtual import Dead, Process, pause
 
 SIGNALS = {signal.SIGHUP: "HUP", signal.SIGINT: "INT", signal.SIGQUIT: "QUIT", signal.SIGTERM: "TERM"}
 #: From a server's pid to that of its sessions, and of its walsenders.
@@ -256,12 +256,14 @@ class _Thread:
         self._machine, self._work = machine, work
         self.ended = trio.Event()
         self.result: Any = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         machine.scheduler.after(0.0003 + 0.0007 * machine.chance.random(), self._do)
 
     def _do(self) -> None:
         machine = self._machine
         if not machine.process.alive:
+            self.error = Dead()
+            self.ended.set()
             return
         if machine.process.frozen or machine.instance.disk_hung:
             machine.scheduler.after(0.05, self._do)

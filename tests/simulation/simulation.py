@@ -105,7 +105,7 @@ class Simulation(World):
         self._lock_revision = 0
         self._store_config: tuple[Any, dict[str, Any]] | None = None
         self._tampered_ns: int | None = None
-        self._replaced = False
+        self._replaced = self._was_paused = False
         self._manual_ns: int | None = None
         after_change = self.store._after_change
 
@@ -208,6 +208,10 @@ class Simulation(World):
         """A record's position is that of the last pass, which is a probe's."""
         return self.longest_ttl_s + 5.0
 
+    def may_go_on_without_store(self) -> bool:
+        """In failsafe mode, and in pause, a leader writes on while nothing can be published."""
+        return bool(self.config.get("failsafe_mode")) or self.store_config().get("failsafe_mode") is True or self._was_paused
+
     def maximum_lag(self) -> int:
         return int(self.config["maximum_lag_on_failover"])
 
@@ -266,6 +270,7 @@ class Simulation(World):
 
     def change_config(self, change: dict[str, Any]) -> None:
         self.config = {**self.config, **change}
+        self._was_paused = self._was_paused or bool(change.get("pause"))
         self.longest_ttl_s = max(self.longest_ttl_s, float(self.config["ttl"]))
         if KEYS.path("config") in self.store.world._entries and not all(self.store.down.values()):
             self.store.put(KEYS.path("config"), json.dumps(self.config).encode())
