@@ -166,9 +166,10 @@ def _clone(o: Observation, memory: Memory) -> Decision:
     known = reason("empty.cluster_is_initialised", view.initialized, f"initialize is {view.initialize!r}")
     wait_s = backed_off(o, failures=memory.clone_failures, last=memory.last_clone_failed_at)
     ready = reason("empty.clone_backoff", wait_s <= 0, f"{memory.clone_failures} failures, next try in {wait_s:.1f} s")
-    reasons = (known, why, ready, *may_bootstrap(o)[1:])
+    # What speaks against a new cluster is of interest only where there is none.
+    reasons = (known, why, ready, *(() if known.holds else may_bootstrap(o)[1:]))
     actions: tuple[Action, ...] = ()
-    summary = "waiting for leader to bootstrap"
+    summary = "waiting for leader to bootstrap" if not wait_s else f"the copy failed {memory.clone_failures} times, next try in {wait_s:.1f} s"
     if source is not None and view.initialized and wait_s <= 0:
         assert view.initialize is not None
         actions = (Clone(source=source_of(source), system_identifier=view.initialize, why=why.because),)
