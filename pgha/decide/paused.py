@@ -16,7 +16,16 @@ from pgha.decide import failsafe, restart
 from pgha.decide.common import leader_member, may_write, reason, source_of, view_of
 from pgha.decide.slots import own_slot_name
 from pgha.decide.standing import Standing, Whose, because, licensed, standing
-from pgha.model.action import AcquireLock, Action, AnswerRequest, ApplyConfiguration, ReadCluster, ReleaseLock, Restart, StandDown
+from pgha.model.action import (
+    AcquireLock,
+    Action,
+    AnswerRequest,
+    ApplyConfiguration,
+    ReadCluster,
+    ReleaseLock,
+    Restart,
+    StandDown,
+)
 from pgha.model.decision import Decision, Memory, Reason
 from pgha.model.observation import Observation
 
