@@ -52,6 +52,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
         actions.append(maintenance)
     asked = [_with_upstream(a, upstream, own_slot_name(o)) for a in operator_requests(o, as_primary=False)]
     let_go = synchronous.is_to_be_let_go(o, memory)
+    actions += paused.outlived(o, now)
     if any(isinstance(a, Restart) for a in asked) and not let_go.holds:
         memory = memory if memory.leaving_since else replace(memory, leaving_since=o.now)
         return replace(decision, summary=f"asked to restart: {let_go.because}", reasons=(*decision.reasons, wanted, let_go), memory=memory, wake_in_s=0.1,

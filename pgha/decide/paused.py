@@ -59,7 +59,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if now.whose is not Whose.FREE or may_stand(o).holds:
         return None
     return Decision(situation="paused", summary=f"nobody leads: {now.because}; in pause a member takes over only when it is named (failover --candidate)",
-                    reasons=(because(now), may_stand(o)), actions=_requests(o), memory=memory, wake_in_s=o.settings.loop_wait_s)
+                    reasons=(because(now), may_stand(o)), actions=(*outlived(o, now), *_requests(o)), memory=memory, wake_in_s=o.settings.loop_wait_s)
 
 
 # --- judgements ----------------------------------------------------------------------------------------------------------
@@ -90,6 +90,15 @@ def leaves_running(o: Observation) -> bool:
 def without_record(o: Observation, now: Standing) -> bool:
     """A primary runs on under the guard's pause, and its record has vanished while no agent looked after it."""
     return o.guard.state == "paused" and wanted(o) and now.record is None and now.whose in (Whose.ABSENT, Whose.FREE)
+
+
+def outlived(o: Observation, now: Standing) -> tuple[Action, ...]:
+    """The guard still lets anything run here, under a pause of this node's that ended while no agent told it, and another
+    has had the lock since: it is told that this is a standby, before somebody promotes that by hand."""
+    another = now.record is not None and now.record.node_id != o.me.node_id and now.whose in (Whose.LIVE, Whose.FREE)
+    if o.guard.state != "paused" or licensed(o) or not another or may_write(o) or o.directory.state != "valid":
+        return ()
+    return (StandDown(lsn=0, timeline=0, why=now.because),)
 
 
 def take_as_primary(o: Observation, memory: Memory, now: Standing) -> Decision:
@@ -132,7 +141,7 @@ def _server_is_down(o: Observation, memory: Memory) -> Decision:
         return _readopt(o, memory, now, to="give it back, since PostgreSQL is stopped")
     empty = o.directory.state in ("missing", "empty")
     return Decision(situation="paused", summary="running with empty data directory" if empty else f"postgres is not running: {_stays_down(o).because}",
-                    reasons=(because(now), _stays_down(o)), actions=_requests(o), memory=memory, wake_in_s=o.settings.loop_wait_s, state="" if empty else "stopped")
+                    reasons=(because(now), _stays_down(o)), actions=(*outlived(o, now), *_requests(o)), memory=memory, wake_in_s=o.settings.loop_wait_s, state="" if empty else "stopped")
 
 
 def _stays_down(o: Observation) -> Reason:

@@ -72,6 +72,10 @@ TABLE = [
     (FOUND, row("a restarted agent goes on with its paused record", situation="lease", does="AcquireLock")),
     (FOUND, row("also if the store is away", dcs__view=None, situation="lease", does="", summary="waiting to learn")),
     (FOLLOWER, row("a standby follows", situation="following", does="")),
+    (FOLLOWER, row("its guard knows of a pause of its own, which another's record has ended", guard__state="paused", situation="following", does="StandDown")),
+    (RELEASED, row("the same, and nobody leads", guard__state="paused", situation="paused", does="StandDown", refuses="paused.may_stand")),
+    (paused(STOPPED), row("the same, stopped", guard__state="paused", situation="paused", does="StandDown")),
+    (paused(STOPPED), row("the same, its own record", guard__state="paused", lock__node_id="id-b", lock__holder="b", lock__mode="paused", situation="paused", does="AcquireLock")),
     (FOLLOWER, row("however long the holder is silent", dcs__lock_seen__since=ago(9999), situation="following", does="")),
     (RELEASED, row("nobody leads, nobody was named", situation="paused", does="", refuses="paused.may_stand", summary="only when it is named", says="nobody was named")),
     (RELEASED, row("another was named", dcs__view__failover=FailoverKey(candidate="c"), situation="paused", does="", says="an operator named c")),
@@ -110,6 +114,11 @@ def test_a_pause_that_the_record_does_not_say_is_none(case):
     decision = check(NOT_COMMITTED, case)
     assert not decision.paused
     assert decision.mandate.kind != "paused"
+
+
+def test_after_a_resume_a_standby_tells_its_guard_that_its_own_pause_is_over():
+    assert [type(a) for a in REPLICA.but(guard__state="paused").decide().actions] == [StandDown]
+    assert REPLICA.but(guard__state="standby").decide().actions == ()
 
 
 def test_after_a_resume_the_holder_is_a_leader_as_ever():
