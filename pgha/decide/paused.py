@@ -12,11 +12,20 @@ Rules of this file:
 
 from __future__ import annotations
 
-from pgha.decide import restart
+from pgha.decide import failsafe, restart
 from pgha.decide.common import leader_member, may_write, reason, source_of, view_of
 from pgha.decide.slots import own_slot_name
 from pgha.decide.standing import Standing, Whose, because, licensed, standing
-from pgha.model.action import AcquireLock, Action, AnswerRequest, ApplyConfiguration, ReadCluster, Restart, StandDown
+from pgha.model.action import (
+    AcquireLock,
+    Action,
+    AnswerRequest,
+    ApplyConfiguration,
+    ReadCluster,
+    ReleaseLock,
+    Restart,
+    StandDown,
+)
 from pgha.model.decision import Decision, Memory, Reason
 from pgha.model.observation import Observation
 
@@ -119,7 +128,7 @@ def _server_is_down(o: Observation, memory: Memory) -> Decision:
     if licensed(o):
         return _stand_down(o, memory, "postgres is not running", wake_in_s=0.5)
     now = standing(o)
-    if now.whose is Whose.OWN_FORMER and now.record is not None and now.record.mode == "paused" and o.directory.state == "valid":
+    if now.whose is Whose.OWN_FORMER and now.record is not None and now.record.mode == "paused" and o.directory.state != "unknown":
         return _readopt(o, memory, now, to="give it back, since PostgreSQL is stopped")
     empty = o.directory.state in ("missing", "empty")
     return Decision(situation="paused", summary="running with empty data directory" if empty else f"postgres is not running: {_stays_down(o).because}",
@@ -140,13 +149,23 @@ def _stand_down(o: Observation, memory: Memory, why: str, *, wake_in_s: float) -
     known += [(lock.lsn, lock.timeline)] if lock is not None and lock.node_id == o.me.node_id else []
     known += [(control.checkpoint_lsn, control.timeline)] if control is not None else []
     lsn, timeline = max(known, default=(0, 0))
+    asked = _requests(o)
+    down = () if any(isinstance(action, Restart) for action in asked) else (give_back(o, lsn=lsn, timeline=timeline, why=why),)    # a restart comes last, and alone
     return Decision(situation="paused", summary=f"removed leader lock because {why}", reasons=(reason("paused.leads", False, why),), memory=memory,
-                    actions=(*_requests(o), StandDown(lsn=lsn, timeline=timeline, why=why)), wake_in_s=wake_in_s, state="" if o.postgres.alive else "stopped")
+                    actions=(*asked, *down), wake_in_s=wake_in_s, state="" if o.postgres.alive else "stopped")
+
+
+def give_back(o: Observation, *, lsn: int, timeline: int, why: str) -> StandDown | ReleaseLock:
+    """Data that is at rest as a standby, which the guard is told first; where there is none, or no disk that answers, the
+    guard is latched by the release itself."""
+    if o.directory.state in ("missing", "empty", "partial", "unreadable") and not o.postgres.alive:
+        return ReleaseLock(lsn=lsn, timeline=timeline, why=why)
+    return StandDown(lsn=lsn, timeline=timeline, why=why)
 
 
 def _readopt(o: Observation, memory: Memory, now: Standing, *, to: str) -> Decision:
-    conditions = (because(now), restart.guard_answers(o))
-    go = restart.read_in_this_pass(o).holds and conditions[1].holds
+    conditions = (because(now), restart.guard_answers(o), failsafe.nothing_is_promised(o))
+    go = restart.read_in_this_pass(o).holds and conditions[1].holds and conditions[2].holds
     return Decision(situation="paused", summary=f"adopting this node's own paused lock record, to {to}", reasons=conditions, memory=memory,
                     actions=(restart.readopt(o),) if go else (ReadCluster(),), wake_in_s=0.5)
 

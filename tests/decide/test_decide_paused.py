@@ -35,7 +35,7 @@ from pgha.decide.standing import Whose, standing
 from pgha.model.action import AcquireLock, Demote, MaintainSlots, Restart, StandDown
 from pgha.model.cluster import FailoverKey, PausedHolder
 from pgha.model.lock import Epoch, Licence, LicenceState
-from pgha.model.node import GuardFacts, PostgresFacts, WalReceiver
+from pgha.model.node import DataDirectoryFacts, GuardFacts, PostgresFacts, WalReceiver
 from pgha.model.observation import Operation, Request, Upstream
 
 ENDLESS = licence(mode="paused", valid_until=NEVER)
@@ -60,6 +60,9 @@ TABLE = [
     (HOLDER, row("no answer yet", postgres__row=None, postgres__answer="starting", postgres__answered_at=ago(400), situation="paused", does="")),
     (HOLDER, row("the view is not read yet", dcs__view=None, situation="blind", does="")),
     (DOWN, row("the holder's server was stopped: it stays so, and the lock goes", situation="paused", does="StandDown", summary="removed leader lock because postgres is not running")),
+    (DOWN, row("its disk is gone: the lock goes all the same, and the guard is latched by the release", directory=DataDirectoryFacts(state="missing"), situation="paused", does="ReleaseLock")),
+    (DOWN, row("its disk does not answer", directory=DataDirectoryFacts(state="unreadable"), situation="paused", does="ReleaseLock")),
+    (DOWN, row("an agent that stops without data gives it back, too", shutting_down=True, directory=DataDirectoryFacts(state="missing"), situation="stopping", does="ReleaseLock")),
     (DOWN, row("what is left of it is killed first", postgres__orphans=True, situation="broken", does="Sweep")),
     (DOWN, row("stopped by ourselves: it goes on", memory__ours_to_start=True, situation="broken", does="StartPrimary")),
     (DOWN, row("also without a view", dcs__view=None, situation="paused", does="StandDown")),
@@ -141,6 +144,12 @@ def test_an_agent_that_ends_after_its_server_gives_the_lock_back_guard_first():
     decision = DOWN.but(shutting_down=True).decide()
     only(decision, StandDown)
     assert decision.memory.shutdown_done
+
+
+def test_a_restart_in_pause_is_begun_alone_and_last():
+    asked = Request(id=1, kind="restart", at=ago(1), options={})
+    decision = HOLDER.but(postgres__row=standby_row(receiver=None), requests=(asked,)).decide()
+    assert [type(action) for action in decision.actions] == [Restart]
 
 
 def test_a_lock_that_is_given_back_says_how_far_the_data_went():

@@ -310,7 +310,8 @@ def store_restored(s: Stage) -> None:
     """etcd is restored from a backup: nobody believes it for a while.
 
     The backup is from the time before a switchover. It says that n1 leads, which was true then. A record in a store that
-    has gone back in time proves nothing: it is believed only after it has stood for as long as any licence could last.
+    has gone back in time proves nothing: it is believed only after it has stood for as long as any licence could last. It does
+    end n2's licence, which has no record any more: nobody accepts writes meanwhile.
     """
     s.until(5)
     s.happens("etcd is backed up", s.store.backup)
