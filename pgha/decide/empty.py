@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
-from pgha.decide import eligible, restart
+from pgha.decide import eligible, failsafe, restart
 from pgha.decide.common import ask_others, backed_off, leader_member, others, reason, source_of, view_of
 from pgha.decide.standing import Whose, because, licensed, standing
 from pgha.model.action import AbandonDirectory, AcquireLock, Action, Bootstrap, Clone, ReadCluster, ReleaseLock, Stop
@@ -48,8 +48,9 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     now = standing(o)
     if now.whose is Whose.OWN_FORMER and now.record is not None and now.record.mode == "paused":
         # Its own record, which would not expire: nobody else can end it, and without data it is of use to nobody.
-        return Decision(situation="empty", summary="adopting this node's own paused lock record, to give it back: there is no data here", reasons=(because(now),),
-                        actions=(restart.readopt(o),), memory=memory, wake_in_s=0.2, role="uninitialized")
+        promised = failsafe.nothing_is_promised(o)
+        return Decision(situation="empty", summary="adopting this node's own paused lock record, to give it back: there is no data here", reasons=(because(now), promised),
+                        actions=(restart.readopt(o),) if promised.holds else (), memory=memory, wake_in_s=0.2, role="uninitialized")
     if may_bootstrap(o)[0].holds:
         return _bootstrap(o, memory)
     return _clone(o, memory)
@@ -165,9 +166,10 @@ def _clone(o: Observation, memory: Memory) -> Decision:
     known = reason("empty.cluster_is_initialised", view.initialized, f"initialize is {view.initialize!r}")
     wait_s = backed_off(o, failures=memory.clone_failures, last=memory.last_clone_failed_at)
     ready = reason("empty.clone_backoff", wait_s <= 0, f"{memory.clone_failures} failures, next try in {wait_s:.1f} s")
-    reasons = (known, why, ready, *may_bootstrap(o)[1:])
+    # What speaks against a new cluster is of interest only where there is none.
+    reasons = (known, why, ready, *(() if known.holds else may_bootstrap(o)[1:]))
     actions: tuple[Action, ...] = ()
-    summary = "waiting for leader to bootstrap"
+    summary = "waiting for leader to bootstrap" if not wait_s else f"the copy failed {memory.clone_failures} times, next try in {wait_s:.1f} s"
     if source is not None and view.initialized and wait_s <= 0:
         assert view.initialize is not None
         actions = (Clone(source=source_of(source), system_identifier=view.initialize, why=why.because),)

@@ -9,7 +9,7 @@ from pgha.decide import paused, rejoin, slots, synchronous
 from pgha.decide.common import ask_others, leader_member, own_history, reason, source_of, view_of
 from pgha.decide.leading import operator_requests
 from pgha.decide.slots import own_slot_name
-from pgha.decide.standing import because, standing
+from pgha.decide.standing import Standing, because, standing
 from pgha.model.action import Action, Follow, InspectUpstream, Restart, Source, Stop, WriteInitialize
 from pgha.model.cluster import Member, is_system_identifier
 from pgha.model.decision import Decision, Memory, PeerQuestion, Reason, Vote
@@ -52,13 +52,22 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
         actions.append(maintenance)
     asked = [_with_upstream(a, upstream, own_slot_name(o)) for a in operator_requests(o, as_primary=False)]
     let_go = synchronous.is_to_be_let_go(o, memory)
+    actions += paused.outlived(o, now)
     if any(isinstance(a, Restart) for a in asked) and not let_go.holds:
         memory = memory if memory.leaving_since else replace(memory, leaving_since=o.now)
         return replace(decision, summary=f"asked to restart: {let_go.because}", reasons=(*decision.reasons, wanted, let_go), memory=memory, wake_in_s=0.1,
                        actions=tuple(a for a in (*actions, *asked) if not isinstance(a, Restart)))
     actions += asked
-    return replace(decision, summary=f"no action. I am ({o.me.name}), a secondary, and following a leader ({now.holder})",
+    return replace(decision, summary=f"no action. I am ({o.me.name}), a secondary, " + _whom(o, now),
                    reasons=(*decision.reasons, wanted), actions=tuple(actions), memory=memory)
+
+
+def _whom(o: Observation, now: Standing) -> str:
+    """A record that names this node, or that a restored store shows, is nobody's word to follow: the log says how it stands."""
+    unbelieved = o.dcs.trusted_from is not None and remaining_s(o.dcs.trusted_from, o.now) > 0
+    if now.holder == o.me.name:
+        return f"and this node's own record {'is not believed' if unbelieved else 'stands'}: {now.because}"
+    return f"and following a leader ({now.holder})" + (f"; {now.because}" if unbelieved else "")
 
 
 def _with_upstream(action: Action, upstream: Source | None, slot_name: str) -> Action:

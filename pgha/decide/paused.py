@@ -12,11 +12,20 @@ Rules of this file:
 
 from __future__ import annotations
 
-from pgha.decide import restart
+from pgha.decide import failsafe, restart
 from pgha.decide.common import leader_member, may_write, reason, source_of, view_of
 from pgha.decide.slots import own_slot_name
 from pgha.decide.standing import Standing, Whose, because, licensed, standing
-from pgha.model.action import AcquireLock, Action, AnswerRequest, ApplyConfiguration, ReadCluster, Restart, StandDown
+from pgha.model.action import (
+    AcquireLock,
+    Action,
+    AnswerRequest,
+    ApplyConfiguration,
+    ReadCluster,
+    ReleaseLock,
+    Restart,
+    StandDown,
+)
 from pgha.model.decision import Decision, Memory, Reason
 from pgha.model.observation import Observation
 
@@ -50,7 +59,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if now.whose is not Whose.FREE or may_stand(o).holds:
         return None
     return Decision(situation="paused", summary=f"nobody leads: {now.because}; in pause a member takes over only when it is named (failover --candidate)",
-                    reasons=(because(now), may_stand(o)), actions=_requests(o), memory=memory, wake_in_s=o.settings.loop_wait_s)
+                    reasons=(because(now), may_stand(o)), actions=(*outlived(o, now), *_requests(o)), memory=memory, wake_in_s=o.settings.loop_wait_s)
 
 
 # --- judgements ----------------------------------------------------------------------------------------------------------
@@ -81,6 +90,15 @@ def leaves_running(o: Observation) -> bool:
 def without_record(o: Observation, now: Standing) -> bool:
     """A primary runs on under the guard's pause, and its record has vanished while no agent looked after it."""
     return o.guard.state == "paused" and wanted(o) and now.record is None and now.whose in (Whose.ABSENT, Whose.FREE)
+
+
+def outlived(o: Observation, now: Standing) -> tuple[Action, ...]:
+    """The guard still lets anything run here, under a pause of this node's that ended while no agent told it, and another
+    has had the lock since: it is told that this is a standby, before somebody promotes that by hand."""
+    another = now.record is not None and now.record.node_id != o.me.node_id and now.whose in (Whose.LIVE, Whose.FREE)
+    if o.guard.state != "paused" or licensed(o) or not another or may_write(o) or o.directory.state != "valid":
+        return ()
+    return (StandDown(lsn=0, timeline=0, why=now.because),)
 
 
 def take_as_primary(o: Observation, memory: Memory, now: Standing) -> Decision:
@@ -119,11 +137,11 @@ def _server_is_down(o: Observation, memory: Memory) -> Decision:
     if licensed(o):
         return _stand_down(o, memory, "postgres is not running", wake_in_s=0.5)
     now = standing(o)
-    if now.whose is Whose.OWN_FORMER and now.record is not None and now.record.mode == "paused" and o.directory.state == "valid":
+    if now.whose is Whose.OWN_FORMER and now.record is not None and now.record.mode == "paused" and o.directory.state != "unknown":
         return _readopt(o, memory, now, to="give it back, since PostgreSQL is stopped")
     empty = o.directory.state in ("missing", "empty")
     return Decision(situation="paused", summary="running with empty data directory" if empty else f"postgres is not running: {_stays_down(o).because}",
-                    reasons=(because(now), _stays_down(o)), actions=_requests(o), memory=memory, wake_in_s=o.settings.loop_wait_s, state="" if empty else "stopped")
+                    reasons=(because(now), _stays_down(o)), actions=(*outlived(o, now), *_requests(o)), memory=memory, wake_in_s=o.settings.loop_wait_s, state="" if empty else "stopped")
 
 
 def _stays_down(o: Observation) -> Reason:
@@ -140,13 +158,23 @@ def _stand_down(o: Observation, memory: Memory, why: str, *, wake_in_s: float) -
     known += [(lock.lsn, lock.timeline)] if lock is not None and lock.node_id == o.me.node_id else []
     known += [(control.checkpoint_lsn, control.timeline)] if control is not None else []
     lsn, timeline = max(known, default=(0, 0))
+    asked = _requests(o)
+    down = () if any(isinstance(action, Restart) for action in asked) else (give_back(o, lsn=lsn, timeline=timeline, why=why),)    # a restart comes last, and alone
     return Decision(situation="paused", summary=f"removed leader lock because {why}", reasons=(reason("paused.leads", False, why),), memory=memory,
-                    actions=(*_requests(o), StandDown(lsn=lsn, timeline=timeline, why=why)), wake_in_s=wake_in_s, state="" if o.postgres.alive else "stopped")
+                    actions=(*asked, *down), wake_in_s=wake_in_s, state="" if o.postgres.alive else "stopped")
+
+
+def give_back(o: Observation, *, lsn: int, timeline: int, why: str) -> StandDown | ReleaseLock:
+    """Data that is at rest as a standby, which the guard is told first; where there is none, or no disk that answers, the
+    guard is latched by the release itself."""
+    if o.directory.state in ("missing", "empty", "partial", "unreadable") and not o.postgres.alive:
+        return ReleaseLock(lsn=lsn, timeline=timeline, why=why)
+    return StandDown(lsn=lsn, timeline=timeline, why=why)
 
 
 def _readopt(o: Observation, memory: Memory, now: Standing, *, to: str) -> Decision:
-    conditions = (because(now), restart.guard_answers(o))
-    go = restart.read_in_this_pass(o).holds and conditions[1].holds
+    conditions = (because(now), restart.guard_answers(o), failsafe.nothing_is_promised(o))
+    go = restart.read_in_this_pass(o).holds and conditions[1].holds and conditions[2].holds
     return Decision(situation="paused", summary=f"adopting this node's own paused lock record, to {to}", reasons=conditions, memory=memory,
                     actions=(restart.readopt(o),) if go else (ReadCluster(),), wake_in_s=0.5)
 

@@ -36,7 +36,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
         lsn, timeline = (o.directory.control.checkpoint_lsn, o.directory.control.timeline) if o.directory.control else (0, 0)
         release: ReleaseLock | StandDown = ReleaseLock(lsn=lsn, timeline=timeline, why="agent stops")
         if o.licence.endless:
-            release = StandDown(lsn=lsn, timeline=timeline, why="agent stops")
+            release = paused.give_back(o, lsn=lsn, timeline=timeline, why="agent stops")
         return Decision(situation="stopping", summary="giving the lock back", reasons=because, actions=(release,),
                         memory=replace(memory, shutdown_done=True), wake_in_s=0.2)
     return Decision(situation="stopping", summary="stopped", reasons=because, memory=replace(memory, shutdown_done=True), wake_in_s=0.1)

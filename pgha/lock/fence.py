@@ -77,9 +77,12 @@ class Fence:
         self.changed()
 
     async def narrow(self, valid_until: Deadline, ttl_s: float, *, sequence: int) -> None:
-        """A write that shortens the licence is about to be sent (renewer.Narrower)."""
+        """A write that shortens the licence is about to be sent (renewer.Narrower).
+
+        A guard that a former agent has told of a pause knows of no end, also where this one has armed nothing.
+        """
         async with self._speaking:      # an `armed` on its way must not be overtaken
-            if self.mode == "armed":
+            if self.mode == "armed" or self.facts.state == "paused":
                 until = fence_at(valid_until, ttl_s)
                 self._told = None       # unless it answers, nobody knows what it knows: it is told again what is licensed
                 self.note(await self._guard.narrow(until, sequence=sequence, deadline_s=GUARD_DEADLINE_S))

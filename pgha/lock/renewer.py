@@ -156,10 +156,11 @@ class Renewer:
                 raise Refused("the lock, or what eligibility was judged on, has changed meanwhile")
 
     def _refuse_promised(self, action: AcquireLock) -> None:
-        """Whoever promised not to take over does not, whatever has been decided meanwhile. A new cluster's birth is no take-over."""
+        """Whoever promised not to take over does not, whatever has been decided meanwhile. Where no cluster ever was, nobody
+        can have asked before this boot; but a leader that did ask has a cluster, whatever the store says."""
         record = parse_lock(action.lock_value) if action.lock_revision else None
-        promise = self.promises.binding(record) if self.promises is not None and action.initialize_revision is None else None
-        if promise is not None:
+        promise = self.promises.binding(record) if self.promises is not None else None
+        if promise is not None and (promise.name or action.initialize_revision is None):
             raise Refused(f"promised to {promise.name or 'nobody known'} not to take over for another {promise.left_s(self._clock.now()):.1f} s (failsafe)")
 
     def _holds(self) -> bool:

@@ -56,7 +56,8 @@ class ReleaseLock(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StandDown(Struct, frozen=True, kw_only=True, tag=True):
-    """In pause, PostgreSQL was stopped by hand or runs in recovery: have the guard hold it to that, then give the lock back."""
+    """In pause, PostgreSQL was stopped by hand or runs in recovery: have the guard hold it to that, then give the lock back,
+    if this node has it."""
 
     lsn: int
     timeline: int

@@ -12,9 +12,10 @@ from typing import Any
 import decide_world as w
 from msgspec.structs import replace
 
-from pgha.clock import Instant
+from pgha.clock import NEVER, Instant
 from pgha.decide.standing import Whose
-from pgha.model.cluster import ClusterView, FailoverKey, HistoryEntry, Status, Sync, Tags
+from pgha.model import failsafe
+from pgha.model.cluster import ClusterView, FailoverKey, HistoryEntry, PausedHolder, Status, Sync, Tags
 from pgha.model.decision import Election, Replica, SyncBook
 from pgha.model.lock import Epoch, Licence, LicenceState, licence_s
 from pgha.model.node import DataDirectoryFacts, WalReceiver
@@ -45,6 +46,16 @@ def world(chance: Random) -> w.World:
             continue        # nothing there to change
     view, seen = found.seen.dcs.view, found.seen.dcs.lock_seen
     return found if view is None or view.lock == seen.record else found.but(dcs__lock_seen=w.LockSeen(absent_since=_sometime(chance)))
+
+
+def paused_or_promised(chance: Random) -> w.World:
+    """A world in which pause or failsafe mode has a say."""
+    found = world(chance)
+    for _ in range(chance.randrange(1, 6)):
+        path, values = chance.choice(MODES)
+        if not path.startswith("dcs__view") or found.seen.dcs.view is not None:
+            found = found.but(**{path: values(chance)})
+    return found
 
 
 def _instant(chance: Random) -> Instant:
@@ -182,6 +193,36 @@ SYNCHRONOUS: tuple[tuple[str, Any], ...] = (
     ("written_names", lambda chance: WrittenNames(told=_bool(chance), names=chance.choice((None, _setting(chance))))),
     ("memory__sync", _sync_book),
     ("memory__expected_standbys", one_of((), ("b", "C"))),
+    ("memory__leaving_since", _sometime),
+)
+
+def _endless(chance: Random) -> Licence:
+    """Of a lock record in mode `paused`, or of one that is being given back."""
+    return w.licence(state=chance.choice((LicenceState.HELD, LicenceState.HELD, LicenceState.RELEASING)), mode="paused", since=w.ago(chance.choice((0.0, 4.0, 100.0))), valid_until=NEVER,
+                     acquired_pass=chance.choice((0, w.PASS - 1)), failing_since=_sometime(chance), epoch=chance.choice((0, 5, 6)), revision=chance.choice((100, 101)))
+
+
+def _failsafe(chance: Random) -> failsafe.FailsafeFacts:
+    promise = failsafe.Promise(name=chance.choice(("", "a", "c", "d")), accepted_at=w.ago(chance.choice((0.0, 1.0, 20.0, 31.0))), ttl_s=chance.choice((5.0, 30.0)),
+                      incarnation=chance.choice(("", "run-a", "run-0")), epoch=chance.choice((0, 5, 6)), sequence=chance.choice((0, 6, 7, 9)), slots=chance.choice(({}, {"c": 5, "?": 2**62})))
+    return failsafe.FailsafeFacts(promise=chance.choice((None, promise, promise)), missing=chance.choice(({}, {"c": "no answer"})))
+
+
+#: What pause and failsafe mode go by.
+MODES: tuple[tuple[str, Any], ...] = (
+    ("settings__pause", one_of(True)),
+    ("settings__pause", one_of(True)),
+    ("licence", _endless),
+    ("guard__state", one_of("paused", "paused", "armed", "standby")),
+    ("dcs__remembered_pause", one_of(None, PausedHolder(name="c", node_id="id-c", incarnation="run-c"), PausedHolder(name="b", node_id="id-b", incarnation="run-0"))),
+    ("dcs__view__failover", lambda chance: FailoverKey(leader=_name(chance), candidate=_name(chance), down_incarnation=chance.choice(("", "run-a", "run-c")), down_sequence=chance.choice((0, 1, 7)))),
+    ("memory__paused", _bool),
+    ("memory__ours_to_start", _bool),
+    ("settings__failsafe_mode", _bool),
+    ("failsafe", _failsafe),
+    ("failsafe", _failsafe),
+    ("licence__by_failsafe", _bool),
+    ("dcs__view__failsafe", one_of({}, {"a": "http://a", "b": "http://b"}, {"x": "http://x", "a": "http://a"})),
     ("memory__leaving_since", _sometime),
 )
 

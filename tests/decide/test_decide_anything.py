@@ -8,7 +8,7 @@ from random import Random
 
 import decide_world as w
 import pytest
-from decide_anything import SYNCHRONOUS, TAKEN, world
+from decide_anything import SYNCHRONOUS, TAKEN, paused_or_promised, world
 
 from pgha.clock import candidate_age_s, remaining_s
 from pgha.decide.standing import ABSENCE_S, Whose, standing
@@ -57,35 +57,56 @@ def makes_primary(action: object) -> bool:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_decision_is_whole_and_safe(seed):
     for case, decision in cases(seed):
-        o = case.seen
-        because = (seed, decision.situation, decision.summary, decision.actions)
-        _is_whole(case, decision)
+        _is_safe(case, decision, (seed, decision.situation, decision.summary, decision.actions))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_decision_in_pause_or_beside_a_promise_is_whole_and_safe(seed):
+    chance = Random(f"{seed}/modes")
+    for _ in range(EACH):
+        case = paused_or_promised(chance)
+        decision = case.decide()
+        o, because = case.seen, (seed, decision.situation, decision.summary, decision.actions)
+        _is_safe(case, decision, because)
         for action in decision.actions:
-            if makes_primary(action):
-                assert licensed(case), because
-                assert o.licence.acquired_pass < o.number or o.number == 1, because
-                assert decision.mandate.until is not None, because
-            if isinstance(action, StartPrimary | StartStandby) and decision.situation != "blind":
-                assert not o.directory.rewind_interrupted, because
-            if isinstance(action, AcquireLock):
-                _may_acquire(case, action, because)
-            if isinstance(action, ReleaseLock):
-                assert not o.postgres.alive, because
-            if isinstance(action, Bootstrap):
+            if isinstance(action, AcquireLock) and action.initialize_revision is None:
+                promise = o.failsafe.promise
+                assert promise is None or not promise.binds(o.dcs.lock_seen.record, o.now), because
+            if o.licence.endless and o.settings.pause and o.postgres.is_primary and isinstance(action, Demote | Stop):
+                # What ends a primary in pause: an operator's word, and nothing else that this node sees or does not see.
                 assert o.dcs.view is not None, because
-                assert o.dcs.view.lock is None, because
-                assert o.dcs.view.initialize is None, because
-            if isinstance(action, WriteKey) and action.key != "failover":
-                assert licensed(case), because
-                assert action.epoch_revision == o.licence.epoch_revision, because
-            if isinstance(action, RestoreStandbySignal):
-                assert o.directory.state == "valid", because
-            if isinstance(action, SetSynchronousNames):
-                _is_covered(case, decision, because)
-            if isinstance(action, WriteKey) and action.key == "sync":
-                assert action.if_revision == case.seen.dcs.view.revision_of("sync"), because
-        if o.postgres.is_primary and not licensed(case) and o.operation is None and not decision.actions:
-            assert standing(o).whose in (Whose.UNKNOWN, Whose.SETTLING) or decision.situation == "stopping", because
+                assert not o.dcs.view.failover.empty, because
+
+
+def _is_safe(case: w.World, decision: Decision, because: object) -> None:
+    o = case.seen
+    _is_whole(case, decision)
+    for action in decision.actions:
+        if makes_primary(action):
+            assert licensed(case), because
+            assert o.licence.acquired_pass < o.number or o.number == 1, because
+            assert decision.mandate.until is not None, because
+        if isinstance(action, StartPrimary | StartStandby) and decision.situation != "blind":
+            assert not o.directory.rewind_interrupted, because
+        if isinstance(action, AcquireLock):
+            _may_acquire(case, action, because)
+        if isinstance(action, ReleaseLock):
+            assert not o.postgres.alive, because
+        if isinstance(action, Bootstrap):
+            assert o.dcs.view is not None, because
+            assert o.dcs.view.lock is None, because
+            assert o.dcs.view.initialize is None, because
+        if isinstance(action, WriteKey) and action.key != "failover":
+            assert licensed(case), because
+            assert action.epoch_revision == o.licence.epoch_revision, because
+        if isinstance(action, RestoreStandbySignal):
+            assert o.directory.state == "valid", because
+        if isinstance(action, SetSynchronousNames):
+            _is_covered(case, decision, because)
+        if isinstance(action, WriteKey) and action.key == "sync":
+            assert action.if_revision == case.seen.dcs.view.revision_of("sync"), because
+    if o.postgres.is_primary and not licensed(case) and o.operation is None and not decision.actions:
+        assert standing(o).whose in (Whose.UNKNOWN, Whose.SETTLING) or decision.situation == "stopping", because
 
 
 def _is_covered(case: w.World, decision: Decision, because: object) -> None:
@@ -121,6 +142,8 @@ def _is_whole(case: w.World, decision: Decision) -> None:
         assert all(r.because in decision.summary for r in decision.reasons if not r.holds and r.rule != "restart.read_in_this_pass"), decision
     if not licensed(case):
         assert decision.mandate.kind == "none", decision.mandate
+    elif decision.mandate.kind == "paused":
+        assert case.seen.licence.endless, decision.mandate
     elif decision.mandate.until is not None:
         assert remaining_s(decision.mandate.until, w.NOW) <= min(case.seen.settings.ttl_s, 3 * case.seen.settings.loop_wait_s), decision.mandate
 
@@ -152,7 +175,8 @@ def _may_acquire(case: w.World, action: AcquireLock, because: object) -> None:
     if action.readopt:
         assert own, because
     elif not own and lock.mode != "released":
-        assert lock.mode != "paused", because
+        said_down = (view.failover.candidate, view.failover.down_incarnation, view.failover.down_sequence) == (o.me.name, lock.incarnation, lock.sequence)
+        assert lock.mode != "paused" or said_down, because
         assert seen.since is not None, because
         assert candidate_age_s(seen.since, w.NOW) >= wait_s(lock.ttl_s), because
     if not action.readopt:

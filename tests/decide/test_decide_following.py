@@ -11,6 +11,7 @@ from decide_world import (
     TIMELINE,
     MiB,
     ago,
+    ahead,
     check,
     names,
     only,
@@ -30,6 +31,10 @@ from pgha.model.wal import HistoryRow
 
 ROWS = [
     row("streams", situation="following", refuses="", does="", says="wanted a:5432, set a:5432, slot b", summary="following a leader (a)"),
+    row("a restored store says so", dcs__trusted_from=ahead(20), dcs__generation_changed="the store is another one", refuses="", does="",
+        summary="following a leader (a); the store is another one: no record is believed for another 20.0 s"),
+    row("a restored store shows this node's own record", lock__holder="b", lock__node_id="id-b", dcs__trusted_from=ahead(20), dcs__generation_changed="the store is another one",
+        summary="a secondary, and this node's own record is not believed"),
     row("of another host", postgres__row__primary_conninfo="host=c port=5432", refuses="following.follows_wanted", says="wanted a:5432, set c:5432", does="Follow"),
     row("of another port", postgres__row__primary_conninfo="host=a port=5433", refuses="following.follows_wanted", does="Follow"),
     row("without its slot", postgres__row__primary_slot_name="", refuses="following.follows_wanted", says="slot none", does="Follow"),

@@ -35,7 +35,7 @@ from pgha.decide.standing import Whose, standing
 from pgha.model.action import AcquireLock, Demote, MaintainSlots, Restart, StandDown
 from pgha.model.cluster import FailoverKey, PausedHolder
 from pgha.model.lock import Epoch, Licence, LicenceState
-from pgha.model.node import GuardFacts, PostgresFacts, WalReceiver
+from pgha.model.node import DataDirectoryFacts, GuardFacts, PostgresFacts, WalReceiver
 from pgha.model.observation import Operation, Request, Upstream
 
 ENDLESS = licence(mode="paused", valid_until=NEVER)
@@ -60,6 +60,9 @@ TABLE = [
     (HOLDER, row("no answer yet", postgres__row=None, postgres__answer="starting", postgres__answered_at=ago(400), situation="paused", does="")),
     (HOLDER, row("the view is not read yet", dcs__view=None, situation="blind", does="")),
     (DOWN, row("the holder's server was stopped: it stays so, and the lock goes", situation="paused", does="StandDown", summary="removed leader lock because postgres is not running")),
+    (DOWN, row("its disk is gone: the lock goes all the same, and the guard is latched by the release", directory=DataDirectoryFacts(state="missing"), situation="paused", does="ReleaseLock")),
+    (DOWN, row("its disk does not answer", directory=DataDirectoryFacts(state="unreadable"), situation="paused", does="ReleaseLock")),
+    (DOWN, row("an agent that stops without data gives it back, too", shutting_down=True, directory=DataDirectoryFacts(state="missing"), situation="stopping", does="ReleaseLock")),
     (DOWN, row("what is left of it is killed first", postgres__orphans=True, situation="broken", does="Sweep")),
     (DOWN, row("stopped by ourselves: it goes on", memory__ours_to_start=True, situation="broken", does="StartPrimary")),
     (DOWN, row("also without a view", dcs__view=None, situation="paused", does="StandDown")),
@@ -69,6 +72,10 @@ TABLE = [
     (FOUND, row("a restarted agent goes on with its paused record", situation="lease", does="AcquireLock")),
     (FOUND, row("also if the store is away", dcs__view=None, situation="lease", does="", summary="waiting to learn")),
     (FOLLOWER, row("a standby follows", situation="following", does="")),
+    (FOLLOWER, row("its guard knows of a pause of its own, which another's record has ended", guard__state="paused", situation="following", does="StandDown")),
+    (RELEASED, row("the same, and nobody leads", guard__state="paused", situation="paused", does="StandDown", refuses="paused.may_stand")),
+    (paused(STOPPED), row("the same, stopped", guard__state="paused", situation="paused", does="StandDown")),
+    (paused(STOPPED), row("the same, its own record", guard__state="paused", lock__node_id="id-b", lock__holder="b", lock__mode="paused", situation="paused", does="AcquireLock")),
     (FOLLOWER, row("however long the holder is silent", dcs__lock_seen__since=ago(9999), situation="following", does="")),
     (RELEASED, row("nobody leads, nobody was named", situation="paused", does="", refuses="paused.may_stand", summary="only when it is named", says="nobody was named")),
     (RELEASED, row("another was named", dcs__view__failover=FailoverKey(candidate="c"), situation="paused", does="", says="an operator named c")),
@@ -109,6 +116,11 @@ def test_a_pause_that_the_record_does_not_say_is_none(case):
     assert decision.mandate.kind != "paused"
 
 
+def test_after_a_resume_a_standby_tells_its_guard_that_its_own_pause_is_over():
+    assert [type(a) for a in REPLICA.but(guard__state="paused").decide().actions] == [StandDown]
+    assert REPLICA.but(guard__state="standby").decide().actions == ()
+
+
 def test_after_a_resume_the_holder_is_a_leader_as_ever():
     """Its record still says paused until the renewer has written another."""
     world = HOLDER.but(settings__pause=False)
@@ -141,6 +153,12 @@ def test_an_agent_that_ends_after_its_server_gives_the_lock_back_guard_first():
     decision = DOWN.but(shutting_down=True).decide()
     only(decision, StandDown)
     assert decision.memory.shutdown_done
+
+
+def test_a_restart_in_pause_is_begun_alone_and_last():
+    asked = Request(id=1, kind="restart", at=ago(1), options={})
+    decision = HOLDER.but(postgres__row=standby_row(receiver=None), requests=(asked,)).decide()
+    assert [type(action) for action in decision.actions] == [Restart]
 
 
 def test_a_lock_that_is_given_back_says_how_far_the_data_went():

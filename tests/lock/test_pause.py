@@ -305,3 +305,26 @@ def test_an_operators_word_that_was_wrong_ends_the_primary_at_once(node: Postgre
         await eventually(lambda: not node.processes(), 3)
 
     with_agent(node, guard, main)
+
+
+def test_a_guard_that_was_told_of_a_pause_hears_of_its_end_also_where_nothing_runs(node: Postgres, guard: GuardProcess):
+    """Else a server that somebody starts there later, from a backup, could be a second primary."""
+    async def main(agent: Agent) -> None:
+        await agent.acquire()
+        await agent.fence.armed()
+        agent.timing = replace(LONG_AGO, paused=True)
+        agent.mandate(60)
+        await eventually(lambda: agent.fence.facts.state == "paused", 3)
+
+    with_agent(node, guard, main)
+
+    async def restarted(agent: Agent) -> None:
+        agent.timing = replace(LONG_AGO, paused=True)
+        agent.fence.adopt(await told(agent), primary=False)
+        await agent.renewer.acquire(AcquireLock(lock_revision=0, lock_value=b"", epoch_revision=0, epoch_number=0, readopt=True, paused=True), deadline_s=1)
+        assert (await told(agent)).state == "paused"
+        await agent.renewer.release(lsn=1, timeline=1, deadline_s=2)
+        assert agent.record.mode == "released"
+        assert (await told(agent)).state == "latched"
+
+    with_agent(node, guard, restarted)

@@ -145,6 +145,15 @@ def test_a_new_clusters_birth_takes_nothing_from_anybody(tmp_path):
     candidate(tmp_path, steps)
 
 
+def test_no_cluster_is_born_beside_a_leader_that_asked(tmp_path):
+    """The store was emptied; its leader leads on by the others' word, this node's too."""
+    async def steps(node: Candidate, _nursery) -> None:
+        assert node.ping().status == 200
+        with pytest.raises(Refused, match="promised to z"):
+            await node.renewer.acquire(replace(node.take(), initialize_revision=0, initialize_value="7123456789012345678"), deadline_s=2)
+    candidate(tmp_path, steps)
+
+
 def test_what_its_leader_has_released_since_is_free(tmp_path):
     async def steps(node: Candidate, _nursery) -> None:
         assert node.ping().status == 200

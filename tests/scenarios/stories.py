@@ -310,7 +310,8 @@ def store_restored(s: Stage) -> None:
     """etcd is restored from a backup: nobody believes it for a while.
 
     The backup is from the time before a switchover. It says that n1 leads, which was true then. A record in a store that
-    has gone back in time proves nothing: it is believed only after it has stood for as long as any licence could last.
+    has gone back in time proves nothing: it is believed only after it has stood for as long as any licence could last. It does
+    end n2's licence, which has no record any more: nobody accepts writes meanwhile.
     """
     s.until(5)
     s.happens("etcd is backed up", s.store.backup)
@@ -334,18 +335,22 @@ def lock_key_deleted(s: Stage) -> None:
 
 @story()
 def ttl_lowered(s: Stage) -> None:
-    """ttl is lowered from 30 to 5 s, and the answer to the write that says so is lost.
+    """ttl is lowered from 30 to 5 s; the second time the answer to the write that says so is lost.
 
-    The store has the record with ttl 5, so others will take it after 5 s; n1 does not know whether its write arrived. A
+    Done in peace nobody notices. Then the store has the record with ttl 5, so others will take it after 5 s; n1 does not know whether its write arrived. A
     write that may shorten the licence counts from its first byte: n1 stops in time for either.
     """
     s.until(10)
-    s.happens("an operator sets ttl 5, loop_wait 1, retry_timeout 2", lambda: s.configure(ttl=5, loop_wait=1, retry_timeout=2))
-    s.until(10.001)
+    s.happens("an operator sets ttl 5, loop_wait 1, retry_timeout 2: nobody notices", lambda: s.configure(ttl=5, loop_wait=1, retry_timeout=2))
+    s.until(30)
+    s.happens("and back: ttl 30, loop_wait 10, retry_timeout 10", lambda: s.configure(ttl=30, loop_wait=10, retry_timeout=10))
+    s.until(50)
+    s.happens("once more ttl 5, loop_wait 1, retry_timeout 2", lambda: s.configure(ttl=5, loop_wait=1, retry_timeout=2))
+    s.until(50.001)
     s.happens("1 ms later nothing that etcd sends reaches n1 any more", s.network.cut, MEMBERS, ["n1"])
-    s.until(40)
+    s.until(80)
     s.happens("the network heals", s.network.mend, MEMBERS, ["n1"])
-    s.until(60)
+    s.until(100)
 
 
 @story()

@@ -10,6 +10,7 @@ its guard did. A decision is told when it changes, as the log does; what repeats
 from __future__ import annotations
 
 import re
+import textwrap
 from typing import Any
 
 from pgha.agent import _what_is_said
@@ -33,6 +34,14 @@ UNTOLD = frozenset({"busy"})
 UNTOLD_LOG = re.compile(r"operation begins|operation has ended|slot created|watchdog|removed the pid file|started as|frozen for|following|promoted$"
                         r"|announc|configuration|demoted|agent starts|restored standby"
                         r"|ending operation|watch of the store|member key|member lease|^cloning|stopped PostgreSQL|deleted a replaced")
+
+
+WIDTH = 140
+
+
+def _wrapped(line: str) -> list[str]:
+    indent = " " * (23 if line.startswith(" " * 19) else 17)
+    return textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 class Transcript:
@@ -70,7 +79,7 @@ class Transcript:
         self._lines.append(f"{'':<19}{what}")
 
     def text(self) -> str:
-        return "\n".join(line.rstrip() for line in self._lines if line is not None) + "\n"
+        return "\n".join(part.rstrip() for line in self._lines if line is not None for part in _wrapped(line)) + "\n"
 
     def _once(self, who: str, key: str, what: str) -> None:
         """Once between two events of the world."""
