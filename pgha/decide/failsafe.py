@@ -27,12 +27,13 @@ def conditions(o: Observation) -> tuple[Reason, ...]:
 
 
 def mode_is_on(o: Observation) -> Reason:
-    on = o.settings.failsafe_mode and not o.settings.pause
-    return reason("failsafe.mode_is_on", on, f"failsafe_mode {'on' if o.settings.failsafe_mode else 'off'}" + (", paused" if o.settings.pause else ""))
+    return reason("failsafe.mode_is_on", o.settings.failsafe_mode, f"failsafe_mode {'on' if o.settings.failsafe_mode else 'off'}")
 
 
 def is_licensed(o: Observation) -> Reason:
-    """What is extended must be there; and in pause it does not end."""
+    """What is extended must be there; and in pause it does not end, once that is known to be committed. One that is only
+    wanted, or whose answer was lost, ends: should its record stand after all, that does not expire, and a promise given
+    beside it only makes the one who is named wait for longer."""
     licence = o.licence
     holds = licence.state is LicenceState.HELD and licence.mode == "held" and licence.valid_until is not None and remaining_s(licence.valid_until, o.now) > 0
     return reason("failsafe.is_licensed", holds, f"licence {licence.state}, mode {licence.mode}")

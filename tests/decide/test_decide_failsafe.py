@@ -49,7 +49,7 @@ PROMISED = CANDIDATE.but(settings__failsafe_mode=True, dcs__view__failsafe=LISTE
 @pytest.mark.parametrize(("why", "changes", "refuses"), [
     ("healthy", {}, ()),
     ("off", {"settings__failsafe_mode": False}, ("failsafe.mode_is_on",)),
-    ("paused", {"settings__pause": True}, ("failsafe.mode_is_on",)),
+    ("pause is wanted, and not in the record yet", {"settings__pause": True}, ()),
     ("not listed", {"dcs__view__failsafe": {"b": "u"}}, ("failsafe.leader_is_listed",)),
     ("no list", {"dcs__view__failsafe": {}}, ("failsafe.leader_is_listed",)),
     ("no licence", {"licence": Licence()}, ("failsafe.is_licensed",)),
