@@ -387,8 +387,9 @@ def _matters(before: ClusterView, after: ClusterView, me: str) -> bool:
     """Does this change ask for a pass at once? Renewals and positions do not."""
     return (
         _lock_shape(before) != _lock_shape(after)
-        or any(before.revision_of(k) != after.revision_of(k) for k in ("initialize", "config", "failover", "sync", "history", "failsafe", "pgha/epoch", "leader"))
-        or {n: _member_shape(m) for n, m in before.members.items() if n != me} != {n: _member_shape(m) for n, m in after.members.items() if n != me}
+        or any(before.revisions.get(k) != after.revisions.get(k) for k in ("initialize", "config", "failover", "sync", "history", "failsafe", "pgha/epoch", "leader"))
+        or before.members.keys() - {me} != after.members.keys() - {me}
+        or any(m is not before.members[n] and _member_shape(m) != _member_shape(before.members[n]) for n, m in after.members.items() if n != me)
     )
 
 
