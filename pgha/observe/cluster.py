@@ -155,14 +155,15 @@ class ClusterObserver:
             self._revision = 0
             self._revisions = []    # of the former store: the new one may be far from them
             self.facts = replace(self.facts, trusted_from=now.plus_s(untrusted_s), generation_changed=changed)
-        trusted_from = self.facts.trusted_from
-        if trusted_from is not None and remaining_s(trusted_from, now) <= 0:
-            self.facts = replace(self.facts, trusted_from=None, generation_changed="")
         self._remember_generation()
 
     def _remember_generation(self) -> None:
         """What is written down stays the former store until the new one is trusted: an agent that is restarted in between
-        finds the change again, and waits as long."""
+        finds the change again, and waits as long. Distrust ends by the clock, whether the news comes by a read or by the
+        watch: while that delivers, nobody reads."""
+        trusted_from = self.facts.trusted_from
+        if trusted_from is not None and remaining_s(trusted_from, self._clock.now()) <= 0:
+            self.facts = replace(self.facts, trusted_from=None, generation_changed="")
         if self.facts.trusted_from is None:
             self._remembered = replace(self._remembered, generation=self._known)
 

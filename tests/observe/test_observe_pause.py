@@ -60,3 +60,22 @@ def test_a_restored_record_does_not_end_a_pause(tmp_path: Path):
         assert scene.facts.remembered_pause is None
 
     observed(tmp_path, main)
+
+
+def test_distrust_of_a_restored_store_ends_also_while_only_the_watch_speaks(tmp_path: Path):
+    """Simulation, seed 90004: with renewals coming by the watch nobody reads, so every record counted as restored for ever,
+    and the one that ended a pause did not end it: after its holder's death nobody took over."""
+    async def main(scene: Scene) -> None:
+        scene.renew(1)
+        await scene.seen()
+        await scene.observer.read()
+        scene.world.restore(scene.world.save(), cluster_id="another")
+        await until(lambda: scene.facts.trusted_from is not None, 5)
+        for sequence in range(2, 42):       # renewals are the stream's heartbeat: no read is needed
+            scene.renew(sequence, mode="paused" if sequence < 40 else "held")
+            await scene.seen()
+            await trio.sleep(1)
+        assert scene.facts.trusted_from is None
+        assert scene.facts.remembered_pause is None
+
+    observed(tmp_path, main)
