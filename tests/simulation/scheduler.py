@@ -107,8 +107,7 @@ class Scheduler:
                 callback = event.callback
                 if callback is None:
                     continue
-                if at_ns > self.now_ns:
-                    self.now_ns = at_ns
+                self.now_ns = max(self.now_ns, at_ns)
             else:
                 break
             event.callback = None
