@@ -457,6 +457,7 @@ class Agent:
 
     def _assemble(self) -> Observation:
         self.number += 1
+        self.promises.settle(self.cluster.facts.lock_seen.record)
         directory = self.reader.facts
         row = self.postgres.facts.row
         if row is not None and directory.history_of not in (0, row.timeline):

@@ -154,7 +154,7 @@ class Rounds:
         extended = not missing and asked_all and self._renewer.extend(begun)
         if missing and not self._is_over(begun) and self.missing.keys() != missing.keys():
             log.warning("failsafe: not every member agrees that this node leads on", **{f"member_{name}": why for name, why in missing.items()})
-        self.missing = missing
+        self.missing = {} if self._is_over(begun) and not extended else missing      # nobody was asked to the end
         if missing or extended:
             self._wake_loop()
 

@@ -131,8 +131,20 @@ class Promises:
         self.promise = verdict.promise
         return verdict
 
+    def settle(self, record: LockRecord | None) -> None:
+        """Its leader has written a later record: from then on records alone say who leads, also once another has the lock.
+        (Else a promise would bind again beside the next leader's record, its own node's for one.)"""
+        if self.promise is None or not self.promise.is_superseded_by(record):
+            return
+        self.promise = None
+        try:
+            self._write(None)
+        except OSError as error:        # an agent that is restarted waits for longer, then
+            log.warning("the failsafe promise that is over cannot be removed", path=str(self._path), why=error.strerror)
+
     def binding(self, record: LockRecord | None) -> Promise | None:
         """The promise that forbids to take `record` over now; None: nothing does."""
+        self.settle(record)
         promise = self.promise
         return promise if promise is not None and promise.binds(record, self._clock.now()) else None
 

@@ -195,6 +195,21 @@ def test_whoever_comes_during_a_round_is_asked_before_anything_is_given():
     story(steps)
 
 
+def test_who_was_silent_is_forgotten_when_the_store_is_back():
+    """Else the next demotion, for whatever reason, would be told with an old obstacle."""
+    async def steps(node: Leader) -> None:
+        node.members.takes_s["c"] = 99
+        node.store.link(up=False)
+        while not node.members.asked:
+            await trio.sleep(0.01)
+        await trio.sleep(0.8)
+        node.store.link(up=True)
+        await trio.sleep(5)
+        assert node.licence.state is LicenceState.HELD
+        assert node.rounds.missing == {}
+    story(steps)
+
+
 def test_a_member_alone_asks_nobody_and_leads_on():
     async def steps(node: Leader) -> None:
         node.rounds.give(FailsafeOrder())

@@ -145,6 +145,18 @@ def test_a_new_clusters_birth_takes_nothing_from_anybody(tmp_path):
     candidate(tmp_path, steps)
 
 
+def test_a_promise_that_is_over_does_not_bind_beside_the_next_leaders_record(tmp_path):
+    """The store is back, its leader has renewed and hands over at once: to this node, or to another that it is to follow."""
+    async def steps(node: Candidate, _nursery) -> None:
+        assert node.ping().status == 200
+        released = replace(others_record(), sequence=10, mode="released")
+        write(node.world, LOCK, released)
+        await node.renewer.acquire(node.take(), deadline_s=2)
+        assert node.promises.binding(node.record) is None
+        assert Promises(node.directory, node.clock, boot_id="boot", unknown_ttl_s=0.0).promise is None, "nor after a restart"
+    candidate(tmp_path, steps)
+
+
 def test_no_cluster_is_born_beside_a_leader_that_asked(tmp_path):
     """The store was emptied; its leader leads on by the others' word, this node's too."""
     async def steps(node: Candidate, _nursery) -> None:

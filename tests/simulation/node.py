@@ -739,6 +739,7 @@ class AgentProcess:
         if self._directory_stale:
             directory = DataDirectoryFacts(state="unknown", why="being looked at")
         facts = self.cluster.facts
+        self.promises.settle(facts.lock_seen.record)
         heard = self.renewer.heard_at
         if heard is not None and (facts.heard_at is None or heard > facts.heard_at):
             facts = replace(facts, heard_at=heard)

@@ -225,6 +225,14 @@ class Simulation(World):
             host.start_agent()
         self.writers.hurry()
 
+    def resume(self) -> None:
+        """The store may have been rebuilt empty in a time of pause, and a leader that was cut off then brings its cached
+        configuration with it later: whoever resumes says it again."""
+        if self.store_config().get("pause"):
+            self.trace("fault", "resumed once more")
+            self.edges += 1
+            self.change_config({"pause": False})
+
     # --- what faults and checkers ask ----------------------------------------------------------------------------------------
 
     def path(self, key: str) -> str:
@@ -392,14 +400,9 @@ def run(options: Options, *, out: TextIO | None = None) -> Outcome:
 
     def until(seconds: float) -> bool:
         """Whether all is well so far."""
-        end_ns = round(seconds * 1e9)
-        while not sim.violations:
-            due = scheduler.next_due()
-            if due is None or due > end_ns:
-                scheduler.run_due(end_ns)
-                return True
-            scheduler.run_due(due)
-        return False
+        if not sim.violations:
+            scheduler.run_due(round(seconds * 1e9), sim.violations)
+        return not sim.violations
 
     try:
         return drive(sim, until)
@@ -418,6 +421,7 @@ def drive(sim: Simulation, until: Callable[[float], bool]) -> Outcome:
         while sim.scheduler.now_s < limit_s and good < 5:
             if not until(sim.scheduler.now_s + 1.0):
                 break
+            sim.resume()
             good = good + 1 if not sim.why_not_settled() else 0
         settled_s = sim.scheduler.now_s - healed_s
         if not sim.violations:

@@ -43,7 +43,7 @@ def test_the_transcript_does_not_depend_on_what_ran_before() -> None:
 def test_what_failed_once_is_clean(path: Path) -> None:
     kept = msgspec.json.decode(path.read_bytes(), type=Kept)
     outcome = run_level(kept.options)
-    assert not outcome.violations, f"{kept.why}\n{failure(outcome)}"
+    assert not outcome.violations, f"{kept.why}\n{failure(outcome, path=path)}"
 
 
 def test_a_budget_of_random_programs_is_clean() -> None:
