@@ -39,7 +39,7 @@ EPOCH = "pgha/epoch"
 LARGEST_VALUE_BYTES = 1 << 20
 LARGEST_MEMBER_BYTES = 64 << 10
 LARGEST_TEXT_BYTES = 1 << 10
-#: A member key up to this size is parsed once and remembered.
+#: A value up to this size is parsed once and remembered: at every renewal the view is made anew, of the same values.
 SMALL_BYTES = 4 << 10
 #: Deeper than anything that means something here, and far from where comparing, copying or encoding it would exhaust the stack.
 DEEPEST = 64
@@ -102,6 +102,10 @@ def loads(text: bytes | bytearray) -> Any:
     if too_deep(value):
         raise ValueError(f"is nested more than {DEEPEST} deep")
     return value
+
+
+#: Shared by all views that hold the value: nobody changes what it returns.
+_loads_once = lru_cache(maxsize=64)(loads)
 
 
 def _finite(text: str) -> float | None:
@@ -193,7 +197,7 @@ class _Reader:
         if entry is None or self._too_long(key, entry):
             return None
         try:
-            return loads(entry.value)
+            return _loads_once(entry.value) if len(entry.value) <= SMALL_BYTES else loads(entry.value)
         except ValueError as error:
             self._problem(key, str(error))
             return None

@@ -140,7 +140,7 @@ class MemoryWorld:
     def _expire(self) -> None:
         if self._leases:
             now = self._clock.now()
-            over = [(held.until, lease) for lease, held in self._leases.items() if remaining_s(held.until, now) <= 0]
+            over = [(held.until, lease) for lease, held in self._leases.items() if held.until[0] <= now[0] or held.until[1] <= now[1]]
             for _, lease in sorted(over):
                 self._end(lease)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from msgspec import Struct
@@ -207,6 +208,7 @@ _LIMIT = 63
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
 
 
+@lru_cache(maxsize=64)
 def slot_name(member_name: str) -> str:
     """The slot of a member (compatibility spec 2.4; every agent of a cluster must map alike).
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from msgspec import Struct
 
@@ -45,6 +46,7 @@ class Requirement(Struct, frozen=True, kw_only=True):
         return 0 if self.anybody else min(self.count, len(self.names))
 
 
+@lru_cache(maxsize=64)
 def parse_requirement(text: str) -> Requirement:
     """`n1`, `"n-1"`, `2 (a, b)`, `FIRST 2 (a, b)`, `ANY 1 (a, b)`, `*`, ''. What does not parse demands nothing that
     could be counted on."""

@@ -84,7 +84,7 @@ class ClusterObserver:
             log.warning("remembered facts could not be read", why=problem)
         self.facts = DcsFacts(
             unreachable_since=clock.now(), remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused,
-            remembered_members=self._known_members(),
+            remembered_identifier=self._remembered.system_identifier, remembered_members=self._known_members(),
             last_positions={n: Position(timeline=m.timeline, lsn=m.lsn) for n, m in self._remembered.members.items()},
         )
 
@@ -120,7 +120,8 @@ class ClusterObserver:
         self._remember(view)
         self.facts = replace(
             before, view=view, lock_seen=lock_seen, read_at=began if snapshot is not None else before.read_at,
-            remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused, remembered_members=self._known_members(), last_positions=self._positions(view, before),
+            remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused,
+            remembered_identifier=self._remembered.system_identifier, remembered_members=self._known_members(), last_positions=self._positions(view, before),
         )
         if snapshot is not None or before.view is None or _matters(before.view, view, self._me):
             self._wake()
@@ -168,8 +169,8 @@ class ClusterObserver:
             self._remembered = replace(self._remembered, generation=self._known)
 
     def _remember(self, view: ClusterView) -> None:
-        now_s = self._clock.wall_s()
-        members = {n: m for n, m in self._remembered.members.items() if now_s - m.seen_at_wall_s < self._settings()[3]}
+        now_s, kept_s = self._clock.wall_s(), self._settings()[3]
+        members = {n: m for n, m in self._remembered.members.items() if now_s - m.seen_at_wall_s < kept_s}
         for member in view.members.values():
             if member.api_url:
                 members[member.name] = _remembered(member, members.get(member.name), now_s)
@@ -195,6 +196,8 @@ class ClusterObserver:
         return {n: m.api_url for n, m in self._remembered.members.items() if m.api_url}
 
     def _positions(self, view: ClusterView, before: DcsFacts) -> dict[str, Position]:
+        if before.view is not None and before.view.members == view.members:
+            return before.last_positions
         positions = dict(before.last_positions)
         for member in view.members.values():
             if member.lsn:
@@ -388,8 +391,9 @@ def _matters(before: ClusterView, after: ClusterView, me: str) -> bool:
     """Does this change ask for a pass at once? Renewals and positions do not."""
     return (
         _lock_shape(before) != _lock_shape(after)
-        or any(before.revision_of(k) != after.revision_of(k) for k in ("initialize", "config", "failover", "sync", "history", "failsafe", "pgha/epoch", "leader"))
-        or {n: _member_shape(m) for n, m in before.members.items() if n != me} != {n: _member_shape(m) for n, m in after.members.items() if n != me}
+        or any(before.revisions.get(k) != after.revisions.get(k) for k in ("initialize", "config", "failover", "sync", "history", "failsafe", "pgha/epoch", "leader"))
+        or (before.members != after.members
+            and {n: _member_shape(m) for n, m in before.members.items() if n != me} != {n: _member_shape(m) for n, m in after.members.items() if n != me})
     )
 
 

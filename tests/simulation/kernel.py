@@ -195,12 +195,15 @@ async def checkpoint() -> None:
 
 
 class CancelScope:
+    __slots__ = ("deadline", "shield", "cancel_called", "cancelled_caught", "parent", "holds_nursery", "_task", "_timer")
+
     def __init__(self, *, deadline: float = float("inf"), shield: bool = False) -> None:
         self.deadline = deadline
         self.shield = shield
         self.cancel_called = False
         self.cancelled_caught = False
         self.parent: CancelScope | None = None
+        self.holds_nursery = False          # a nursery was opened within: it may hold other tasks than the one that opened it
         self._task: Task | None = None
         self._timer: Timer | None = None
 
@@ -232,7 +235,9 @@ class CancelScope:
         if self.cancel_called:
             return
         self.cancel_called = True
-        if self._task is not None:
+        if self._task is not None and not self.holds_nursery:
+            self._task.deliver_cancel()
+        elif self._task is not None:
             for task in list(self._task.process.tasks):
                 if task.parked:
                     task.deliver_cancel()
@@ -378,6 +383,10 @@ class Nursery:
     async def __aenter__(self) -> Nursery:
         self._parent = running()
         self.cancel_scope.__enter__()
+        scope: CancelScope | None = self.cancel_scope
+        while scope is not None:
+            scope.holds_nursery = True
+            scope = scope.parent
         return self
 
     async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:

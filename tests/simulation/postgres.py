@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 from pgha.model.node import Row, Slot, WalReceiver
@@ -39,6 +40,11 @@ class Branch:
         self.end = fork_lsn             # how far it was ever written
         self.promised = 0               # highest LSN acknowledged that no later primary may lack
         self.acknowledged: list[tuple[int, int]] = []   # (lsn, ns), what clients were told, ascending
+
+    @property
+    def root(self) -> Branch:
+        """The first line of this cluster."""
+        return self if self.parent is None else self.parent.root
 
     def history(self) -> tuple[HistoryRow, ...]:
         rows: list[HistoryRow] = []
@@ -602,7 +608,7 @@ class Instance:
         """Up to where synchronous_standby_names is satisfied."""
         mode, number, names = parse_synchronous(server.synchronous_standby_names)
         connected = {n: server.confirmed.get(n, 0) for n, s in server.downstream.items() if s.open}
-        chosen = sorted(connected) if names == ["*"] else [n for n in names if n in connected]
+        chosen = sorted(connected) if names == ("*",) else [n for n in names if n in connected]
         if mode == "FIRST":
             chosen = chosen[:number]
         lsns = sorted((connected[n] for n in chosen), reverse=True)
@@ -613,7 +619,7 @@ class Instance:
             return "async"
         mode, number, names = parse_synchronous(server.synchronous_standby_names)
         connected = [n for n, s in server.downstream.items() if s.open]
-        listed = sorted(connected) if names == ["*"] else [n for n in names if n in connected]
+        listed = sorted(connected) if names == ("*",) else [n for n in names if n in connected]
         if name not in listed:
             return "async"
         return "quorum" if mode == "ANY" else "sync" if listed.index(name) < number else "potential"
@@ -763,7 +769,8 @@ class Instance:
         self.host_up = True
 
 
-def parse_synchronous(text: str) -> tuple[str, int, list[str]]:
+@cache
+def parse_synchronous(text: str) -> tuple[str, int, tuple[str, ...]]:
     """"FIRST 1 (a,b)", "ANY 2 (a,b,c)", "2 (a,b)", "a,b", "*" → (FIRST | ANY, number, names)."""
     mode, number, names = "FIRST", 1, text
     head, bracket, rest = text.partition("(")
@@ -772,4 +779,4 @@ def parse_synchronous(text: str) -> tuple[str, int, list[str]]:
         mode = "ANY" if words and words[0].upper() == "ANY" else "FIRST"
         number = int(words[-1]) if words else 1
         names = rest.rstrip().rstrip(")")
-    return mode, number, [n.strip().strip('"') for n in names.split(",") if n.strip()]
+    return mode, number, tuple(n.strip().strip('"') for n in names.split(",") if n.strip())

@@ -132,20 +132,34 @@ class StoreWorld:
         world = self.world
         if world.revision != self._pushed:
             self._pushed = world.revision
+            told: dict[tuple[str, int], list[Change]] = {}
+            serving = {member: self._serves_watches(member) for member in MEMBERS}
             for watch in self._watches.values():
-                self._push(watch)
+                if serving[watch.member]:
+                    self._push_from(watch, told)
             if world.revision > KEEP_REVISIONS and world.revision % 500 == 0:
                 world.compact(world.revision - KEEP_REVISIONS // 2)
         self._schedule_expiry()
 
+    def _serves_watches(self, member: str) -> bool:
+        return not self.down[member] and not self.hung[member] and self._has_quorum(member)
+
     def _push(self, watch: Watch) -> None:
-        if watch.silent or watch.replaced or self.down[watch.member] or self.hung[watch.member] or not self._has_quorum(watch.member):
+        if self._serves_watches(watch.member):
+            self._push_from(watch, {})
+
+    def _push_from(self, watch: Watch, told: dict[tuple[str, int], list[Change]]) -> None:
+        """`told`: what was said at this moment to others who want the same."""
+        if watch.silent or watch.replaced:
             return
-        try:
-            changes = self.world.changes(watch.prefix, watch.after)
-        except Compacted as compacted:
-            self._send_watch(watch, compacted)
-            return
+        changes = told.get((watch.prefix, watch.after))
+        if changes is None:
+            try:
+                changes = self.world.changes(watch.prefix, watch.after)
+            except Compacted as compacted:
+                self._send_watch(watch, compacted)
+                return
+            told[watch.prefix, watch.after] = changes
         for change in changes:
             if not self._send_watch(watch, change):
                 return

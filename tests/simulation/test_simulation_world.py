@@ -124,6 +124,6 @@ def test_a_stopped_postmaster_sees_signals_when_it_goes_on() -> None:
 
 
 def test_synchronous_standby_names() -> None:
-    assert parse_synchronous("FIRST 1 (a,b)") == ("FIRST", 1, ["a", "b"])
-    assert parse_synchronous('ANY 2 ("a", b,c)') == ("ANY", 2, ["a", "b", "c"])
-    assert parse_synchronous("*") == ("FIRST", 1, ["*"])
+    assert parse_synchronous("FIRST 1 (a,b)") == ("FIRST", 1, ("a", "b"))
+    assert parse_synchronous('ANY 2 ("a", b,c)') == ("ANY", 2, ("a", "b", "c"))
+    assert parse_synchronous("*") == ("FIRST", 1, ("*",))
