@@ -23,7 +23,7 @@ import msgspec
 
 from tests.simulation import coverage
 from tests.simulation.faults import Step
-from tests.simulation.simulation import Options, Outcome, run
+from tests.simulation.simulation import DRAWS, Options, Outcome, run
 
 REGRESSIONS = Path(__file__).parent / "regressions"
 LAST_LINES = 60
@@ -111,7 +111,12 @@ def many(options: Options, *, hours: float | None, seconds: float | None, jobs: 
     source = seeds()
     if jobs == 1:
         while not enough():
-            outcome = run_level(next(source))
+            now = next(source)
+            try:
+                outcome = run_level(now)
+            except Exception:
+                print(f"seed {now.seed} breaks the simulation itself", flush=True)
+                raise
             volume.add(outcome)
             if outcome.violations:
                 failed.append(outcome)
@@ -192,7 +197,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--coverage", action="store_true", help="show which (rule, outcome) pairs were reached")
     parser.add_argument("--replay", nargs="+", type=Path)
     given = parser.parse_args(argv)
-    options = Options(seed=given.seed or 0, level=given.level, nodes=given.nodes, ttl=given.ttl, faults=given.faults, for_s=given.for_s)
+    options = Options(seed=given.seed or 0, level=given.level, nodes=given.nodes, ttl=given.ttl, faults=given.faults, for_s=given.for_s, draws=DRAWS)
     if given.replay:
         bad = 0
         for path in given.replay:

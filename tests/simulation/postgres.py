@@ -41,6 +41,11 @@ class Branch:
         self.promised = 0               # highest LSN acknowledged that no later primary may lack
         self.acknowledged: list[tuple[int, int]] = []   # (lsn, ns), what clients were told, ascending
 
+    @property
+    def root(self) -> Branch:
+        """The first line of this cluster."""
+        return self if self.parent is None else self.parent.root
+
     def history(self) -> tuple[HistoryRow, ...]:
         rows: list[HistoryRow] = []
         at: Branch | None = self

@@ -30,12 +30,13 @@ class Device:
     def __init__(self, host: Host) -> None:
         self._host = host
         self.present = False
+        self.broken = False             # it cannot be opened; who has it open goes on
         self._open = False
         self._timeout_s = 60
         self._timer: Event | None = None
 
     def accessible(self) -> str:
-        return "" if self.present else "there is no device"
+        return "it cannot be opened" if self.broken else "" if self.present else "there is no device"
 
     def limits(self) -> Limits:
         return Limits(1, 60)
@@ -49,7 +50,7 @@ class Device:
         self._timer = self._host.world.scheduler.after(self._timeout_s, self._fire)
 
     def open(self) -> None:
-        if not self.present:
+        if not self.present or self.broken:
             raise OSError(2, "No such file or directory", "/dev/watchdog")
         self._open = True
         self._count()
@@ -105,6 +106,8 @@ class Host:
         self.wanted = True                  # systemd is to have an agent here
         self.local: Any = None              # LocalConfig
         self.tags: dict[str, Any] = {}
+        self.bootstraps = True              # its configuration has a [bootstrap] section
+        self.gone = False                   # it has left for good
         self.first_config: dict[str, Any] = {}
         self.cached_config: dict[str, Any] | None = None
         self.remembered: Any = None
@@ -184,7 +187,7 @@ class Host:
         self.instance.power_off()
 
     def power_on(self) -> None:
-        if self.up:
+        if self.up or self.gone:
             return
         self.world.trace(self.name, "host up")
         self.up = True
@@ -244,6 +247,7 @@ class World:
         self.agents: dict[str, Any] = {}
         self.names: list[str] = []
         self.systems = 0                    # how many clusters were made by initdb
+        self.hints = True                   # they have wal_log_hints
         self.violations: list[Violation] = []
         self.exposures: list[Violation] = []    # what is stated, not promised (safety 1)
         self.passes = 0
