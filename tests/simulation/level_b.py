@@ -22,7 +22,17 @@ from pgha.config.local import LocalConfig
 from pgha.config.rules import finish
 from pgha.config.schema import Report, read
 from pgha.errors import PghaError
-from pgha.model.action import AcquireLock, Freeze, LongAction, ReleaseLock, RestoreStandbySignal, SetSynchronousNames, StandDown, WriteInitialize, WriteKey
+from pgha.model.action import (
+    AcquireLock,
+    Freeze,
+    LongAction,
+    ReleaseLock,
+    RestoreStandbySignal,
+    SetSynchronousNames,
+    StandDown,
+    WriteInitialize,
+    WriteKey,
+)
 from pgha.model.decision import Decision, Memory
 from pgha.model.observation import Observation
 from tests.simulation import virtual
