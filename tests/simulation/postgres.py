@@ -660,13 +660,7 @@ class Instance:
             switch = next((r.switch_lsn for r in rows if r.timeline == ours.timeline), None)
             if switch is None or ours.lsn > switch:
                 return False
-            # A history file that is there already is not fetched: a block of ours in its place hides it for ever.
-            for number in range(ours.timeline + 1, theirs.timeline + 1):
-                if number not in ours.histories:
-                    if number not in theirs.histories:
-                        return False
-                    ours.histories[number] = theirs.histories[number]
-            if ours.histories.get(theirs.timeline) == BLOCK:
+            if not self._fetch_histories(theirs, theirs.timeline):
                 return False
         stream = server.stream = Stream(source, up, self, server)
         old = up.downstream.get(self.name)
@@ -678,6 +672,17 @@ class Instance:
         self._changed("role")
         source._changed("role")  # noqa: SLF001
         return True
+
+    def _fetch_histories(self, theirs: DataDir, timeline: int) -> bool:
+        """What a walreceiver does before it streams another timeline. A history file that is there already is not fetched: a
+        block of ours in its place hides it for ever."""
+        ours = self.dir
+        for number in range(ours.timeline + 1, timeline + 1):
+            if number not in ours.histories:
+                if number not in theirs.histories:
+                    return False
+                ours.histories[number] = theirs.histories[number]
+        return ours.histories.get(timeline) != BLOCK
 
     def _flow(self, stream: Stream) -> None:
         """Send what the downstream lacks, one message under way at a time."""
@@ -707,6 +712,9 @@ class Instance:
             return
         assert data.branch is not None
         before = data.timeline
+        if branch.number > before and not self._fetch_histories(stream.upstream.dir, branch.number):
+            self._close(stream)         # its upstream was promoted, or follows one that was
+            return
         if not contains(branch, lsn, data.branch, data.lsn) and not data.mixed:
             data.mixed = True
             self._truth.mixed(self, stream.upstream)
