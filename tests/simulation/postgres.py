@@ -38,6 +38,7 @@ class Branch:
         self.parent = parent
         self.fork_lsn = fork_lsn
         self.end = fork_lsn             # how far it was ever written
+        self.unseen = False             # begun by a server to which nobody could connect, under a number that was in use
         self.promised = 0               # highest LSN acknowledged that no later primary may lack
         self.acknowledged: list[tuple[int, int]] = []   # (lsn, ns), what clients were told, ascending
 
@@ -572,14 +573,18 @@ class Instance:
             answered("acked")
         return True
 
-    def _append(self, size: int) -> None:
+    def _append(self, size: int, *, serves: bool = True) -> None:
+        """`serves` False: nobody can connect. What such a server writes (its last checkpoint) harms only if the data
+        follows or serves afterwards without a rewind: `mixed` and the checker of timelines tell that."""
         data = self.dir
         branch = data.branch
         assert branch is not None
         if branch.end != data.lsn:
             # Somebody else has written here already: from now on there are two lines with one number.
             data.branch = branch = Branch(branch.number, branch, data.lsn)
-            self._truth.forked(self)
+            branch.unseen = not serves
+            if serves:
+                self._truth.forked(self)
         data.lsn += size
         branch.end = data.lsn
         server = self.server
