@@ -20,7 +20,7 @@ OPERATION_S = 60.0
 
 def finish(o: Observation, decision: Decision) -> Decision:
     """The decision, completed."""
-    memory, pause = decision.memory, paused.in_force(o)
+    memory, pause = failsafe.remember(o, decision.memory), paused.in_force(o)
     if any(isinstance(action, LIFE) for action in decision.actions) and not memory.ours_to_start:
         memory = replace(memory, ours_to_start=True)
     if memory.paused != pause:
@@ -28,7 +28,7 @@ def finish(o: Observation, decision: Decision) -> Decision:
     room = capacity.store_has_room(o)
     if not room.holds and room not in decision.reasons:
         decision = replace(decision, reasons=(*decision.reasons, room))     # it may be why nobody leads
-    return replace(decision, mandate=mandate(o), failsafe=failsafe.order(o, slots.published_slots(o)), state=decision.state or state(o),
+    return replace(decision, mandate=mandate(o), failsafe=failsafe.order(o, memory, slots.published_slots(o)), state=decision.state or state(o),
                    role=decision.role or role(o), paused=pause, memory=memory, leaves_sync=memory.leaving_since is not None,
                    wake_in_s=min(decision.wake_in_s, lease.judged_again_in_s(o)))
 

@@ -171,7 +171,7 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
     history = _history(o)
     if history is not None:
         actions.append(history)
-    listed = failsafe.list_to_write(o)
+    listed, memory = failsafe.list_to_write(o, memory)
     if listed is not None:
         actions.append(listed)
     maintenance = slots.maintenance(o)

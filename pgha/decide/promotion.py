@@ -71,10 +71,14 @@ def timeline_is_known(o: Observation) -> Reason:
 
 
 def system_is_ours(o: Observation) -> Reason:
-    row, initialize = o.postgres.row, view_of(o).initialize
+    """This data is the cluster's. A store that was rebuilt empty does not say whose it is: then what this node remembers
+    counts, unless an operator chose it; others may still have the cluster's own data."""
+    row, view = o.postgres.row, view_of(o)
     own = row.system_identifier if row else ""
-    holds = not view_of(o).initialized or not own or own == initialize
-    return reason("promotion.system_is_ours", holds, f"own {own or 'unknown'}, the cluster's {initialize}")
+    known, whence = (view.initialize, "the cluster's") if view.initialized else (o.dcs.remembered_identifier, "the cluster's, as far as this node remembers,")
+    if not view.initialized and manually_chosen(o):
+        known = ""
+    return reason("promotion.system_is_ours", not known or not own or own == known, f"own {own or 'unknown'}, {whence} {known or 'not known'}")
 
 
 def guard_answers(o: Observation) -> Reason:

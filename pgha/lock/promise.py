@@ -26,15 +26,18 @@ from pgha.model.lock import Licence, LicenceState, LockRecord
 log = Log("pgha.failsafe")
 
 FILE = "promise.json"
-#: A ping that asks for more is nonsense, and refused: to honour it would be to have no failover for as long.
-LONGEST_TTL_S = 86400.0
+#: A ping that asks for more than this many times the longest ttl that this node knows of is refused: anybody who reaches
+#: the port could keep the cluster from failing over for as long. A leader whose new ttl is not known here yet is safe: it
+#: is refused, and demotes itself.
+LONGEST_IN_TTLS = 3.0
 
 
 class Receiver(Struct, frozen=True, kw_only=True):
     """What it depends on whether this node may promise, at this moment.
 
     `leads`: its PostgreSQL is a primary, or may be one. `epoch`, `epoch_holder`: the highest that it has seen.
-    `ttl_s`: what to assume of a ping that does not say: the largest of configured, remembered and 30 s.
+    `ttl_s`: what to assume of a ping that does not say, and what to measure one by that does: the largest of configured,
+    remembered and 30 s.
     """
 
     name: str
@@ -70,8 +73,8 @@ def judge(ping: Ping, node: Receiver, before: Promise | None, now: Instant) -> V
     if ping.epoch is not None and ping.epoch == node.epoch and node.epoch_holder not in ("", ping.name):
         return Verdict(status=409, text=f"epoch {ping.epoch} is {node.epoch_holder}'s")
     ttl_s = node.ttl_s if ping.ttl_s is None else ping.ttl_s
-    if not 0 < ttl_s <= LONGEST_TTL_S:
-        return Verdict(status=400, text=f"ttl_s is {ttl_s:g}, allowed: at most {LONGEST_TTL_S:g}")
+    if not 0 < ttl_s <= LONGEST_IN_TTLS * node.ttl_s:
+        return Verdict(status=400, text=f"ttl_s is {ttl_s:g}, allowed: more than 0, at most {LONGEST_IN_TTLS * node.ttl_s:g} ({LONGEST_IN_TTLS:g} times the ttl known here)")
     if before is not None:
         ttl_s = max(ttl_s, before.left_s(now) / (1 + DRIFT))        # a later promise never shortens an earlier one
     promise = Promise(name=ping.name, accepted_at=now, ttl_s=ttl_s, incarnation=ping.incarnation, epoch=epoch if ping.epoch is None else ping.epoch,

@@ -75,6 +75,19 @@ class SyncBook(Struct, frozen=True, kw_only=True):
     replicas: dict[str, Replica] = {}
 
 
+class FailsafeBook(Struct, frozen=True, kw_only=True):
+    """The leader's memory of `/failsafe` in this epoch.
+
+    `sent`: name → api_url of everybody in any list that was sent on top of the key at revision `sent_on`; as long as that
+    revision stands, any of these lists may still arrive. `first_revision`: the key's when the book was opened.
+    """
+
+    epoch_revision: int = 0
+    first_revision: int = -1         # once it has moved on, no list of a former agent can arrive
+    sent: dict[str, str] = {}
+    sent_on: int = -1
+
+
 class Memory(Struct, frozen=True, kw_only=True):
     """What one pass hands to the next. Everything else is observed anew."""
 
@@ -108,6 +121,7 @@ class Memory(Struct, frozen=True, kw_only=True):
     stand_back_until: Instant | None = None
     stand_back_why: str = ""
     sync: SyncBook = SyncBook()
+    failsafe: FailsafeBook = FailsafeBook()
     expected_standbys: tuple[str, ...] = ()     # who answered as a standby when this node took the lock: they will follow
     leaving_since: Instant | None = None        # a synchronous standby that is to stop waits to be let go
 

@@ -86,6 +86,7 @@ class DcsFacts(Struct, frozen=True, kw_only=True):
     capacity: StoreCapacity | None = None
     remembered_pause: PausedHolder | None = None  # persisted; None: the last record that can be believed was not paused
     remembered_ttl_s: float = 0.0         # largest ttl seen in a record, persisted
+    remembered_identifier: str = ""       # the last system identifier that the store gave for the cluster, persisted
     remembered_members: dict[str, str] = {}   # name → api_url of members seen within member_slots_ttl
     last_positions: dict[str, Position] = {}  # last position that each member published, also if its key is gone
 

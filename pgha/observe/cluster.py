@@ -84,7 +84,7 @@ class ClusterObserver:
             log.warning("remembered facts could not be read", why=problem)
         self.facts = DcsFacts(
             unreachable_since=clock.now(), remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused,
-            remembered_members=self._known_members(),
+            remembered_identifier=self._remembered.system_identifier, remembered_members=self._known_members(),
             last_positions={n: Position(timeline=m.timeline, lsn=m.lsn) for n, m in self._remembered.members.items()},
         )
 
@@ -120,7 +120,8 @@ class ClusterObserver:
         self._remember(view)
         self.facts = replace(
             before, view=view, lock_seen=lock_seen, read_at=began if snapshot is not None else before.read_at,
-            remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused, remembered_members=self._known_members(), last_positions=self._positions(view, before),
+            remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused,
+            remembered_identifier=self._remembered.system_identifier, remembered_members=self._known_members(), last_positions=self._positions(view, before),
         )
         if snapshot is not None or before.view is None or _matters(before.view, view, self._me):
             self._wake()

@@ -13,6 +13,7 @@ from decide_world import (
     NOW,
     PASS,
     REPLICA,
+    World,
     ago,
     check,
     licence,
@@ -31,6 +32,7 @@ from msgspec.structs import replace
 from pgha.decide import failsafe, lease
 from pgha.decide.standing import Whose, standing
 from pgha.model.action import AcquireLock, MaintainSlots, WriteKey
+from pgha.model.decision import Decision
 from pgha.model.failsafe import FailsafeOrder, Promise
 from pgha.model.lock import Licence, LicenceState, demote_at
 from pgha.model.observation import Operation
@@ -49,7 +51,7 @@ PROMISED = CANDIDATE.but(settings__failsafe_mode=True, dcs__view__failsafe=LISTE
 @pytest.mark.parametrize(("why", "changes", "refuses"), [
     ("healthy", {}, ()),
     ("off", {"settings__failsafe_mode": False}, ("failsafe.mode_is_on",)),
-    ("paused", {"settings__pause": True}, ("failsafe.mode_is_on",)),
+    ("pause is wanted, and not in the record yet", {"settings__pause": True}, ()),
     ("not listed", {"dcs__view__failsafe": {"b": "u"}}, ("failsafe.leader_is_listed",)),
     ("no list", {"dcs__view__failsafe": {}}, ("failsafe.leader_is_listed",)),
     ("no licence", {"licence": Licence()}, ("failsafe.is_licensed",)),
@@ -62,7 +64,7 @@ PROMISED = CANDIDATE.but(settings__failsafe_mode=True, dcs__view__failsafe=LISTE
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_when_the_others_are_asked(why, changes, refuses):
     world = ON.but(**changes)
-    assert tuple(r.rule for r in failsafe.conditions(world.seen) if not r.holds) == refuses, why
+    assert tuple(r.rule for r in failsafe.conditions(world.seen, world.memory) if not r.holds) == refuses, why
     assert (world.decide().failsafe is None) is bool(refuses), why
 
 
@@ -141,6 +143,60 @@ def test_the_list_is_kept_true(why, changes, members):
     else:
         assert [json.loads(a.value) for a in actions] == [{n: LISTED[n] for n in members}], why
         assert (actions[0].epoch_revision, actions[0].if_revision) == (50, 0), "guarded by the epoch"
+
+
+# --- lists that may still arrive ---------------------------------------------------------------------------------------
+
+D = "http://d:8008"
+MEMBERS = ON.seen.dcs.view.members
+#: d is a member, and the key has revision 70 without it.
+CAME = ON.but(dcs__view__members={**MEMBERS, "d": replace(MEMBERS["b"], name="d", api_url=D)}, dcs__view__revisions={**ON.seen.dcs.view.revisions, "failsafe": 70})
+
+
+def passes(world: World, *changes: dict[str, object]) -> list[Decision]:
+    """One pass after the other, each with what has changed before it."""
+    decisions = []
+    for change in changes:
+        world = world.but(**change)
+        decisions.append(world.decide())
+        world = replace(world, memory=decisions[-1].memory)
+    return decisions
+
+
+def listed(decision: Decision) -> list[str]:
+    return ["".join(sorted(json.loads(a.value))) for a in decision.actions if isinstance(a, WriteKey) and a.key == "failsafe"]
+
+
+def test_who_stands_in_a_list_that_may_still_arrive_is_asked_though_its_key_has_vanished():
+    gone, silent = {"dcs__view__members": MEMBERS}, {"dcs__unreachable_since": ago(1)}
+    came, vanished, away, back, moved = passes(CAME, {}, gone, silent, {"dcs__unreachable_since": None}, {"dcs__view__revisions__failsafe": 71})
+    assert (listed(came), set(came.failsafe.members)) == (["abcd"], set("bcd"))
+    assert vanished.failsafe.members == {"b": LISTED["b"], "c": LISTED["c"], "d": D}
+    assert listed(vanished) == ["abc"], "as the key says already: what was sent before cannot arrive after it"
+    assert (set(away.failsafe.members), listed(away)) == (set("bcd"), [])
+    assert set(back.failsafe.members) == set("bcd")
+    assert (set(moved.failsafe.members), listed(moved)) == (set("bc"), [])
+
+
+def test_all_lists_that_were_sent_count():
+    other = {"dcs__view__members": {**MEMBERS, "e": replace(MEMBERS["b"], name="e", api_url="http://e:8008")}}
+    *_, last = passes(CAME, {}, other, {"dcs__view__members": MEMBERS})
+    assert set(last.failsafe.members) == set("bcde")
+
+
+def test_what_was_sent_in_a_former_reign_cannot_arrive_in_this_one():
+    *_, last = passes(CAME, {}, {"dcs__view__members": MEMBERS, "licence__epoch_revision": 80})
+    assert (set(last.failsafe.members), listed(last)) == (set("bc"), [])
+
+
+def test_a_restarted_agent_asks_nobody_before_a_list_of_its_own_is_written():
+    readopted = CAME.but(dcs__view__members=MEMBERS, dcs__view__epoch__incarnation="run-a-before")
+    first, second, moved = passes(readopted, {}, {}, {"dcs__view__revisions__failsafe": 71})
+    for early in (first, second):
+        assert (early.failsafe, listed(early)) == (None, ["abc"]), "the former one may have listed d"
+    assert (set(moved.failsafe.members), listed(moved)) == (set("bc"), [])
+    off, = passes(readopted, {"settings__failsafe_mode": False})
+    assert listed(off) == [], "nobody relies on it"
 
 
 # --- who has promised --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 from lock_world import Node, TrioClock, others_record, run, write
+from msgspec.structs import replace
 
 from pgha.clock import remaining_s
 from pgha.dcs.keys import LOCK
@@ -162,6 +163,31 @@ def test_one_that_accepts_at_the_second_try_is_in_time():
         node.store.link(up=False)
         await trio.sleep(5)
         assert node.licence.by_failsafe
+    story(steps)
+
+
+@pytest.mark.parametrize("arrives", [False, True])
+def test_a_pause_that_was_wanted_when_the_store_went_away_is_in_force_only_once_it_is_known_to_be_committed(arrives):
+    """Whether its record has arrived or not: the licence has an end, the others are asked, and then pause is committed."""
+    async def steps(node: Leader) -> None:
+        node.store.lose_answers = int(arrives)
+        if not arrives:
+            node.store.link(up=False)
+        node.timing = replace(node.timing, paused=True)
+        node.mandate(1e5)       # the loop has seen it
+        await trio.sleep(0.1)
+        node.store.link(up=False)
+        assert node.record.mode == ("paused" if arrives else "held")
+        for _ in range(300):
+            await trio.sleep(0.1)
+            assert node.demotion_in_s() > 0
+            assert not node.licence.endless
+        assert node.licence.by_failsafe
+        assert {ping["pgha"]["sequence"] > node.record.sequence for _, ping in node.members.asked} == {True}, "so that the promises bind beside it"
+        node.store.link(up=True)
+        await trio.sleep(5)
+        assert (node.licence.endless, node.licence.by_failsafe, node.record.mode) == (True, False, "paused")
+        assert node.record.sequence == node.licence.sequence, "later than any round, so that the guard takes it"
     story(steps)
 
 

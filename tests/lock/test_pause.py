@@ -10,7 +10,7 @@ from lock_world import Node, others_record, run, write
 from msgspec.structs import replace
 from test_fence import Agent, found_running, frozen, told, with_agent
 from test_fence import until as eventually
-from test_licence import commit, ends_s, holder, send
+from test_licence import commit, ends_s, extended, holder, send
 from test_renewer import SOON_S, alone, left_s, story
 
 from pgha.clock import NEVER, remaining_s
@@ -70,6 +70,17 @@ def test_a_release_in_pause_ends_the_licence_before_its_first_byte():
     book.releasing()
     send(book, 50, onto=11, mode="released")
     assert ends_s(book) == 50
+
+
+def test_a_pause_that_had_committed_before_a_round_has_no_end_only_by_the_next_record():
+    """The guard was told of the round's end under a later sequence: only a later one still may tell it of the pause."""
+    book = holder()
+    paused = send(book, 10, onto=10, mode="paused")
+    assert extended(book)
+    commit(book, paused, 11)
+    assert (ends_s(book), book.licence.sequence, book.licence.endless, book.licence.by_failsafe) == (pytest.approx(20 + 29.7), 3, False, True)
+    commit(book, send(book, 22, onto=11, mode="paused"), 12)
+    assert (book.licence.sequence, book.licence.endless, book.licence.by_failsafe) == (4, True, False)
 
 
 # --- what is sent when ---------------------------------------------------------------------------------------------------

@@ -46,7 +46,11 @@ GIVEN = Promise(name="z", accepted_at=NOW.plus_s(-10), ttl_s=30.0, incarnation="
     ("a Patroni says no epoch", {"epoch": None, "name": "y"}, {}, None, 200),
     ("nobody's epoch yet", {}, {"epoch_holder": ""}, None, 200),
     ("no time", {"ttl_s": 0.0}, {}, None, 400),
-    ("longer than any", {"ttl_s": 86401.0}, {}, None, 400),
+    ("so long that there would be no failover", {"ttl_s": 86400.0}, {}, None, 400),
+    ("a ttl that was raised, and is not known here yet", {"ttl_s": 90.0}, {}, None, 200),
+    ("a little more than that", {"ttl_s": 90.1}, {}, None, 400),
+    ("the ttl of this cluster is long", {"ttl_s": 300.0}, {"ttl_s": 300.0}, None, 200),
+    ("so long by this node's own word of before", {"ttl_s": 90.1}, {}, replace(GIVEN, ttl_s=90.0), 400),
     ("no number", {"ttl_s": float("nan")}, {}, None, 400),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_when_it_is_given(why, ping, here, before, status):

@@ -133,7 +133,8 @@ class LossIsBounded(Checker):
 
     def __init__(self, world: Any) -> None:
         super().__init__(world)
-        self.previous: Any = None       # (branch, instance) of the last primary
+        self.previous: Any = None       # the branch of the last primary …
+        self.writer = ""                # … and who it was
         self.lost_bytes = 0
         self.losses = 0
 
@@ -142,7 +143,8 @@ class LossIsBounded(Checker):
 
         data, world = instance.dir, self.world
         before, self.previous = self.previous, data.branch
-        if before is None or data.bootstrap_mark == "making" or not before.acknowledged:
+        writer, self.writer = self.writer, instance.name
+        if before is None or data.bootstrap_mark == "making" or not before.acknowledged or data.branch.root is not before.root:
             return
         at, lsn = common(data.branch, data.lsn, before, before.end)
         told = before.acknowledged[-1][0] if at is before else before.end
@@ -164,6 +166,10 @@ class LossIsBounded(Checker):
             self.broken(f"{instance.name} becomes primary ({how}) without a commit that was acknowledged at {unpublished[0]:.1f} s: the position published "
                         f"at {at_s:.1f} s, {published}, does not hold it")
         if unpublished and at_s and not world.may_go_on_without_store() and unpublished[-1] > at_s + world.longest_ttl_s * 1.02 + 1.0:
+            host = world.hosts.get(writer)
+            if host is not None and (not host.protected or host.bare_since_ns >= at_s * 1e9):
+                world.exposure("LossIsBounded", f"{writer} wrote on while neither its agent nor its guard could act; {instance.name} becomes primary ({how}) without that")
+                return
             self.broken(f"{instance.name} becomes primary ({how}) without a commit that was acknowledged at {unpublished[-1]:.1f} s, more than a ttl after "
                         f"the last publication at {at_s:.1f} s")
 
@@ -202,6 +208,16 @@ class TimelinesAreTold(Checker):
 
     def becomes_primary(self, instance: Any, how: str) -> None:
         branch = instance.dir.branch
+        if instance.dir.bootstrap_mark != "making":
+            self.first = self.first or branch.root
+            if self.first is not branch.root:
+                self.broken(f"{instance.name} becomes primary ({how}) with another cluster's data ({instance.dir.system_identifier})")
+        at = branch
+        while at is not None:
+            if at.unseen:
+                self.broken(f"{instance.name} becomes primary ({how}) with what a recovery in single-user mode has written on timeline {at.number}, where another has written, too")
+                at.unseen = False
+            at = at.parent
         if how != "promotion":
             return
         other = self.used.get(branch.number)

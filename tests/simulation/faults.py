@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from tests.simulation.postgres import DataDir, contains
+from tests.simulation.postgres import START_LSN, Branch, DataDir, contains
 from tests.simulation.store import MEMBERS
 
 
@@ -26,6 +26,8 @@ class Step(Struct, frozen=True):
     for_s: float = 0.0
 
 
+#: No more nodes than so many, however many join.
+MOST_NODES = 8
 Begin = Callable[[Any, dict[str, Any]], None]
 
 
@@ -176,17 +178,57 @@ def _draw_config(random: Random, names: list[str], ttl_s: float) -> dict[str, An
     ttl, loop_wait, retry = random.choice(((30, 10, 10), (20, 5, 5), (5, 1, 2), (3, 1, 1), (10, 2, 4)))
     change: dict[str, Any] = random.choice((
         {"ttl": ttl, "loop_wait": loop_wait, "retry_timeout": retry}, {"ttl": ttl, "loop_wait": loop_wait, "retry_timeout": retry},
-        {"maximum_lag_on_failover": random.choice((0, 1048576, 10485760))}, {"check_timeline": random.random() < 0.5},
+        {"maximum_lag_on_failover": random.choice((0, 1048576, 10485760))}, {"check_timeline": random.random() < 0.5}, {"primary_stop_timeout": random.choice((0, 1, 10))},
+        {"maximum_lag_on_syncnode": random.choice((-1, 0, 100000))},
         {"primary_start_timeout": random.choice((0, 3, 30, 300))},
         {"synchronous_mode": random.choice((True, "quorum", False))}, {"synchronous_mode": random.choice((True, "quorum", False))},
         {"failsafe_mode": random.random() < 0.5}, {"synchronous_mode_strict": random.random() < 0.5}, {"synchronous_node_count": random.choice((1, 2, 3))}))
     return {"change": change}
 
 
-def _restart(sim: Any, with_: dict[str, Any]) -> None:
-    agent = sim.hosts[with_["at"]].agent
-    if agent is not None and agent.process.alive:
-        agent.request("restart")
+def _ask(kind: str) -> Begin:
+    def do(sim: Any, with_: dict[str, Any]) -> None:
+        agent = sim.hosts[with_["at"]].agent
+        if agent is not None and agent.process.alive:
+            agent.request(kind)
+    return do
+
+
+def _cancel_waits(sim: Any, with_: dict[str, Any]) -> None:
+    """Clients, or their timeouts, cancel the wait for a synchronous standby: a WARNING, which is no acknowledgement."""
+    server = sim.instances[with_["at"]].server
+    if server is not None:
+        waiting, server.waiting = server.waiting, []
+        for _, answered in waiting:
+            answered("warned")
+
+
+def _holder_dies_in_pause(sim: Any, with_: dict[str, Any]) -> None:
+    """Its host goes down, and an operator who has looked says so, and who is to follow."""
+    sim.change_config({"pause": True})
+
+    def dies() -> None:
+        record = sim.lock_record()
+        name = record.holder if record is not None and record.mode == "paused" else ""
+        if name in sim.names and sim.hosts[name].up:
+            with_["holder"] = name
+            sim.hosts[name].power_off()
+            sim.scheduler.after(with_["said_after_s"], said)
+
+    def said() -> None:
+        record, host = sim.lock_record(), sim.hosts[with_["holder"]]
+        if record is None or record.mode != "paused" or record.node_id != host.node_id or host.up or with_["candidate"] in ("", host.name):
+            return
+        down = {"holder": record.holder, "incarnation": record.incarnation, "sequence": record.sequence}
+        sim.operator_asks_failover(json.dumps({"member": with_["candidate"], "pgha": {"holder_is_down": down}}).encode(), manual=True)
+
+    sim.scheduler.after(12.0, dies)
+
+
+def _holder_comes_back(sim: Any, with_: dict[str, Any]) -> None:
+    if with_.get("holder"):
+        sim.hosts[with_["holder"]].power_on()
+    sim.change_config({"pause": False})
 
 
 def _stop_agent(sim: Any, with_: dict[str, Any]) -> None:
@@ -244,8 +286,22 @@ def _by_hand(sim: Any, with_: dict[str, Any]) -> None:
         instance.start()
 
 
+def _may_be_spared(sim: Any, host: Any) -> bool:
+    """May this node's data go? Not the only copy; nor what was promised to be kept, by whom nobody can do without."""
+    others = [i.dir for n, i in sim.instances.items() if n != host.name and i.dir.content == "valid" and i.dir.branch is not None
+              and not sim.hosts[n].tags.get("nofailover") and not sim.hosts[n].gone]      # who may not lead cannot bring the cluster back
+    mine = host.instance.dir
+    if sim.store_config().get("synchronous_mode"):
+        return False    # who was promised to hold a commit must not lose it by hand: then nobody may lead, until somebody says so
+    if mine.branch is None or not any(contains(d.branch, d.lsn, mine.branch, mine.lsn) for d in others if d.branch is not None):
+        return False
+    view = sim.view()
+    # By /sync nobody else may lead: without its data people have to say what is to be lost.
+    return not (view.sync.leader == host.name and not view.sync.members)
+
+
 def _replace_data(how: str) -> Begin:
-    """Somebody replaces the data of a stopped node: by nothing, or by what it held some time ago. Never the only copy."""
+    """Somebody replaces the data of a stopped node: by nothing, by what it held some time ago, by another cluster's. Never the only copy."""
     def do(sim: Any, with_: dict[str, Any]) -> None:
         host = sim.hosts[with_["at"]]
         instance = host.instance
@@ -255,27 +311,83 @@ def _replace_data(how: str) -> Begin:
                 host.saved_data.state = "in production" if instance.accepting else "in archive recovery"
                 host.saved_data.min_recovery_lsn, host.saved_data.min_recovery_timeline = instance.dir.lsn, instance.dir.timeline
             return
-        others = [i.dir for n, i in sim.instances.items() if n != host.name and i.dir.content == "valid" and i.dir.branch is not None
-                  and not sim.hosts[n].tags.get("nofailover")]      # who may not lead cannot bring the cluster back
-        mine = instance.dir
-        if sim.store_config().get("synchronous_mode"):
-            return      # who was promised to hold a commit must not lose it by hand: then nobody may lead, until somebody says so
-        if mine.branch is None or not any(contains(d.branch, d.lsn, mine.branch, mine.lsn) for d in others if d.branch is not None):
-            return
-        sync = sim.view().sync
-        if sync.leader == host.name and not sync.members:
-            return      # by /sync nobody else may lead: without its data people have to say what is to be lost
         saved = getattr(host, "saved_data", None)
-        if how == "backup" and saved is None:
+        if not _may_be_spared(sim, host) or (how == "backup" and saved is None):
             return
         host.power_off()
-        instance.dir = DataDir() if how == "wiped" else saved.copy()
-        if with_["state_too"]:
+        instance.dir = with_["foreign"] = _another_clusters() if how == "foreign" else DataDir() if how == "wiped" else saved.copy()
+        if with_.get("state_too"):
             host.remembered, host.cached_config = None, None
             host.node_id = f"{host.node_id}+"
         host.reset()
         sim.scheduler.after(6.0, host.power_on)
     return do
+
+
+def _another_clusters() -> DataDir:
+    branch = Branch(1, None, START_LSN)
+    branch.end = START_LSN + 5000
+    return DataDir(content="valid", system_identifier="7400000000000000001", branch=branch, lsn=branch.end, control_timeline=1, checkpoint_lsn=START_LSN,
+                   standby_signal=True, state="shut down in recovery")
+
+
+def _foreign_goes(sim: Any, with_: dict[str, Any]) -> None:
+    """Somebody reads the log, and moves it away."""
+    host = sim.hosts[with_["at"]]
+    if host.gone or with_.get("foreign") is None or host.instance.dir.system_identifier != with_["foreign"].system_identifier:
+        return
+    host.power_off()
+    host.instance.dir = DataDir()
+    host.reset()
+    sim.scheduler.after(6.0, host.power_on)
+
+
+def _edit_tags(sim: Any, with_: dict[str, Any]) -> None:
+    """The local configuration is edited, and the agent started again."""
+    host = sim.hosts[with_["at"]]
+    if host.gone:
+        return
+    with_["before"] = dict(host.tags)
+    host.tags = {**host.tags, **with_["tags"]}
+    sim.equip(host)
+    host.kill_agent(restart_after_s=0.5)
+
+
+def _tags_back(sim: Any, with_: dict[str, Any]) -> None:
+    host = sim.hosts[with_["at"]]
+    if host.gone:
+        return
+    host.tags = {k: v for k, v in host.tags.items() if k not in with_["tags"]} | {k: v for k, v in with_["before"].items() if k in with_["tags"]}
+    sim.equip(host)
+    host.kill_agent(restart_after_s=0.5)
+
+
+def _join(sim: Any, with_: dict[str, Any]) -> None:
+    if len(sim.names) < MOST_NODES:
+        sim.join(f"n{len(sim.hosts) + 1}")
+
+
+def _leave(sim: Any, with_: dict[str, Any]) -> None:
+    """Its agent is stopped in good order; half a minute later it is gone for good, unless it is needed."""
+    host = sim.hosts[with_["at"]]
+    if len(sim.names) < 3 or not host.up:
+        return
+    host.wanted = False
+    if host.agent is not None and host.agent.process.alive:
+        host.agent.stop()
+
+
+def _left(sim: Any, with_: dict[str, Any]) -> None:
+    host = sim.hosts[with_["at"]]
+    if host.gone or host.wanted:
+        return
+    listed = set(sim.view().failsafe) - {host.name}
+    led = sim.lock_record()
+    if host.instance.lives or len(sim.names) < 3 or not _may_be_spared(sim, host) or (sim.view().failsafe and not listed) or (led is not None and led.node_id == host.node_id):
+        host.wanted = True
+        host.start_agent()
+        return
+    sim.leave(host)
 
 
 def _data(random: Random, names: list[str], ttl_s: float) -> dict[str, Any]:
@@ -297,6 +409,7 @@ KINDS: dict[str, Kind] = {
     "freeze postmaster": Kind(2, _node, _instance("freeze", everything=False), _instance("thaw"), (1.0, 60.0)),
     "freeze postgres": Kind(3, _node, _instance("freeze", everything=True), _instance("thaw"), (1.0, 60.0)),
     "hang sql": Kind(2, _node, _hang_sql(True), _hang_sql(False), (1.0, 60.0)),
+    "waits cancelled": Kind(1, _node, _cancel_waits),
     "start by hand": Kind(1, _node, _by_hand),
     "power": Kind(4, _node, lambda sim, w: sim.hosts[w["at"]].power_off(), lambda sim, w: sim.hosts[w["at"]].power_on(), (3.0, 120.0)),
     "power everywhere": Kind(0.6, _none, _all_hosts("power_off"), _all_hosts("power_on"), (3.0, 60.0)),
@@ -321,6 +434,9 @@ KINDS: dict[str, Kind] = {
     "data wiped": Kind(1.5, _data, _replace_data("wiped")),
     "data backed up": Kind(1, _data, _replace_data("note")),
     "data from backup": Kind(1.5, _data, _replace_data("backup")),
+    "data of another cluster": Kind(0.7, _node, _replace_data("foreign"), _foreign_goes, (10.0, 90.0)),
+    "watchdog fails": Kind(0.7, _node, lambda sim, w: setattr(sim.hosts[w["at"]].device, "broken", True),
+                           lambda sim, w: setattr(sim.hosts[w["at"]].device, "broken", False), (5.0, 120.0)),
     # the store
     "store election": Kind(3, lambda r, n, t: {"seconds": 1.0 + 2.0 * r.random()}, _store("elect", "$seconds")),
     "store member down": Kind(2, _member, _store("set_down", "$member", True), _store("set_down", "$member", False), (1.0, 60.0)),
@@ -341,10 +457,34 @@ KINDS: dict[str, Kind] = {
     "store restored": Kind(0.8, lambda r, n, t: {"how": r.choice(("backup", "backup", "empty")), "which": r.random(), "new_id": r.random() < 0.5}, _restore),
     # operators
     "switchover": Kind(6, lambda r, n, t: {"kind": r.choice(("switchover", "switchover", "failover")), "candidate": r.choice((*n, "")) }, _switchover),
-    "restart": Kind(2, _node, _restart),
+    "restart": Kind(2, _node, _ask("restart")),
+    "reload": Kind(0.7, _node, _ask("reload")),
+    "tags": Kind(1.5, lambda r, n, t: {"node": _who(r, n), "tags": r.choice(({"nofailover": True}, {"nosync": True}, {"failover_priority": 3}, {"clonefrom": True},
+                                                                           {"replicatefrom": n[int(r.random() * len(n))]}, {"noloadbalance": True}))},
+                 _edit_tags, _tags_back, (10.0, 150.0)),
+    "node joins": Kind(1.5, _none, _join),
+    "node leaves": Kind(1.5, _node, _leave, _left, (25.0, 40.0)),
     "configuration": Kind(3, _draw_config, _configure),
+    "holder dies in pause": Kind(0.8, lambda r, n, t: {"candidate": n[int(r.random() * len(n))], "said_after_s": r.choice((2.0, 15.0, 40.0))}, _holder_dies_in_pause,
+                                 _holder_comes_back, (60.0, 150.0)),
     "pause": Kind(2, _none, lambda sim, w: sim.change_config({"pause": True}), lambda sim, w: sim.change_config({"pause": False}), (5.0, 120.0)),
 }
+
+
+def draw_early(seed: int, names: list[str]) -> list[Step]:
+    """A birth that is disturbed, now and then."""
+    random = Random(f"{seed}/early")
+    if random.random() > 0.15:
+        return []
+    steps = []
+    for _ in range(random.choice((1, 2, 3))):
+        name = random.choice(("kill agent", "kill agent", "power", "store election", "kill guard", "programs fail"))
+        with_ = {"node": names[int(random.random() * len(names))]} if name != "store election" else {"seconds": 1.0 + random.random()}
+        if name == "kill agent":
+            with_["again_s"] = random.choice((0.2, 3.0))
+        lasts = round(3.0 + 12.0 * random.random(), 2) if KINDS[name].end is not None else 0.0
+        steps.append(Step(round(0.3 + 7.0 * random.random() ** 2, 3), name, with_, lasts))
+    return sorted(steps, key=lambda s: s.at_s)
 
 
 def draw(seed: int, names: list[str], *, ttl_s: float, from_s: float, for_s: float, faults: int) -> list[Step]:

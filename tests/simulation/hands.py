@@ -162,7 +162,7 @@ class SimMachine:
         return Proc(pid, 1, pid - BACKEND if BACKEND <= pid < WALSENDER else 1, "S", "postgres")
 
     def send(self, proc: Proc, number: signal.Signals) -> bool:
-        names: list[str] = self._host.world.names
+        names = list(self._host.world.hosts)
         first, second = divmod(proc.pid - WALSENDER, 100)
         if proc.pid < WALSENDER or first >= len(names) or second >= len(names):
             return False
@@ -205,7 +205,7 @@ class SimMachine:
 
 
 def _walsender_pid(instance: Instance, name: str) -> int:
-    names: list[str] = running().process.host.world.names      # type: ignore[attr-defined]
+    names: list[str] = list(running().process.host.world.hosts)      # type: ignore[attr-defined]
     return WALSENDER + 100 * names.index(instance.name) + names.index(name)
 
 
@@ -582,7 +582,7 @@ class ModelServer:
         data = instance.dir
         assert data.branch is not None
         if data.state not in ("shut down", "shut down in recovery"):
-            instance._append(240)
+            instance._append(240, serves=False)
         data.state, data.control_timeline, data.checkpoint_lsn = "shut down", data.timeline, data.lsn - 120
         data.min_recovery_lsn = data.min_recovery_timeline = 0
         data.written += 1
@@ -670,7 +670,7 @@ async def initdb(path: ModelDir, *_: Any, **__: Any) -> None:
     mark = instance.dir.bootstrap_mark
     world.systems += 1
     branch = Branch(1, None, START_LSN)
-    instance.dir = DataDir(content="valid", system_identifier=str(7_300_000_000_000_000_000 + world.systems), branch=branch, lsn=START_LSN, control_timeline=1,
+    instance.dir = DataDir(content="valid", wal_log_hints=world.hints, system_identifier=str(7_300_000_000_000_000_000 + world.systems), branch=branch, lsn=START_LSN, control_timeline=1,
                            checkpoint_lsn=START_LSN, bootstrap_mark=mark)
     instance._changed("files")
 

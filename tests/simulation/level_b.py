@@ -137,10 +137,14 @@ class ShippedWorld(Simulation):
         self._traps = Random(f"{options.seed}/traps")
         super().__init__(options, out=out, make_agent=self._make)
         self.run = virtual.Run(self.scheduler)
-        for number, host in enumerate(self.hosts.values()):
-            host.node_id = f"{number + 1:032x}"
-            host.disk = NodeDisk(host, root / host.name)
-            host.local = local_config(host)
+        for host in self.hosts.values():
+            self.equip(host)
+
+    def equip(self, host: Any) -> None:
+        if not hasattr(host, "disk"):
+            host.node_id = f"{int(host.name[1:]):032x}"
+            host.disk = NodeDisk(host, self.root / host.name)
+        host.local = local_config(host)
 
     def _make(self, host: Any, *, incarnation: int) -> AgentProcess:
         return AgentProcess(self, host, incarnation)
@@ -197,10 +201,9 @@ class ShippedWorld(Simulation):
 
 def local_config(host: Any) -> LocalConfig:
     disk: NodeDisk = host.disk
-    raw = {
+    raw: dict[str, Any] = {
         "scope": "sim", "namespace": "service", "name": host.name, "etcd3": {"host": "10.0.0.100:2379"},
         "restapi": {"listen": f"{address(host.name)}:8008"}, "tags": host.tags,
-        "bootstrap": {"dcs": host.first_config, "initdb": [{"encoding": "UTF8"}]},
         "postgresql": {
             "listen": f"{address(host.name)}:5432", "data_dir": str(disk.data_dir), "pgpass": str(disk.state_dir / "pgpass"),
             "authentication": {"superuser": {"username": "postgres", "password": "s"}, "replication": {"username": "replicator", "password": "r"},
@@ -209,6 +212,8 @@ def local_config(host: Any) -> LocalConfig:
         "pgha": {"state_dir": str(disk.state_dir), "runtime_dir": str(disk.runtime_dir)},
         "watchdog": {"mode": host.watchdog_mode},
     }
+    if host.bootstraps:
+        raw["bootstrap"] = {"dcs": host.first_config, "initdb": [{"encoding": "UTF8"}]}
     report = Report("simulation")
     local = finish(read(LocalConfig, raw, (), report), report)
     assert not report.problems, report.problems

@@ -4,7 +4,7 @@
     build/simulate --hours N [--level a|b] [--jobs N] [--from-seed N]  runs until so many cluster-hours are done
     build/simulate --seconds N                                         runs for so long (the test command's budget)
     build/simulate --seed N --minimise                                 the shortest program that still fails the same way
-    build/simulate --replay FILE …                                     kept programs (tests/simulation/regressions/*.json)
+    build/simulate --replay FILE … [--trace|--minimise]                kept programs (tests/simulation/regressions/*.json)
 
 A failure prints seed, options, the last lines of the transcript, and the command that replays it. Exit code 1 then.
 """
@@ -23,7 +23,7 @@ import msgspec
 
 from tests.simulation import coverage
 from tests.simulation.faults import Step
-from tests.simulation.simulation import Options, Outcome, run
+from tests.simulation.simulation import DRAWS, Options, Outcome, run
 
 REGRESSIONS = Path(__file__).parent / "regressions"
 LAST_LINES = 60
@@ -85,11 +85,13 @@ def command_of(options: Options) -> str:
     return f"build/simulate --seed {options.seed} --level {options.level} --faults {options.faults} --for {options.for_s:g}{extra} --trace"
 
 
-def failure(outcome: Outcome) -> str:
+def failure(outcome: Outcome, *, path: Path | None = None) -> str:
+    """`path`: of the kept program, which no seed draws again."""
     first = outcome.violations[0]
+    command = command_of(outcome.options) if path is None else f"build/simulate --replay {path} --trace"
     lines = "\n".join(f"  {line}" for line in outcome.last_lines[-LAST_LINES:])
     return (f"\nVIOLATION of {first.checker} at {first.at_s:.3f} s: {first.text}\n\nseed {outcome.options.seed}, {outcome.options}\n\n{lines}\n\n"
-            f"replay: {command_of(outcome.options)}\nshrink: {command_of(outcome.options).replace(' --trace', ' --minimise')}\n")
+            f"replay: {command}\nshrink: {command.replace(' --trace', ' --minimise')}\n")
 
 
 def many(options: Options, *, hours: float | None, seconds: float | None, jobs: int, from_seed: int, keep_going: bool, until_s: float | None = None) -> tuple[Volume, list[Outcome]]:
@@ -109,7 +111,12 @@ def many(options: Options, *, hours: float | None, seconds: float | None, jobs: 
     source = seeds()
     if jobs == 1:
         while not enough():
-            outcome = run_level(next(source))
+            now = next(source)
+            try:
+                outcome = run_level(now)
+            except Exception:
+                print(f"seed {now.seed} breaks the simulation itself", flush=True)
+                raise
             volume.add(outcome)
             if outcome.violations:
                 failed.append(outcome)
@@ -166,6 +173,12 @@ def minimise(options: Options) -> tuple[Options, Outcome]:
     return msgspec.structs.replace(options, program=tuple(program)), best
 
 
+def shortest_of(options: Options) -> str:
+    """As it is kept in regressions/."""
+    shortest, outcome = minimise(options)
+    return msgspec.json.format(msgspec.json.encode(Kept(why=outcome.violations[0].text.splitlines()[0], options=shortest)), indent=1).decode()
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="build/simulate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int)
@@ -184,18 +197,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--coverage", action="store_true", help="show which (rule, outcome) pairs were reached")
     parser.add_argument("--replay", nargs="+", type=Path)
     given = parser.parse_args(argv)
-    options = Options(seed=given.seed or 0, level=given.level, nodes=given.nodes, ttl=given.ttl, faults=given.faults, for_s=given.for_s)
+    options = Options(seed=given.seed or 0, level=given.level, nodes=given.nodes, ttl=given.ttl, faults=given.faults, for_s=given.for_s, draws=DRAWS)
     if given.replay:
         bad = 0
         for path in given.replay:
             kept = msgspec.json.decode(path.read_bytes(), type=Kept)
+            if given.minimise:
+                print(shortest_of(kept.options))
+                return 1
             outcome = run_level(kept.options, out=sys.stdout if given.trace else None)
-            print(f"{path.name}: {'VIOLATION: ' + outcome.violations[0].text if outcome.violations else 'clean'}")
+            print(failure(outcome, path=path) if outcome.violations else f"{path.name}: clean")
             bad += bool(outcome.violations)
         return int(bool(bad))
     if given.seed is not None and given.minimise:
-        shortest, outcome = minimise(options)
-        print(msgspec.json.format(msgspec.json.encode(Kept(why=outcome.violations[0].text.splitlines()[0], options=shortest)), indent=1).decode())
+        print(shortest_of(options))
         return 1
     if given.seed is not None:
         outcome = run_level(options, out=sys.stdout if given.trace else None)

@@ -36,6 +36,7 @@ from pgha.errors import (
 from pgha.lock import watchdog
 from pgha.lock.guard_client import GuardStatus
 from pgha.lock.protocol import Agent, Answer, Op, Request
+from pgha.lock.renewer import OUT_OF_SPACE
 from pgha.model.action import (
     AcquireLock,
     Action,
@@ -88,13 +89,15 @@ ANSWER_S, WAIT_S = 0.6, 0.25
 _EFFECTIVE: dict[tuple[str, bytes], Any] = {}
 
 
-def local_config(name: str, tags: dict[str, Any] | None = None) -> LocalConfig:
-    raw = {
+def local_config(name: str, tags: dict[str, Any] | None = None, *, watchdog: str = "automatic", bootstraps: bool = True) -> LocalConfig:
+    raw: dict[str, Any] = {
         "scope": "sim", "name": name, "etcd3": {"host": "127.0.0.1:1"}, "restapi": {"listen": "127.0.0.1:8008", "connect_address": f"{name}:8008"},
-        "bootstrap": {"initdb": ["no-instructions"]}, "tags": tags or {},
+        "tags": tags or {}, "watchdog": {"mode": watchdog},
         "postgresql": {"listen": "127.0.0.1:5432", "connect_address": f"{name}:5432", "data_dir": f"/sim/{name}", "bin_dir": "/sim/bin",
                        "authentication": {"superuser": {"username": "postgres"}, "replication": {"username": "postgres"}, "rewind": {"username": "postgres"}}},
     }
+    if bootstraps:
+        raw["bootstrap"] = {"initdb": ["no-instructions"]}
     report = Report("simulation")
     local = finish(read(LocalConfig, raw, (), report), report)
     assert not report.problems, report.problems
@@ -562,6 +565,8 @@ class AgentProcess:
         answered("" if verdict.status == 200 and verdict.text.strip() == "Accepted" else f"{verdict.status} {verdict.text}")
 
     def _licence_changed(self) -> None:
+        if self.renewer.licence.failing_why.startswith(OUT_OF_SPACE):
+            self.cluster.out_of_space()
         self.fence.changed()
         if hasattr(self, "failsafe"):
             self.failsafe.changed()

@@ -27,6 +27,8 @@ KEYS = Keys("service", "sim")
 BORN_WITHIN_S = 120.0
 #: After the last fault has ended: time for records to expire, absence to be believed, clones to be made.
 CALM_S = 60.0
+#: How much is drawn for a world. Kept programs say under which number they were found; those of before say nothing.
+DRAWS = 2
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -39,6 +41,7 @@ class Options(Struct, frozen=True, kw_only=True):
     faults: int = 20
     for_s: float = 1500.0
     program: tuple[Step, ...] | None = None
+    draws: int = 1              # 2: also settings and tags that few clusters have
 
 
 class Outcome(Struct, kw_only=True):
@@ -96,6 +99,8 @@ class Simulation(World):
             if random.random() < 0.05:
                 tags["clonefrom"] = True
             host.tags = tags
+        if options.draws >= 2:
+            self._draw_more(Random(f"{options.seed}/more"))
         self.writers = Writers(self)
         self.checkers = {c.__name__: c(self) for c in checkers.ALL}
         self.truth.checkers = list(self.checkers.values())
@@ -113,14 +118,61 @@ class Simulation(World):
             after_change()
             self._notice_publication()
         self.store._after_change = noticed      # type: ignore[method-assign]
-        program = options.program if options.program is not None else tuple(faults.draw(
-            options.seed, self.names, ttl_s=float(self.ttl), from_s=BORN_WITHIN_S, for_s=options.for_s, faults=options.faults))
+        if options.program is not None:
+            program = options.program
+        else:
+            early = faults.draw_early(options.seed, self.names) if options.draws >= 2 else []
+            program = (*early, *faults.draw(options.seed, self.names, ttl_s=float(self.ttl), from_s=BORN_WITHIN_S, for_s=options.for_s, faults=options.faults - len(early)))
         self.program = program
         self.ends_s = max([BORN_WITHIN_S, *(s.at_s + s.for_s for s in program)])
         for step in program:
             self.scheduler.at(round(step.at_s * 1e9), self._begin, step)
         for host in self.hosts.values():
             self.scheduler.after(0.1 + random.random(), host.start_agent)
+
+    def _draw_more(self, random: Random) -> None:
+        """What few clusters have."""
+        postgresql = self.config["postgresql"]
+        if random.random() < 0.15:
+            postgresql["remove_data_directory_on_diverged_timelines"] = False
+            postgresql["use_pg_rewind"] = random.random() < 0.5
+        if random.random() < 0.15:
+            postgresql["remove_data_directory_on_rewind_failure"] = False
+        self.hints = random.random() < 0.85
+        if random.random() < 0.2:
+            self.config["maximum_lag_on_syncnode"] = random.choice((0, 100000, 1048576))
+        if random.random() < 0.2:
+            self.config["primary_stop_timeout"] = random.choice((1, 10))
+        required = random.random() < 0.3
+        sections = random.random() < 0.85
+        for number, host in enumerate(self.hosts.values()):
+            if required and host.device.present:
+                host.watchdog_mode = "required"
+            host.bootstraps = sections or number == 0
+            if random.random() < 0.06:
+                host.tags["nosync"] = True
+            if random.random() < 0.06 and number:
+                host.tags["replicatefrom"] = f"n{1 + int(random.random() * self.count)}"
+
+    def equip(self, host: Any) -> None:
+        """Its local configuration is written, or written anew. (Level (a) reads it when an agent starts.)"""
+        host.local = None
+
+    def join(self, name: str) -> None:
+        """A node that was not there before, under a new name."""
+        host = self.add_host(name)
+        host.first_config = self.config
+        host.device.present = next(iter(self.hosts.values())).device.present
+        self.count += 1
+        self.equip(host)
+        host.start_agent()
+
+    def leave(self, host: Any) -> None:
+        """It is gone for good: nobody waits for it any more."""
+        host.power_off()
+        host.gone = True
+        self.names.remove(host.name)
+        self.count -= 1
 
     # --- the program -------------------------------------------------------------------------------------------------------
 
@@ -129,7 +181,7 @@ class Simulation(World):
         with_ = dict(step.with_)
         if "node" in with_:
             with_["at"] = (self.leader() or self.names[0]) if with_["node"] == "leader" else with_["node"]
-            if with_["at"] not in self.hosts:
+            if with_["at"] not in self.names:
                 return
         self.trace("fault", step.fault, **{k: v for k, v in with_.items() if isinstance(v, str | int | float)}, for_s=step.for_s)
         self.edges += 1
@@ -153,9 +205,16 @@ class Simulation(World):
         self.network.heal()
         self.store.heal()
         self.change_config({"pause": False})        # also in a store that was restored to a time of pause
+        if self.options.draws >= 2:
+            # People look, and let what diverged be replaced.
+            self.change_config({"postgresql": {**self.config["postgresql"], "remove_data_directory_on_diverged_timelines": True,
+                                               "remove_data_directory_on_rewind_failure": True}})
         for host in self.hosts.values():
+            if host.gone:
+                continue
             instance = host.instance
             instance.slow_start_s = instance.slow_stop_s = instance.work_s = 0.0
+            host.device.broken = False
             instance.disk_full = instance.disk_hung = instance.fail_programs = instance.no_room = False
             if instance.server is not None:
                 instance.server.hung = False
@@ -168,6 +227,14 @@ class Simulation(World):
             host.power_on()
             host.start_agent()
         self.writers.hurry()
+
+    def resume(self) -> None:
+        """The store may have been rebuilt empty in a time of pause, and a leader that was cut off then brings its cached
+        configuration with it later: whoever resumes says it again."""
+        if self.store_config().get("pause"):
+            self.trace("fault", "resumed once more")
+            self.edges += 1
+            self.change_config({"pause": False})
 
     # --- what faults and checkers ask ----------------------------------------------------------------------------------------
 
@@ -284,7 +351,7 @@ class Simulation(World):
         primary = self.instances[accepting[0]]
         missing = []
         for name, instance in self.instances.items():
-            if name == primary.name:
+            if name == primary.name or self.hosts[name].gone:
                 continue
             server = instance.server
             if server is None or server.stream is None or not self._leads_to(instance, primary):
@@ -294,7 +361,7 @@ class Simulation(World):
         return "; ".join(missing)
 
     def _leads_to(self, instance: Any, primary: Any) -> bool:
-        for _ in range(len(self.names)):
+        for _ in range(len(self.hosts)):
             server = instance.server
             if instance is primary:
                 return True
@@ -325,7 +392,7 @@ def _level_a(host: Any, *, incarnation: int) -> Any:
     from tests.simulation.node import AgentProcess, local_config
 
     if host.local is None:
-        host.local = local_config(host.name, host.tags)
+        host.local = local_config(host.name, host.tags, watchdog=host.watchdog_mode, bootstraps=host.bootstraps)
     return AgentProcess(host, incarnation=incarnation)
 
 
@@ -357,6 +424,7 @@ def drive(sim: Simulation, until: Callable[[float], bool]) -> Outcome:
         while sim.scheduler.now_s < limit_s and good < 5:
             if not until(sim.scheduler.now_s + 1.0):
                 break
+            sim.resume()
             good = good + 1 if not sim.why_not_settled() else 0
         settled_s = sim.scheduler.now_s - healed_s
         if not sim.violations:

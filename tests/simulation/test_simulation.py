@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from tests.simulation.main import REGRESSIONS, Kept, failure, many, run_level
-from tests.simulation.simulation import Options, run
+from tests.simulation.simulation import DRAWS, Options, run
 
 #: The test command's share; build/simulate runs for longer.
 SECONDS = float(os.environ.get("PGHA_SIMULATION_SECONDS", "45"))
@@ -43,11 +43,11 @@ def test_the_transcript_does_not_depend_on_what_ran_before() -> None:
 def test_what_failed_once_is_clean(path: Path) -> None:
     kept = msgspec.json.decode(path.read_bytes(), type=Kept)
     outcome = run_level(kept.options)
-    assert not outcome.violations, f"{kept.why}\n{failure(outcome)}"
+    assert not outcome.violations, f"{kept.why}\n{failure(outcome, path=path)}"
 
 
 def test_a_budget_of_random_programs_is_clean() -> None:
-    volume, failed = many(Options(seed=0), hours=None, seconds=SECONDS, jobs=1, from_seed=1, keep_going=False)
+    volume, failed = many(Options(seed=0, draws=DRAWS), hours=None, seconds=SECONDS, jobs=1, from_seed=1, keep_going=False)
     assert not failed, failure(failed[0])
     assert volume.runs
     assert volume.role_changes

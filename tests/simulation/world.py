@@ -6,6 +6,24 @@
     trace       what happened                    checkers   what may not happen
 
 Both levels share all of this. Level (a) runs pgha's sources over `kernel` (see `stepped`), level (b) under trio.
+
+What the model leaves out:
+
+* the store: one kind, etcd's (linearizable reads, revisions, leases, a watch); serializable reads of followers that lag are
+  not asked for by pgha, and not modelled. Consul, ZooKeeper, and the bytes of etcd's gateway are the drivers' contract
+  (tests/dcs) and the fuzz corpus. A quota is full or not at all; defragmentation and slow growth are not there.
+* Patroni members, and mixed clusters.
+* PostgreSQL: WAL is positions and branches, not records; no archive (restore_command, nostream), no logical or permanent
+  slots, no tablespaces, no pg_hba; WAL is never missing (no slot is invalidated, no segment recycled under a standby);
+  max_connections and the like never stop a standby; every backend dies when SIGKILL says so (no uninterruptible sleep).
+* the network: messages, not bytes; a stream is in order and a connection is cut or slow, never half open for minutes
+  except as a WAL connection. TLS, DNS and REST over the wire are tests/rest, tests/cluster and tests/chaos.
+* the host: processes freeze and die, disks are full or hang as a whole; no CPU starvation by degrees, no memory pressure,
+  no clock that runs more than 0.9 % wrong. Without systemd: who ends is started again after a moment.
+* operators: no scheduled switchover and no reinit (pgha has none yet), no `pg_ctl promote` by hand, no local configuration
+  that changes by SIGHUP (tags change with a restart of the agent). Data is wiped or replaced by hand only where another
+  member has it all, and in no synchronous mode: what people must decide is not judged.
+* level (a) besides: loop, observers and REST answers are written anew (see `node`); level (b) runs the shipped ones.
 """
 
 from __future__ import annotations
@@ -30,12 +48,13 @@ class Device:
     def __init__(self, host: Host) -> None:
         self._host = host
         self.present = False
+        self.broken = False             # it cannot be opened; who has it open goes on
         self._open = False
         self._timeout_s = 60
         self._timer: Event | None = None
 
     def accessible(self) -> str:
-        return "" if self.present else "there is no device"
+        return "it cannot be opened" if self.broken else "" if self.present else "there is no device"
 
     def limits(self) -> Limits:
         return Limits(1, 60)
@@ -49,7 +68,7 @@ class Device:
         self._timer = self._host.world.scheduler.after(self._timeout_s, self._fire)
 
     def open(self) -> None:
-        if not self.present:
+        if not self.present or self.broken:
             raise OSError(2, "No such file or directory", "/dev/watchdog")
         self._open = True
         self._count()
@@ -105,6 +124,8 @@ class Host:
         self.wanted = True                  # systemd is to have an agent here
         self.local: Any = None              # LocalConfig
         self.tags: dict[str, Any] = {}
+        self.bootstraps = True              # its configuration has a [bootstrap] section
+        self.gone = False                   # it has left for good
         self.first_config: dict[str, Any] = {}
         self.cached_config: dict[str, Any] | None = None
         self.remembered: Any = None
@@ -184,7 +205,7 @@ class Host:
         self.instance.power_off()
 
     def power_on(self) -> None:
-        if self.up:
+        if self.up or self.gone:
             return
         self.world.trace(self.name, "host up")
         self.up = True
@@ -244,6 +265,7 @@ class World:
         self.agents: dict[str, Any] = {}
         self.names: list[str] = []
         self.systems = 0                    # how many clusters were made by initdb
+        self.hints = True                   # they have wal_log_hints
         self.violations: list[Violation] = []
         self.exposures: list[Violation] = []    # what is stated, not promised (safety 1)
         self.passes = 0
