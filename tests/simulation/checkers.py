@@ -221,6 +221,12 @@ class TimelinesAreTold(Checker):
             self.first = self.first or branch.root
             if self.first is not branch.root:
                 self.broken(f"{instance.name} becomes primary ({how}) with another cluster's data ({instance.dir.system_identifier})")
+        at = branch
+        while at is not None:
+            if at.unseen:
+                self.broken(f"{instance.name} becomes primary ({how}) with what a recovery in single-user mode has written on timeline {at.number}, where another has written, too")
+                at.unseen = False
+            at = at.parent
         if how != "promotion":
             return
         other = self.used.get(branch.number)
