@@ -194,6 +194,43 @@ def _ask(kind: str) -> Begin:
     return do
 
 
+def _cancel_waits(sim: Any, with_: dict[str, Any]) -> None:
+    """Clients, or their timeouts, cancel the wait for a synchronous standby: a WARNING, which is no acknowledgement."""
+    server = sim.instances[with_["at"]].server
+    if server is not None:
+        waiting, server.waiting = server.waiting, []
+        for _, answered in waiting:
+            answered("warned")
+
+
+def _holder_dies_in_pause(sim: Any, with_: dict[str, Any]) -> None:
+    """Its host goes down, and an operator who has looked says so, and who is to follow."""
+    sim.change_config({"pause": True})
+
+    def dies() -> None:
+        record = sim.lock_record()
+        name = record.holder if record is not None and record.mode == "paused" else ""
+        if name in sim.names and sim.hosts[name].up:
+            with_["holder"] = name
+            sim.hosts[name].power_off()
+            sim.scheduler.after(with_["said_after_s"], said)
+
+    def said() -> None:
+        record, host = sim.lock_record(), sim.hosts[with_["holder"]]
+        if record is None or record.mode != "paused" or record.node_id != host.node_id or host.up or with_["candidate"] in ("", host.name):
+            return
+        down = {"holder": record.holder, "incarnation": record.incarnation, "sequence": record.sequence}
+        sim.operator_asks_failover(json.dumps({"member": with_["candidate"], "pgha": {"holder_is_down": down}}).encode(), manual=True)
+
+    sim.scheduler.after(12.0, dies)
+
+
+def _holder_comes_back(sim: Any, with_: dict[str, Any]) -> None:
+    if with_.get("holder"):
+        sim.hosts[with_["holder"]].power_on()
+    sim.change_config({"pause": False})
+
+
 def _stop_agent(sim: Any, with_: dict[str, Any]) -> None:
     host = sim.hosts[with_["at"]]
     host.wanted = False
@@ -372,6 +409,7 @@ KINDS: dict[str, Kind] = {
     "freeze postmaster": Kind(2, _node, _instance("freeze", everything=False), _instance("thaw"), (1.0, 60.0)),
     "freeze postgres": Kind(3, _node, _instance("freeze", everything=True), _instance("thaw"), (1.0, 60.0)),
     "hang sql": Kind(2, _node, _hang_sql(True), _hang_sql(False), (1.0, 60.0)),
+    "waits cancelled": Kind(1, _node, _cancel_waits),
     "start by hand": Kind(1, _node, _by_hand),
     "power": Kind(4, _node, lambda sim, w: sim.hosts[w["at"]].power_off(), lambda sim, w: sim.hosts[w["at"]].power_on(), (3.0, 120.0)),
     "power everywhere": Kind(0.6, _none, _all_hosts("power_off"), _all_hosts("power_on"), (3.0, 60.0)),
@@ -427,8 +465,26 @@ KINDS: dict[str, Kind] = {
     "node joins": Kind(1.5, _none, _join),
     "node leaves": Kind(1.5, _node, _leave, _left, (25.0, 40.0)),
     "configuration": Kind(3, _draw_config, _configure),
+    "holder dies in pause": Kind(0.8, lambda r, n, t: {"candidate": n[int(r.random() * len(n))], "said_after_s": r.choice((2.0, 15.0, 40.0))}, _holder_dies_in_pause,
+                                 _holder_comes_back, (60.0, 150.0)),
     "pause": Kind(2, _none, lambda sim, w: sim.change_config({"pause": True}), lambda sim, w: sim.change_config({"pause": False}), (5.0, 120.0)),
 }
+
+
+def draw_early(seed: int, names: list[str]) -> list[Step]:
+    """A birth that is disturbed, now and then."""
+    random = Random(f"{seed}/early")
+    if random.random() > 0.15:
+        return []
+    steps = []
+    for _ in range(random.choice((1, 2, 3))):
+        name = random.choice(("kill agent", "kill agent", "power", "store election", "kill guard", "programs fail"))
+        with_ = {"node": names[int(random.random() * len(names))]} if name != "store election" else {"seconds": 1.0 + random.random()}
+        if name == "kill agent":
+            with_["again_s"] = random.choice((0.2, 3.0))
+        lasts = round(3.0 + 12.0 * random.random(), 2) if KINDS[name].end is not None else 0.0
+        steps.append(Step(round(0.3 + 7.0 * random.random() ** 2, 3), name, with_, lasts))
+    return sorted(steps, key=lambda s: s.at_s)
 
 
 def draw(seed: int, names: list[str], *, ttl_s: float, from_s: float, for_s: float, faults: int) -> list[Step]:

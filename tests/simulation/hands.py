@@ -582,7 +582,7 @@ class ModelServer:
         data = instance.dir
         assert data.branch is not None
         if data.state not in ("shut down", "shut down in recovery"):
-            instance._append(240)
+            instance._append(240, serves=False)
         data.state, data.control_timeline, data.checkpoint_lsn = "shut down", data.timeline, data.lsn - 120
         data.min_recovery_lsn = data.min_recovery_timeline = 0
         data.written += 1

@@ -789,7 +789,7 @@ class SimMachine:
             return failed("PANIC: no space left on device")
         data = instance.dir
         if data.state not in ("shut down", "shut down in recovery"):
-            instance._append(240)
+            instance._append(240, serves=False)
         data.state, data.control_timeline, data.checkpoint_lsn = "shut down", data.timeline, data.lsn - 120
         data.min_recovery_lsn = data.min_recovery_timeline = 0
         data.written += 1

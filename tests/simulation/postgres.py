@@ -38,6 +38,7 @@ class Branch:
         self.parent = parent
         self.fork_lsn = fork_lsn
         self.end = fork_lsn             # how far it was ever written
+        self.unseen = False             # begun by a server to which nobody could connect, under a number that was in use
         self.promised = 0               # highest LSN acknowledged that no later primary may lack
         self.acknowledged: list[tuple[int, int]] = []   # (lsn, ns), what clients were told, ascending
 
@@ -572,14 +573,18 @@ class Instance:
             answered("acked")
         return True
 
-    def _append(self, size: int) -> None:
+    def _append(self, size: int, *, serves: bool = True) -> None:
+        """`serves` False: nobody can connect. What such a server writes (its last checkpoint) harms only if the data
+        follows or serves afterwards without a rewind: `mixed` and the checker of timelines tell that."""
         data = self.dir
         branch = data.branch
         assert branch is not None
         if branch.end != data.lsn:
             # Somebody else has written here already: from now on there are two lines with one number.
             data.branch = branch = Branch(branch.number, branch, data.lsn)
-            self._truth.forked(self)
+            branch.unseen = not serves
+            if serves:
+                self._truth.forked(self)
         data.lsn += size
         branch.end = data.lsn
         server = self.server
@@ -660,13 +665,7 @@ class Instance:
             switch = next((r.switch_lsn for r in rows if r.timeline == ours.timeline), None)
             if switch is None or ours.lsn > switch:
                 return False
-            # A history file that is there already is not fetched: a block of ours in its place hides it for ever.
-            for number in range(ours.timeline + 1, theirs.timeline + 1):
-                if number not in ours.histories:
-                    if number not in theirs.histories:
-                        return False
-                    ours.histories[number] = theirs.histories[number]
-            if ours.histories.get(theirs.timeline) == BLOCK:
+            if not self._fetch_histories(theirs, theirs.timeline):
                 return False
         stream = server.stream = Stream(source, up, self, server)
         old = up.downstream.get(self.name)
@@ -678,6 +677,17 @@ class Instance:
         self._changed("role")
         source._changed("role")  # noqa: SLF001
         return True
+
+    def _fetch_histories(self, theirs: DataDir, timeline: int) -> bool:
+        """What a walreceiver does before it streams another timeline. A history file that is there already is not fetched: a
+        block of ours in its place hides it for ever."""
+        ours = self.dir
+        for number in range(ours.timeline + 1, timeline + 1):
+            if number not in ours.histories:
+                if number not in theirs.histories:
+                    return False
+                ours.histories[number] = theirs.histories[number]
+        return ours.histories.get(timeline) != BLOCK
 
     def _flow(self, stream: Stream) -> None:
         """Send what the downstream lacks, one message under way at a time."""
@@ -707,6 +717,9 @@ class Instance:
             return
         assert data.branch is not None
         before = data.timeline
+        if branch.number > before and not self._fetch_histories(stream.upstream.dir, branch.number):
+            self._close(stream)         # its upstream was promoted, or follows one that was
+            return
         if not contains(branch, lsn, data.branch, data.lsn) and not data.mixed:
             data.mixed = True
             self._truth.mixed(self, stream.upstream)

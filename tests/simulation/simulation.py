@@ -118,8 +118,11 @@ class Simulation(World):
             after_change()
             self._notice_publication()
         self.store._after_change = noticed      # type: ignore[method-assign]
-        program = options.program if options.program is not None else tuple(faults.draw(
-            options.seed, self.names, ttl_s=float(self.ttl), from_s=BORN_WITHIN_S, for_s=options.for_s, faults=options.faults))
+        if options.program is not None:
+            program = options.program
+        else:
+            early = faults.draw_early(options.seed, self.names) if options.draws >= 2 else []
+            program = (*early, *faults.draw(options.seed, self.names, ttl_s=float(self.ttl), from_s=BORN_WITHIN_S, for_s=options.for_s, faults=options.faults - len(early)))
         self.program = program
         self.ends_s = max([BORN_WITHIN_S, *(s.at_s + s.for_s for s in program)])
         for step in program:

@@ -6,6 +6,24 @@
     trace       what happened                    checkers   what may not happen
 
 Both levels share all of this. Level (a) runs pgha's sources over `kernel` (see `stepped`), level (b) under trio.
+
+What the model leaves out:
+
+* the store: one kind, etcd's (linearizable reads, revisions, leases, a watch); serializable reads of followers that lag are
+  not asked for by pgha, and not modelled. Consul, ZooKeeper, and the bytes of etcd's gateway are the drivers' contract
+  (tests/dcs) and the fuzz corpus. A quota is full or not at all; defragmentation and slow growth are not there.
+* Patroni members, and mixed clusters.
+* PostgreSQL: WAL is positions and branches, not records; no archive (restore_command, nostream), no logical or permanent
+  slots, no tablespaces, no pg_hba; WAL is never missing (no slot is invalidated, no segment recycled under a standby);
+  max_connections and the like never stop a standby; every backend dies when SIGKILL says so (no uninterruptible sleep).
+* the network: messages, not bytes; a stream is in order and a connection is cut or slow, never half open for minutes
+  except as a WAL connection. TLS, DNS and REST over the wire are tests/rest, tests/cluster and tests/chaos.
+* the host: processes freeze and die, disks are full or hang as a whole; no CPU starvation by degrees, no memory pressure,
+  no clock that runs more than 0.9 % wrong. Without systemd: who ends is started again after a moment.
+* operators: no scheduled switchover and no reinit (pgha has none yet), no `pg_ctl promote` by hand, no local configuration
+  that changes by SIGHUP (tags change with a restart of the agent). Data is wiped or replaced by hand only where another
+  member has it all, and in no synchronous mode: what people must decide is not judged.
+* level (a) besides: loop, observers and REST answers are written anew (see `node`); level (b) runs the shipped ones.
 """
 
 from __future__ import annotations
