@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -258,14 +258,15 @@ def test_ctl_loads_nothing_but_the_standard_library_and_starts_at_once(world: Wo
     root = str(Path(__file__).parents[2])
     program = (f"import sys; sys.path.insert(0, {root!r}); from pgha.ctl import main; code = main(sys.argv[1:]); "
                "heavy = {'trio', 'httpx', 'msgspec', 'h11', 'psycopg', 'asyncio'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)")
-    times_s = []
+    cpu_s = []
     for _ in range(5):
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-I", "-c", program, "-c", str(world.config), "list"], capture_output=True, text=True, timeout=30, check=False)
-        times_s.append(time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert done.returncode == 0, done.stderr
-    # the target is 0.10 s on a quiet machine; the tests' machine is shared
-    assert min(times_s) < 0.5, times_s
+    # The target is 0.10 s on a quiet machine, which the benchmark watches; here the work counts, not the wait for a CPU.
+    assert min(cpu_s) < 0.5, cpu_s
 
 
 @pytest.mark.etcd

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -50,6 +51,8 @@ class EtcdServer:
         self.process.send_signal(number)
         if number == signal.SIGKILL:
             self.process.wait()
+        elif number == signal.SIGSTOP:
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)      # on a busy machine it answers a while longer
 
     def wipe(self) -> None:
         shutil.rmtree(self.directory / self.name)

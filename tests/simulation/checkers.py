@@ -72,6 +72,11 @@ class Checker:
 COMES_BACK_S = 0.3
 
 
+def out_of_action(world: Any, name: str) -> bool:
+    host = world.hosts[name]
+    return not host.protected or (host.bare_since_ns and world.scheduler.now_ns - host.bare_since_ns < COMES_BACK_S * 1e9)
+
+
 class OnePrimary(Checker):
     """Never two nodes accept commits at one instant. With agent and guard of one of them out of action, it is an exposure."""
 
@@ -95,8 +100,7 @@ class OnePrimary(Checker):
             self.broken(text)
 
     def _bare(self, name: str) -> bool:
-        host = self.world.hosts[name]
-        return not host.protected or (host.bare_since_ns and self.world.scheduler.now_ns - host.bare_since_ns < COMES_BACK_S * 1e9)
+        return out_of_action(self.world, name)
 
 
 class NothingPromisedIsLost(Checker):
@@ -133,17 +137,20 @@ class LossIsBounded(Checker):
 
     def __init__(self, world: Any) -> None:
         super().__init__(world)
-        self.previous: Any = None       # the branch of the last primary …
-        self.writer = ""                # … and who it was
+        self.previous: Any = None       # the branch of the last primary
         self.lost_bytes = 0
         self.losses = 0
+        self.unguarded: set[tuple[Any, int]] = set()     # (branch, lsn), acknowledged while neither agent nor guard could act
+
+    def acknowledged(self, instance: Any, branch: Any, lsn: int) -> None:
+        if out_of_action(self.world, instance.name):
+            self.unguarded.add((branch, lsn))
 
     def becomes_primary(self, instance: Any, how: str) -> None:
         from tests.simulation.postgres import common
 
         data, world = instance.dir, self.world
         before, self.previous = self.previous, data.branch
-        writer, self.writer = self.writer, instance.name
         if before is None or data.bootstrap_mark == "making" or not before.acknowledged or data.branch.root is not before.root:
             return
         at, lsn = common(data.branch, data.lsn, before, before.end)
@@ -165,13 +172,15 @@ class LossIsBounded(Checker):
         if unpublished and at_s and unpublished[0] < at_s - world.publication_is_old_by_s():
             self.broken(f"{instance.name} becomes primary ({how}) without a commit that was acknowledged at {unpublished[0]:.1f} s: the position published "
                         f"at {at_s:.1f} s, {published}, does not hold it")
-        if unpublished and at_s and not world.may_go_on_without_store() and unpublished[-1] > at_s + world.longest_ttl_s * 1.02 + 1.0:
-            host = world.hosts.get(writer)
-            if host is not None and (not host.protected or host.bare_since_ns >= at_s * 1e9):
-                world.exposure("LossIsBounded", f"{writer} wrote on while neither its agent nor its guard could act; {instance.name} becomes primary ({how}) without that")
-                return
-            self.broken(f"{instance.name} becomes primary ({how}) without a commit that was acknowledged at {unpublished[-1]:.1f} s, more than a ttl after "
-                        f"the last publication at {at_s:.1f} s")
+        late = [(n, t / 1e9) for n, t in lost if n > published and at_s and t / 1e9 > at_s + world.longest_ttl_s * 1.02 + 1.0]
+        if late and not world.may_go_on_without_store():
+            guarded = [t for n, t in late if (before, n) not in self.unguarded]
+            text = (f"{instance.name} becomes primary ({how}) without a commit that was acknowledged at {guarded[-1] if guarded else late[-1][1]:.1f} s, more than "
+                    f"a ttl after the last publication at {at_s:.1f} s")
+            if guarded:
+                self.broken(text)
+            else:
+                world.exposure("LossIsBounded", f"{text}, while neither agent nor guard could act there")
 
 
 class PromotesUnderTheLock(Checker):

@@ -20,6 +20,7 @@ import trio
 from tests.simulation.scheduler import Event as Timer
 from tests.simulation.scheduler import Scheduler
 
+INFINITY = float("inf")
 TASK_STATUS_IGNORED = trio.TASK_STATUS_IGNORED
 TooSlowError = trio.TooSlowError
 BrokenResourceError = trio.BrokenResourceError
@@ -73,7 +74,7 @@ class Process:
         return self.scheduler.after(seconds, self.call, callback, *arguments)
 
     def soon(self, callback: Callable[..., None], *arguments: Any) -> Timer:
-        return self.scheduler.at(self.scheduler.now_ns, self.call, callback, *arguments)
+        return self.scheduler.at_once(self.call, callback, *arguments)
 
     def freeze(self) -> None:
         self.frozen = True
@@ -147,7 +148,8 @@ class Task:
         """Its wait is over."""
         if self.parked:
             self.parked, self.abort = False, None
-            self.process.soon(self.step, value, None)
+            process = self.process
+            process.scheduler.at_once(process.call, self.step, value, None)
 
     def deliver_cancel(self) -> None:
         """If it waits, and a scope around it is cancelled, the wait ends."""
@@ -174,7 +176,8 @@ async def wait(abort: Callable[[], None] | None) -> Any:
     """Until somebody calls the task's `wake`. `abort` forgets the waiter if the wait is cancelled."""
     if _over:
         raise Over
-    task = running()
+    task = _running
+    assert task is not None, "outside of every task"
     if task.scope is not None and cancelled_by(task.scope) is not None:
         if abort is not None:
             abort()
@@ -197,7 +200,7 @@ async def checkpoint() -> None:
 class CancelScope:
     __slots__ = ("deadline", "shield", "cancel_called", "cancelled_caught", "parent", "holds_nursery", "_task", "_timer")
 
-    def __init__(self, *, deadline: float = float("inf"), shield: bool = False) -> None:
+    def __init__(self, *, deadline: float = INFINITY, shield: bool = False) -> None:
         self.deadline = deadline
         self.shield = shield
         self.cancel_called = False
@@ -210,7 +213,7 @@ class CancelScope:
     def __enter__(self) -> CancelScope:
         task = running()
         self._task, self.parent, task.scope = task, task.scope, self
-        if self.deadline != float("inf"):
+        if self.deadline != INFINITY:
             scheduler = task.process.scheduler
             at_ns = round(self.deadline * 1e9)
             if at_ns <= scheduler.now_ns:
@@ -261,7 +264,9 @@ def current_time() -> float:
 
 
 def move_on_after(seconds: float, *, shield: bool = False) -> CancelScope:
-    return CancelScope(deadline=current_time() + seconds, shield=shield)
+    task = _running
+    assert task is not None, "outside of every task"
+    return CancelScope(deadline=task.process.scheduler.now_ns / 1e9 + seconds, shield=shield)
 
 
 def move_on_at(deadline: float) -> CancelScope:
@@ -276,7 +281,7 @@ async def sleep(seconds: float) -> None:
     if seconds <= 0:
         await checkpoint()
         return
-    if seconds == float("inf"):
+    if seconds == INFINITY:
         await wait(None)
         return
     task = running()

@@ -22,7 +22,17 @@ from pgha.config.local import LocalConfig
 from pgha.config.rules import finish
 from pgha.config.schema import Report, read
 from pgha.errors import PghaError
-from pgha.model.action import LongAction
+from pgha.model.action import (
+    AcquireLock,
+    Freeze,
+    LongAction,
+    ReleaseLock,
+    RestoreStandbySignal,
+    SetSynchronousNames,
+    StandDown,
+    WriteInitialize,
+    WriteKey,
+)
 from pgha.model.decision import Decision, Memory
 from pgha.model.observation import Observation
 from tests.simulation import virtual
@@ -35,6 +45,9 @@ from tests.simulation.virtual import PROCESS, Dead, Process
 RESTART_S = 1.0
 #: The share of operations in which something is killed or frozen.
 INTERRUPTED = 0.2
+#: … and of the single steps that order depends on.
+STEPS = (AcquireLock, Freeze, ReleaseLock, RestoreStandbySignal, SetSynchronousNames, StandDown, WriteInitialize, WriteKey)
+STEP_INTERRUPTED = 0.06
 
 
 class Told(Agent):
@@ -151,8 +164,17 @@ class ShippedWorld(Simulation):
 
     def operation_begins(self, host: Any, kind: str) -> None:
         """Many a fault falls in the middle of an operation, where order matters most: between one await and the next."""
+        self._trap(host, kind, INTERRUPTED)
+
+    def passed(self, agent: Any, seen: Observation, decision: Decision) -> None:
+        super().passed(agent, seen, decision)
+        for action in decision.actions:
+            if isinstance(action, STEPS) and not (isinstance(action, WriteKey) and action.key == "status"):
+                self._trap(agent.host, type(action).__name__, STEP_INTERRUPTED)
+
+    def _trap(self, host: Any, kind: str, share: float) -> None:
         chance = self._traps
-        if not BORN_WITHIN_S <= self.scheduler.now_s < self.ends_s or chance.random() >= INTERRUPTED:
+        if not BORN_WITHIN_S <= self.scheduler.now_s < self.ends_s or chance.random() >= share:
             return
         what = chance.choice(("kill agent", "kill agent", "kill agent", "freeze agent", "freeze agent", "kill guard", "kill postgres", "kill all", "power"))
         after_s = 0.0002 * 10.0 ** (4.0 * chance.random())
@@ -162,7 +184,7 @@ class ShippedWorld(Simulation):
         agent = host.agent
         if not host.up or host.suspended or agent is None or not agent.process.runs:
             return
-        self.trace("fault", f"{what} in an operation", at=host.name, operation=kind)
+        self.trace("fault", f"{what} in the middle", at=host.name, of=kind)
         self.edges += 1
         self.faults_done += 1
         self.writers.hurry()

@@ -40,12 +40,16 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_level(options: Options, *, out: Any = None) -> Outcome:
-    if options.level == "b":
-        from tests.simulation import level_b
+    try:
+        if options.level == "b":
+            from tests.simulation import level_b
 
-        outcome: Outcome = level_b.run(options, out=out)
-        return outcome
-    return run(options, out=out)
+            outcome: Outcome = level_b.run(options, out=out)
+            return outcome
+        return run(options, out=out)
+    except Exception as error:
+        error.add_note(f"the world itself failed; replay: {command_of(options)}")
+        raise
 
 
 class Volume:

@@ -74,6 +74,11 @@ class Scheduler:
         heapq.heappush(self._heap, (at_ns, self._sequence, event))
         return event
 
+    def at_once(self, callback: Callable[..., None], *arguments: Any) -> Event:
+        event = Event(self.now_ns, callback, arguments)
+        self._at_once.append(event)
+        return event
+
     def after(self, seconds: float, callback: Callable[..., None], *arguments: Any) -> Event:
         return self.at(self.now_ns + round(seconds * 1e9), callback, *arguments)
 

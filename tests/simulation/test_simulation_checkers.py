@@ -12,6 +12,7 @@ from pgha.dcs import Put
 from pgha.dcs.keys import encode
 from pgha.model.lock import LockRecord
 from tests.simulation.postgres import START_LSN, SYSTEM, Branch, DataDir
+from tests.simulation.scheduler import SECOND
 from tests.simulation.simulation import KEYS, Options, Simulation
 
 
@@ -62,6 +63,20 @@ def too_much_is_lost(sim: Simulation) -> None:
     sim.truth.becomes_primary(one, "start")
     one.dir.branch.acknowledged.append((START_LSN + 900, 1))        # type: ignore[union-attr]
     holds_lock(sim, "n1", lsn=START_LSN + 900)
+    promoted(sim, "n3", at=START_LSN + 700)
+
+
+def written_for_too_long(sim: Simulation) -> None:
+    """n1 is cut off, and nobody there ends its primary."""
+    one = sim.instances["n1"]
+    sim.truth.becomes_primary(one, "start")
+    sim.config["failsafe_mode"] = False
+    sim.scheduler.now_ns = SECOND
+    holds_lock(sim, "n1", lsn=START_LSN + 100)
+    sim.scheduler.now_ns += 2 * round(sim.longest_ttl_s) * SECOND
+    sim.hosts["n3"].valid_until = sim.hosts["n3"].clock.now().plus_s(20)
+    one.dir.branch.acknowledged.append((START_LSN + 900, sim.scheduler.now_ns))        # type: ignore[union-attr]
+    sim.truth.acknowledged(one, one.dir.branch, START_LSN + 900)
     promoted(sim, "n3", at=START_LSN + 700)
 
 
@@ -126,7 +141,7 @@ def nobody_leads(sim: Simulation) -> None:
 
 
 VIOLATIONS: list[tuple[str, Callable[[Simulation], None]]] = [
-    ("OnePrimary", two_primaries), ("NothingPromisedIsLost", a_promise_is_lost), ("LossIsBounded", too_much_is_lost),
+    ("OnePrimary", two_primaries), ("NothingPromisedIsLost", a_promise_is_lost), ("LossIsBounded", too_much_is_lost), ("LossIsBounded", written_for_too_long),
     ("PromotesUnderTheLock", promotion_without_licence), ("PromotesUnderTheLock", promotion_beside_the_lock), ("TimelinesAreTold", one_number_twice),
     ("TimelinesAreTold", two_write_one_timeline), ("TimelinesAreTold", rows_of_two_branches), ("TimelinesAreTold", half_rewound),
     ("TimelinesAreTold", history_lies), ("TimelinesAreTold", history_is_missing), ("NewestCopyStays", the_newest_copy_goes),
@@ -150,10 +165,11 @@ def test_an_orderly_promotion_is_none() -> None:
     assert sim.violations == []
 
 
-def test_agent_and_guard_both_gone_is_an_exposure() -> None:
+@pytest.mark.parametrize("make", [two_primaries, written_for_too_long], ids=lambda f: f.__name__)
+def test_agent_and_guard_both_gone_is_an_exposure(make: Callable[[Simulation], None]) -> None:
     sim = world()
     dead = SimpleNamespace(alive=False, frozen=False)
     sim.hosts["n1"].agent = sim.hosts["n1"].guard = SimpleNamespace(process=dead)
-    two_primaries(sim)
+    make(sim)
     assert sim.violations == []
     assert len(sim.exposures) == 1
