@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from pgha.errors import ConfigError
-from pgha.model.cluster import PausedHolder
+from pgha.model.cluster import PausedHolder, Sync
 from pgha.model.wal import HistoryRow
 
 #: A few hundred bytes a member.
@@ -46,10 +46,14 @@ class RememberedMember(Struct, frozen=True, kw_only=True):
 
 
 class Remembered(Struct, frozen=True, kw_only=True):
-    """The facts of memory.json. `ttl_s`: the largest ttl seen in a lock record; 0 = none was seen."""
+    """The facts of memory.json. `ttl_s`: the largest ttl seen in a lock record; 0 = none was seen. `sync`: what /sync said
+    when it was last to be believed; `sync_restored`: the key's revision (0: absent) at which a store that went back showed
+    it, None: it has been written since, or the store never went back."""
 
     ttl_s: float = 0.0
     paused: PausedHolder | None = None
+    sync: Sync = Sync()
+    sync_restored: int | None = None
     system_identifier: str = ""
     generation: StoreGeneration = StoreGeneration()
     members: dict[str, RememberedMember] = {}
@@ -125,6 +129,8 @@ def _makes_no_sense(facts: Remembered) -> str:
         return "generation"
     if not all(math.isfinite(m.seen_at_wall_s) and 0 <= m.lsn < _LARGEST and 0 <= m.timeline < 1 << 32 for m in facts.members.values()):
         return "members"
+    if not 0 <= facts.sync.quorum < _LARGEST:
+        return "sync"
     return "" if all(0 <= row.switch_lsn < 1 << 64 and 0 <= row.timeline < 1 << 32 for row in facts.history) else "history"
 
 

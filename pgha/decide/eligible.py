@@ -3,6 +3,10 @@
 `/sync` speaks for itself, whatever mode is configured just now: its leader has every acknowledged commit, and of any
 quorum + 1 of its voters one has. So a voter needs the votes of `quorum` others whose final position is not ahead of its
 own; in priority mode the quorum is 0, and it needs none. (safety model 6.4; compatibility spec 8)
+
+A store that went back brings an old `/sync` with it, whose voters may lack what was acknowledged since. Whether what it
+shows was written before or after it went back, nobody can tell; so until it is written again, what was last seen before
+counts, too, and only who may lead by both may lead (`words`).
 """
 
 from __future__ import annotations
@@ -11,28 +15,50 @@ from collections.abc import Iterable
 
 from pgha.decide.common import fresh_peers, reason, view_of
 from pgha.decide.sync_book import is_on, voters_of
+from pgha.model.cluster import Sync
 from pgha.model.decision import Election, Reason
 from pgha.model.observation import Observation, Peer
 from pgha.model.wal import Position
 
 
+def words(o: Observation) -> tuple[Sync, ...]:
+    """`/sync`, and what it said before the store went back: one of them is true, so both must be borne out."""
+    return tuple(sync for sync in (view_of(o).sync, o.dcs.remembered_sync) if sync is not None and sync.leader)
+
+
 def is_active(o: Observation) -> bool:
     """The mode is on, and there is a promise to keep. (An operator who switches it off lets anybody lead.)"""
-    return is_on(o) and bool(view_of(o).sync.leader)
+    return is_on(o) and bool(words(o))
 
 
 def may_lead(o: Observation, name: str) -> bool:
     """Is it a voter, or the leader of `/sync`?"""
-    sync = view_of(o).sync
+    return all(_names(sync, name) for sync in words(o))
+
+
+def is_named(o: Observation, name: str) -> bool:
+    """May it have confirmed what it is counted on for?"""
+    return any(_names(sync, name) for sync in words(o))
+
+
+def _names(sync: Sync, name: str) -> bool:
     return name.lower() in voters_of(sync) or name.lower() == sync.leader.lower()
+
+
+def _said(o: Observation) -> str:
+    def named(sync: Sync) -> str:
+        return f"{sync.leader} and {', '.join(sync.members) or 'nobody else'}" if sync.leader else "nobody"
+
+    former = o.dcs.remembered_sync
+    return f"/sync names {named(view_of(o).sync)}" + (f" (before the store went back: {named(former)})" if former is not None else "")
 
 
 def is_synchronous(o: Observation, *, chosen: bool) -> Reason:
     """`chosen`: an operator asked for a failover to this very node, and accepts what is lost."""
-    rule, sync = "promotion.is_synchronous", view_of(o).sync
+    rule = "promotion.is_synchronous"
     if not is_active(o):
         return reason(rule, True, "no synchronous mode is active")
-    named = f"/sync names {sync.leader} and {', '.join(sync.members) or 'nobody else'}"
+    named = _said(o)
     if may_lead(o, o.me.name):
         return reason(rule, True, named)
     if chosen:
@@ -44,12 +70,17 @@ def is_synchronous(o: Observation, *, chosen: bool) -> Reason:
 
 def quorum_is_reached(o: Observation, election: Election, own: Position, *, chosen: bool) -> Reason:
     """Enough voters gave a final position that is not ahead of this node's."""
-    rule, sync = "promotion.quorum_is_reached", view_of(o).sync
     if not is_active(o):
-        return reason(rule, True, "no synchronous mode is active")
+        return reason("promotion.quorum_is_reached", True, "no synchronous mode is active")
+    verdicts = [_quorum(o, sync, election, own, chosen=chosen) for sync in words(o)]
+    return next((verdict for verdict in verdicts if not verdict.holds), verdicts[0])
+
+
+def _quorum(o: Observation, sync: Sync, election: Election, own: Position, *, chosen: bool) -> Reason:
+    rule = "promotion.quorum_is_reached"
     if o.me.name.lower() == sync.leader.lower():
         return reason(rule, True, "this node was the last leader: it has everything")
-    needed = sync.quorum + (0 if may_lead(o, o.me.name) else 1)
+    needed = sync.quorum + (0 if _names(sync, o.me.name) else 1)
     votes = sorted(p.name for p in fresh_peers(o).values() if p.name.lower() in voters_of(sync) and _votes(p, election, own))
     enough = len(votes) >= needed or chosen
     return reason(rule, enough, f"{len(votes)} votes ({', '.join(votes) or 'nobody'}), {needed} needed" + (", but an operator asked for this node" if chosen and len(votes) < needed else ""))
@@ -69,11 +100,16 @@ def _not_ahead(peer: Peer, own: Position) -> bool:
 
 def able_to_take_over(o: Observation, peers: Iterable[Peer]) -> list[str]:
     """Of these answers, who could lead without losing an acknowledged commit: with the votes of the others."""
-    sync = view_of(o).sync
+    answers = list(peers)
+    able = [_able_by(sync, answers) for sync in words(o)]
+    return sorted(set[str]().union(*able).intersection(*able))
+
+
+def _able_by(sync: Sync, peers: Iterable[Peer]) -> set[str]:
     voters = [p for p in peers if p.name.lower() in voters_of(sync) and p.in_recovery and p.running]
     able = [p for p in voters if p.candidate and not p.tags.nofailover and not p.watchdog_failed]
-    return sorted(p.name for p in able
-                  if sum(1 for v in voters if v is not p and _not_ahead(v, Position(timeline=p.timeline, lsn=p.lsn))) >= sync.quorum)
+    return {p.name for p in able
+            if sum(1 for v in voters if v is not p and _not_ahead(v, Position(timeline=p.timeline, lsn=p.lsn))) >= sync.quorum}
 
 
 def switchover_obstacle(o: Observation, name: str) -> str:
@@ -82,7 +118,10 @@ def switchover_obstacle(o: Observation, name: str) -> str:
     view = view_of(o)
     if not is_active(o) or not view.failover.leader:
         return ""
-    sync = view.sync
+    return next(filter(None, (_switchover_obstacle(o, sync, name) for sync in words(o))), "")
+
+
+def _switchover_obstacle(o: Observation, sync: Sync, name: str) -> str:
     if name.lower() not in voters_of(sync) and o.settings.synchronous_mode != "quorum":
         return f"is not among the synchronous standbys ({', '.join(sync.members) or 'nobody'})"
     needed = sync.quorum + (0 if name.lower() in voters_of(sync) else 1)

@@ -154,7 +154,7 @@ def clone_source(o: Observation) -> tuple[Member | None, Reason]:
     if leader is None or leader.role != "primary" or leader.state != "running" or not leader.host:
         return None, reason(rule, False, f"leader {now.holder} is not running as primary yet")
     tagged = sorted(m.name for m in view.members.values() if m.tags.clonefrom and m.state == "running" and m.host and m.name not in (o.me.name, leader.name))
-    if tagged and eligible.is_active(o) and eligible.may_lead(o, o.me.name):
+    if tagged and eligible.is_active(o) and eligible.is_named(o, o.me.name):
         return leader, reason(rule, True, f"copying from {leader.name}, the leader, since /sync names {o.me.name}")
     source = view.members[tagged[0]] if tagged else leader
     return source, reason(rule, True, f"copying from {source.name}" + (" (clonefrom)" if tagged else ", the leader"))

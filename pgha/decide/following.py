@@ -13,6 +13,7 @@ from pgha.decide.standing import Standing, because, standing
 from pgha.model.action import Action, Follow, InspectUpstream, Restart, Source, Stop, WriteInitialize
 from pgha.model.cluster import Member, is_system_identifier
 from pgha.model.decision import Decision, Memory, PeerQuestion, Reason, Vote
+from pgha.model.node import Row
 from pgha.model.observation import Observation
 from pgha.model.wal import Position
 
@@ -37,7 +38,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     upstream = _upstream(o, leader)
     actions: list[Action] = []
     view = view_of(o)
-    if not view.initialized and view.initialize is None and is_system_identifier(row.system_identifier):
+    if view.initialize is None and is_system_identifier(row.system_identifier) and _is_the_clusters(o, row):
         actions.append(WriteInitialize(value=row.system_identifier, if_revision=view.revision_of("initialize")))
     wanted = follows_wanted(o, upstream)
     if not wanted.holds:
@@ -60,6 +61,13 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     actions += asked
     return replace(decision, summary=f"no action. I am ({o.me.name}), a secondary, " + _whom(o, now),
                    reasons=(*decision.reasons, wanted), actions=tuple(actions), memory=memory)
+
+
+def _is_the_clusters(o: Observation, row: Row) -> bool:
+    """May this member tell a store that has lost `/initialize` whose the cluster is? PostgreSQL streams within one system
+    only; else what this node remembers must agree: its data may have been replaced by another cluster's."""
+    streams = row.receiver is not None and row.receiver.status == "streaming"
+    return streams or row.system_identifier == o.dcs.remembered_identifier
 
 
 def _whom(o: Observation, now: Standing) -> str:

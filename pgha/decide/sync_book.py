@@ -36,7 +36,8 @@ def is_on(o: Observation) -> bool:
 
 
 def leads_sync(o: Observation) -> bool:
-    return view_of(o).sync.leader.lower() == o.me.name.lower()
+    """By its own writing: what a store that went back shows is to be written anew, whomever it names."""
+    return o.dcs.remembered_sync is None and view_of(o).sync.leader.lower() == o.me.name.lower()
 
 
 def voters_of(sync: Sync) -> frozenset[str]:
@@ -52,8 +53,8 @@ def taken_over(o: Observation) -> Promise:
     """
     sync, me = view_of(o).sync, o.me.name.lower()
     voters, leader = frozenset(name.lower() for name in sync.members), sync.leader.lower()
-    if not leader:
-        return Promise()
+    if not leader or o.dcs.remembered_sync is not None:
+        return Promise()        # it has everything by both words of the store; who else does, shows when they confirm
     if me in voters and leader != me:
         voters |= {leader}
     voters -= {me}

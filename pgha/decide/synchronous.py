@@ -70,10 +70,11 @@ class Upkeep(Struct, frozen=True, kw_only=True):
 def may_start(o: Observation, memory: Memory) -> tuple[Reason, tuple[Action, ...], Memory]:
     """Before a start in place: is it known what `/sync` says? If not, the action that makes it so."""
     rule, book = "synchronous.may_start", book_of(o, memory)
-    if not view_of(o).sync.leader or opened(o, book):
+    doubted = is_on(o) and o.dcs.remembered_sync is not None
+    if not doubted and (not view_of(o).sync.leader or opened(o, book)):
         return reason(rule, True, "what /sync says is known"), (), replace(memory, sync=book)
     action, book = write_sync(o, book, taken_over(o))
-    return reason(rule, False, "writing /sync once, so that nothing of a former agent can still change it"), (action,), replace(memory, sync=book)
+    return reason(rule, False, "writing /sync once, so that nothing of a former agent or of an old store counts any more"), (action,), replace(memory, sync=book)
 
 
 def is_to_be_let_go(o: Observation, memory: Memory) -> Reason:
@@ -122,6 +123,8 @@ def before_promotion(o: Observation, memory: Memory) -> tuple[tuple[Reason, ...]
 def sync_names_me(o: Observation) -> Reason:
     """`/sync` under the own epoch, before anything can be committed here."""
     rule, sync = "synchronous.sync_names_me", view_of(o).sync
+    if is_on(o) and o.dcs.remembered_sync is not None:
+        return reason(rule, False, f"/sync names {sync.leader or 'nobody'} as it did in a store that went back, and is to be written anew")
     if not sync.leader:
         return reason(rule, True, "/sync names no leader: no synchronous mode was active")
     if not is_on(o):

@@ -24,7 +24,7 @@ from pgha.dcs.keys import UNREADABLE_LOCK, Keys, parse
 from pgha.dcs.outage import Outage
 from pgha.errors import Compacted, DcsError
 from pgha.log import Log
-from pgha.model.cluster import ClusterView, LockSeen, Member, PausedHolder
+from pgha.model.cluster import ClusterView, LockSeen, Member, PausedHolder, Sync
 from pgha.model.lock import wait_s
 from pgha.model.observation import DcsFacts, StoreCapacity
 from pgha.model.wal import Position
@@ -78,6 +78,7 @@ class ClusterObserver:
         self._watch_silences = 0
         self._revisions: list[tuple[Instant, int]] = []      # hourly, for what is a day old
         self._warned = 0.0
+        self._went_back = False                              # the next view is the first of a store that went back
         self._untrusted_lock = b""                           # what a store that was restored shows as the record
         self._out_of_space = trio.Event()
         if problem:
@@ -122,6 +123,7 @@ class ClusterObserver:
             before, view=view, lock_seen=lock_seen, read_at=began if snapshot is not None else before.read_at,
             remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused,
             remembered_identifier=self._remembered.system_identifier, remembered_members=self._known_members(), last_positions=self._positions(view, before),
+            remembered_sync=self._former_sync(view),
         )
         if snapshot is not None or before.view is None or _matters(before.view, view, self._me):
             self._wake()
@@ -153,6 +155,7 @@ class ClusterObserver:
         if changed:
             untrusted_s = wait_s(max(self._remembered.ttl_s, self._settings()[0], UNTRUSTED_S))
             log.error("the store was restored or rebuilt: no record in it is believed for a while", why=changed, for_s=untrusted_s)
+            self._went_back = True
             self._revision = 0
             self._revisions = []    # of the former store: the new one may be far from them
             self.facts = replace(self.facts, trusted_from=now.plus_s(untrusted_s), generation_changed=changed)
@@ -177,8 +180,24 @@ class ClusterObserver:
         ttl_s = self._remembered.ttl_s
         if view.lock is not None and view.lock is not UNREADABLE_LOCK:
             ttl_s = view.lock.ttl_s     # the one that a candidate would have to wait for
+        self._remember_sync(view)
         self._remembered = replace(self._remembered, ttl_s=ttl_s, paused=self._paused_holder(view), members=members, system_identifier=view.initialize if view.initialized and view.initialize else
                                    self._remembered.system_identifier)
+
+    def _remember_sync(self, view: ClusterView) -> None:
+        """What a store that went back shows is not believed alone until the key has been written again, which only a
+        leader does, who could lead by both."""
+        revision = view.revision_of("sync")
+        if self._went_back:
+            self._went_back = False
+            self._remembered = replace(self._remembered, sync_restored=revision)
+        if self._remembered.sync_restored != revision:
+            self._remembered = replace(self._remembered, sync=replace(view.sync, raw={}), sync_restored=None)
+
+    def _former_sync(self, view: ClusterView) -> Sync | None:
+        """What /sync said before, if the store went back, shows something else, and nobody has written the key since."""
+        former, doubted = self._remembered.sync, self._remembered.sync_restored is not None
+        return former if doubted and former.leader and _sync_shape(former) != _sync_shape(view.sync) else None
 
     def _paused_holder(self, view: ClusterView) -> PausedHolder | None:
         """A pause ends by a record that says so and was written since, not by one that is missing or was restored: the
@@ -400,6 +419,10 @@ def _matters(before: ClusterView, after: ClusterView, me: str) -> bool:
 def _lock_shape(view: ClusterView) -> tuple[object, ...]:
     lock = view.lock
     return () if lock is None else (lock.holder, lock.node_id, lock.incarnation, lock.mode, lock.ttl_s)
+
+
+def _sync_shape(sync: Sync) -> tuple[object, ...]:
+    return (sync.leader.lower(), sync.quorum, frozenset(name.lower() for name in sync.members))
 
 
 def _member_shape(member: Member) -> tuple[object, ...]:

@@ -214,6 +214,7 @@ MODES: tuple[tuple[str, Any], ...] = (
     ("settings__pause", one_of(True)),
     ("licence", _endless),
     ("guard__state", one_of("paused", "paused", "armed", "standby")),
+    ("dcs__remembered_sync", one_of(None, Sync(leader="a", members=("c",)), Sync(leader="b", quorum=1, members=("a", "c")))),
     ("dcs__remembered_pause", one_of(None, PausedHolder(name="c", node_id="id-c", incarnation="run-c"), PausedHolder(name="b", node_id="id-b", incarnation="run-0"))),
     ("dcs__view__failover", lambda chance: FailoverKey(leader=_name(chance), candidate=_name(chance), down_incarnation=chance.choice(("", "run-a", "run-c")), down_sequence=chance.choice((0, 1, 7)))),
     ("memory__paused", _bool),

@@ -322,7 +322,33 @@ ELECTION = [
         says="not waited for: a synchronous mode is active"),
     row("a is still a primary", peers__a=peer("a", in_recovery=False, frozen_epoch=5), refuses="promotion.no_primary_is_alive", does=""),
     row("on the way from quorum: votes count in priority mode, too", dcs__view__sync=sync(names="bc", quorum=1), peers={}, refuses="promotion.quorum_is_reached", says="0 votes (nobody), 1 needed"),
+    row("the store went back to when b was named, and c was since", dcs__remembered_sync=sync(names="c"), refuses="promotion.is_synchronous", does="",
+        says="/sync names a and b (before the store went back: a and c), not b"),
+    row("b was named since, or c is by now", dcs__view__sync=sync(names="c"), dcs__remembered_sync=sync(names="b"), refuses="promotion.is_synchronous", does=""),
+    row("b is named by both", dcs__remembered_sync=sync(names="bc"), refuses="", does="AcquireLock"),
+    row("b led when it was saved, and c since, with b", dcs__view__sync=sync("b", "c"), dcs__remembered_sync=sync("c", "b"), refuses="", does="AcquireLock"),
+    row("the store was rebuilt empty, and b was named", dcs__view__sync=Sync(), dcs__remembered_sync=sync(names="b"), refuses="", does="AcquireLock"),
+    row("the store was rebuilt empty, and c was named", dcs__view__sync=Sync(), dcs__remembered_sync=sync(names="c"), refuses="promotion.is_synchronous", does="",
+        says="/sync names nobody (before the store went back: a and c), not b"),
+    row("it asked for votes before it went back", dcs__remembered_sync=sync(names="bc", quorum=1), peers={}, refuses="promotion.quorum_is_reached", says="0 votes (nobody), 1 needed", does=""),
+    row("an operator asked for b, whatever is said", dcs__remembered_sync=sync(names="c"), dcs__view__failover=FailoverKey(candidate="b"), refuses="", does="AcquireLock"),
+    row("the mode is off", settings__synchronous_mode="off", dcs__remembered_sync=sync(names="c"), refuses="", does="AcquireLock"),
 ]
+
+
+@pytest.mark.parametrize(("why", "world"), [
+    ("a new leader, before its promotion", WINNER.but(settings__synchronous_mode="on", dcs__view__sync=sync(names="b"))),
+    ("one whom the old store happens to name", WINNER.but(settings__synchronous_mode="on", dcs__view__sync=sync("b", "c"))),
+    ("one whom the empty store does not name", WINNER.but(settings__synchronous_mode="on", dcs__view__sync=Sync())),
+    ("a leader that has lived through it", leading("b", sync(names="c"), listed="b")),
+    ("one whose PostgreSQL is to be started in place", CRASHED.but(settings__synchronous_mode="on", dcs__view__sync=sync(names="b"), dcs__view__revisions__sync=80)),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_leader_writes_sync_anew_after_the_store_went_back_and_counts_on_nobody(why, world):
+    """Before anything can be committed by a new start; who has everything shows as the standbys confirm."""
+    decision = world.but(dcs__remembered_sync=sync("c", "b")).decide()
+    assert not {"Promote", "StartPrimary"} & set(names(decision)), why
+    written = [json.loads(a.value) for a in decision.actions if isinstance(a, WriteKey) and a.key == "sync"]
+    assert [(w["leader"], w["sync_standby"]) for w in written] == [(world.seen.me.name, None)], why
 
 
 @pytest.mark.parametrize("case", ELECTION)

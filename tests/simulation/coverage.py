@@ -26,6 +26,7 @@ UNREACHABLE: dict[tuple[str, str], str] = {
     ("restart.lock_seen_held", "refuses"): "a licence is acquired by an action, after its pass was decided: the next pass has a higher number",
     ("switchover.names_another_candidate", "refuses"): "leading clears a request that names this leader before it asks the conditions",
     ("switchover.names_this_leader", "refuses"): "leading clears a request that names another leader before it asks the conditions",
+    ("paused.server_answers", "refuses"): "a paused holder's server was adopted or started, and has given its row by then: it would have to freeze between the start and the first look",
     ("broken.no_orphans", "refuses"): "the observer ends orphans before it tells of them; what is left would be processes that SIGKILL does not end",
     ("broken.control_is_readable", "refuses"): "the model's pg_control is readable or its whole disk is not",
     ("capacity.history_is_compacted", "refuses"): "needs two days without compaction; runs last for an hour, and the model's store compacts itself",

@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from tests.simulation import coverage
+from tests.simulation.corners import CORNERS
 from tests.simulation.faults import Step
 from tests.simulation.simulation import DRAWS, Options, Outcome, run
 
@@ -229,6 +230,8 @@ def main(argv: list[str]) -> int:
     volume, failed = many(options, hours=given.hours, seconds=given.seconds if given.seconds or given.hours else 60.0, jobs=given.jobs, from_seed=given.from_seed,
                           keep_going=given.keep_going)
     if given.coverage:
+        for corner in CORNERS.values() if given.level == "a" else ():
+            volume.add(run_level(corner))
         print(coverage.table(volume.coverage))
     print(volume.report(given.level, given.jobs))
     for outcome in failed[:3]:

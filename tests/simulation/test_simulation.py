@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.simulation.corners import CORNERS
 from tests.simulation.main import REGRESSIONS, Kept, failure, many, run_level
 from tests.simulation.simulation import DRAWS, Options, run
 
@@ -44,6 +45,13 @@ def test_what_failed_once_is_clean(path: Path) -> None:
     kept = msgspec.json.decode(path.read_bytes(), type=Kept)
     outcome = run_level(kept.options)
     assert not outcome.violations, f"{kept.why}\n{failure(outcome, path=path)}"
+
+
+@pytest.mark.parametrize("pair", CORNERS, ids=" ".join)
+def test_a_corner_is_reached_and_clean(pair: tuple[str, str]) -> None:
+    outcome = run(CORNERS[pair])
+    assert pair in outcome.coverage
+    assert not outcome.violations, failure(outcome)
 
 
 def test_a_budget_of_random_programs_is_clean() -> None:

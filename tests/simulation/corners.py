@@ -1,0 +1,35 @@
+"""Programs for what chance seldom finds: each reaches the (rule, outcome) that it is named after. `--coverage` runs them first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.simulation.faults import Step
+from tests.simulation.simulation import Options
+
+
+def _corner(seed: int, *steps: tuple[float, str, dict[str, Any], float], ttl: int = 5, nodes: int = 3) -> Options:
+    return Options(seed=seed, nodes=nodes, ttl=ttl, faults=len(steps), for_s=200.0, program=tuple(Step(*s) for s in steps))
+
+
+_LEADER = {"node": "leader"}
+
+CORNERS: dict[tuple[str, str], Options] = {
+    # An agent that is told to stop while it copies.
+    ("busy.still_wanted", "refuses"): _corner(
+        1, (130.0, "slow programs", {"node": "n3", "value": 40.0}, 60.0), (131.0, "data wiped", {"node": "n3", "state_too": False}, 0.0), (150.0, "stop agent", {"node": "n3"}, 10.0)),
+    # Agents that die while the cluster is made.
+    ("empty.bootstrap_was_ended", "refuses"): _corner(1, *((1.6, "kill agent", {"node": n, "again_s": 0.2}, 0.0) for n in ("n1", "n2", "n3"))),
+    # A leader whose data was replaced by what it was two promotions ago.
+    ("restart.data_is_not_behind_record", "refuses"): _corner(
+        1, (130.0, "data backed up", _LEADER, 0.0), (135.0, "switchover", {"kind": "switchover", "candidate": ""}, 0.0),
+        (150.0, "switchover", {"kind": "switchover", "candidate": ""}, 0.0), (200.0, "data from backup", {**_LEADER, "state_too": False}, 0.0), ttl=30, nodes=2),
+    # The store goes back to when this node led; meanwhile it was being rewound, and that has failed half way.
+    ("restart.is_whole", "refuses"): _corner(
+        1, (130.0, "store backup", {}, 0.0), (131.0, "programs fail", _LEADER, 120.0), (132.0, "partition", {**_LEADER, "shape": "from_all", "some": [], "members": []}, 20.0),
+        (165.0, "store restored", {"how": "backup", "which": 0.0, "new_id": False}, 0.0)),
+    # Another cluster's data, while nothing can be written to a store that has lost `/initialize`.
+    ("broken.same_system", "refuses"): _corner(
+        1, (130.0, "data of another cluster", {"node": "n3"}, 60.0), (132.0, "key deleted", {"key": "initialize"}, 0.0), (132.0, "store out of space", {}, 20.0), ttl=30),
+}
+CORNERS["restart.timeline_is_current", "refuses"] = CORNERS["restart.data_is_not_behind_record", "refuses"]
