@@ -65,10 +65,14 @@ def guard_answers(o: Observation) -> Reason:
 
 
 def readopt(o: Observation) -> AcquireLock:
-    """The CAS by which a new incarnation goes on with its node's record: no takeover, the epoch stays."""
+    """The CAS by which a new incarnation goes on with its node's record: no takeover, the epoch stays, and nor is the
+    position that was published taken back before a server answers: others judge their lag against it."""
     view = view_of(o)
-    row, control = o.postgres.row, o.directory.control
-    lsn, timeline = (row.position, row.timeline) if row else (0, control.timeline if control else 0)
+    row, directory = o.postgres.row, o.directory
+    known = [(view.lock.lsn, view.lock.timeline)] if view.lock is not None else []
+    known += [(directory.end_of_wal, directory.end_of_wal_timeline)] if directory.end_of_wal else []
+    known += [(0, directory.control.timeline)] if directory.control is not None else []
+    lsn, timeline = (row.position, row.timeline) if row else max(known, default=(0, 0))
     return AcquireLock(
         lock_revision=view.lock_revision, lock_value=view.lock_value, epoch_revision=view.revision_of("pgha/epoch"),
         epoch_number=view.epoch.number, readopt=True, paused=view.lock is not None and view.lock.mode == "paused", claim_timeline=view.epoch.timeline, claims=view.epoch.claims, lsn=lsn, timeline=timeline,

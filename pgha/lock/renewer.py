@@ -130,6 +130,7 @@ class Renewer:
             timing = self._timing()
             self._refuse_promised(action)       # no await between this and `acquiring`: a promise refuses, or is refused
             self._book.acquiring()
+            self.position = (action.lsn, action.timeline)       # what the next renewals say, too, until a server answers
             # Paused only where the guard knows of a pause already; a licence that is new begins with an end.
             sent = self._book.compose(
                 self._clock.now(), ttl_s=timing.ttl_s, mode="paused" if action.paused else "held", lsn=action.lsn,

@@ -124,8 +124,11 @@ def test_the_own_former_record(case):
 
 
 def test_adopting_says_where_the_data_stands():
+    """The position that was published stays until a server answers: others judge their lag against it."""
     action = only(FORMER.decide(), AcquireLock)
-    assert (action.readopt, action.lsn, action.timeline, action.claim_timeline) == (True, 0, TIMELINE, TIMELINE)
+    assert (action.readopt, action.lsn, action.timeline, action.claim_timeline) == (True, LSN, TIMELINE, TIMELINE)
+    further = only(FORMER.but(directory__end_of_wal=LSN + 500).decide(), AcquireLock)
+    assert (further.lsn, further.timeline) == (LSN + 500, TIMELINE)
 
 
 # --- somebody else leads -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from lock_world import Node, TrioClock, others_record, run, write
+from lock_world import Node, TrioClock, delete, others_record, run, write
 from msgspec.structs import replace
 
 from pgha.clock import remaining_s
@@ -188,6 +188,24 @@ def test_a_pause_that_was_wanted_when_the_store_went_away_is_in_force_only_once_
         await trio.sleep(5)
         assert (node.licence.endless, node.licence.by_failsafe, node.record.mode) == (True, False, "paused")
         assert node.record.sequence == node.licence.sequence, "later than any round, so that the guard takes it"
+    story(steps)
+
+
+def test_a_leader_whose_store_went_back_leads_on_by_the_others_word_until_its_old_record_is_deleted():
+    """Its own old record proves nothing (it may be another store than the others see), so it is never renewed by itself.
+    Deleting the key, an operator says that this store is the one."""
+    async def steps(node: Leader) -> None:
+        saved = node.world.save()
+        await trio.sleep(20)
+        node.world.restore(saved)
+        await trio.sleep(60)
+        assert node.licence.by_failsafe
+        assert "it was restored" in node.licence.failing_why
+        assert node.left_s() > 0
+        delete(node.world, LOCK)
+        await trio.sleep(5)
+        assert (node.licence.by_failsafe, node.licence.failing_why) == (False, "")
+        assert node.record.sequence == node.licence.sequence
     story(steps)
 
 

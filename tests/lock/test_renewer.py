@@ -306,6 +306,13 @@ def test_renewals_go_out_every_loop_wait_or_third_of_the_ttl(ttl_s, loop_wait_s,
     story(steps, ttl_s=ttl_s, loop_wait_s=loop_wait_s)
 
 
+def test_what_was_taken_or_adopted_with_a_position_keeps_it_until_a_server_answers():
+    async def steps(node: Node) -> None:
+        await trio.sleep(11)
+        assert (node.record.sequence, node.record.lsn, node.record.timeline) == (2, 100, 1)
+    story(steps)
+
+
 def test_the_position_goes_into_the_record():
     async def steps(node: Node) -> None:
         node.renewer.position = (12345, 7)
