@@ -307,6 +307,7 @@ class Agent:
 
     async def _meet_guard(self) -> None:
         """Before anything else: no primary runs without a guard, and a restarted agent asks it how long it may."""
+        await self._end_guard_stuck_before()
         status = await self._guard_there()
         primary = status.state in ("armed", "paused", "latched") and bool(self.machine.directory.processes())
         self.fence.adopt(status, primary=primary)
@@ -369,6 +370,18 @@ class Agent:
             nursery.start_soon(ends)
             await self.fence.silent.wait()
             nursery.cancel_scope.cancel()
+
+    async def _end_guard_stuck_before(self) -> None:
+        """One that is stuck since before this agent began, maybe beside a primary whose deadline passes now: it has told this
+        agent nothing, but the socket tells who listens."""
+        try:
+            await self.guard.status()
+        except GuardSilent:
+            guard = self.machine.read_proc(self.guard.listener) if self.guard.listener else None
+            if guard is not None:
+                await self._end_stuck_guard(guard)
+        except GuardError:
+            return      # nobody listens
 
     async def _end_stuck_guard(self, guard: Proc) -> None:
         """It protects nobody, and another cannot start beside it. Before its deadline, so that the next one, which goes

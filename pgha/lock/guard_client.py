@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -64,6 +66,8 @@ class GuardStatus(NamedTuple):
 class GuardStream(Protocol):
     """A connection to a guard: an open stream socket."""
 
+    listener: int       # pid of who listens there, 0 if that is not known
+
     async def send_all(self, data: bytes) -> None: ...
     async def receive_some(self, max_bytes: int) -> bytes: ...
     def close(self) -> None:
@@ -76,6 +80,7 @@ class UnixStream:
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._socket = stream.socket
+        self.listener: int = struct.unpack("iII", stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         self.send_all = stream.send_all
         self.receive_some = stream.receive_some
 
@@ -103,6 +108,7 @@ class GuardClient:
         self._lock = trio.Lock()
         self._open_stream = open_stream
         self._stream: GuardStream | None = None
+        self.listener = 0       # pid of the guard that was reached last, also if it said nothing
 
     async def arm(self, *, sequence: int, fence_at: Deadline, deadline_s: float = DEADLINE_S) -> GuardStatus:
         """A licence is committed: anything may run until `fence_at`. Only for sequences known to be committed."""
@@ -175,6 +181,7 @@ class GuardClient:
         try:
             if self._stream is None:
                 self._stream = await self._open_stream(self._path)
+                self.listener = self._stream.listener
             await self._stream.send_all(line)
             received = b""
             while not received.endswith(b"\n"):

@@ -14,7 +14,7 @@ import pytest
 import trio
 from guard_world import CLOCK, GuardProcess, Node, until
 
-from pgha.errors import GuardError
+from pgha.errors import GuardError, GuardSilent
 from pgha.lock.guard_client import GuardClient, agent_flock, ensure_running
 from pgha.lock.guard_look import flock_held
 
@@ -84,6 +84,10 @@ def test_a_frozen_guard_is_an_error_in_time_and_its_late_answer_nobodys(node: No
         with pytest.raises(GuardError, match="no acknowledgement within 0.3 s"):
             await client.arm(sequence=1, fence_at=CLOCK.now().plus_s(20))
         assert trio.current_time() - begun < 1
+        stranger = client_of(guard)
+        with pytest.raises(GuardSilent):
+            await stranger.status()
+        assert stranger.listener == guard.process.pid, "a restarted agent knows whom to end"
         os.kill(guard.process.pid, signal.SIGCONT)
         fence_at = CLOCK.now().plus_s(30)
         assert (await client.arm(sequence=2, fence_at=fence_at, deadline_s=2)).fence_at == fence_at

@@ -192,6 +192,7 @@ class GuardLine:
     def __init__(self, machine: SimMachine) -> None:
         self._machine = machine
         self._guard = machine.host.guard
+        self.listener: int = self._guard.pid
         self._received = b""
         self._news = trio.Event()
         self._ended = False
@@ -488,7 +489,9 @@ class SimMachine:
         return SimPostmaster(self, server) if server is not None else None
 
     def read_proc(self, pid: int) -> Proc | None:
-        server = self.instance.server
+        server, guard = self.instance.server, self.host.guard
+        if guard is not None and guard.pid == pid and guard.process.alive:
+            return Proc(pid, 1, 1, "S", "python3")
         if pid >= WALSENDER:
             return Proc(pid, 1, 1, "S", "postgres")
         if server is None:
@@ -501,6 +504,8 @@ class SimMachine:
         self.process.check()
         if proc.pid >= WALSENDER:
             self.instance.end_walsender(f"n{proc.pid - WALSENDER}")
+        elif self.host.guard is not None and proc.pid == self.host.guard.pid and number == signal.SIGKILL:
+            self.host.kill_guard()
         return True
 
     def ticks_now(self) -> int:

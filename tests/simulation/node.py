@@ -600,6 +600,7 @@ class AgentProcess:
         self.wake()
 
     async def _run(self) -> None:
+        await self._end_guard_stuck_before()
         status = await self._guard_there()
         primary = status.state in ("armed", "paused", "latched") and bool(self.machine.directory.processes())
         self.fence.adopt(status, primary=primary)
@@ -617,6 +618,18 @@ class AgentProcess:
             await self._loop()
             nursery.cancel_scope.cancel()
         await self._part()
+
+    async def _end_guard_stuck_before(self) -> None:
+        guard = self.host.guard
+        try:
+            await self.guard.status()
+        except GuardSilent:
+            if guard is not None and guard is self.host.guard:
+                self.world.trace(self.host.name, "stuck guard ended")
+                self.host.kill_guard()
+                await kernel.checkpoint()
+        except GuardError:
+            return
 
     async def _guard_there(self) -> GuardStatus:
         try:
