@@ -681,6 +681,8 @@ class Agent:
         if isinstance(action, Clone | Rewind) and ok:
             self._upstream = None
             self._cloned = self._cloned or isinstance(action, Clone)
+            if self.dynamic is not None and self._nursery is not None:
+                self._nursery.start_soon(self._cache_configuration, encode(self.dynamic))       # a copy holds what its source knew, which may be nothing
         if isinstance(action, Restart) and action.request_id:
             self.inbox.answer(action.request_id, 200 if ok else 503, "restarted successfully" if ok else f"restart failed: {why}")
 

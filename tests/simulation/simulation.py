@@ -161,7 +161,7 @@ class Simulation(World):
     def join(self, name: str) -> None:
         """A node that was not there before, under a new name."""
         host = self.add_host(name)
-        host.first_config = self.config
+        host.first_config = {k: v for k, v in self.config.items() if k != "pause"}      # of a moment, not of a file
         host.device.present = next(iter(self.hosts.values())).device.present
         self.count += 1
         self.equip(host)
@@ -232,8 +232,11 @@ class Simulation(World):
 
     def resume(self) -> None:
         """The store may have been rebuilt empty in a time of pause, and a leader that was cut off then brings its cached
-        configuration with it later: whoever resumes says it again."""
-        if self.store_config().get("pause"):
+        configuration with it later: whoever resumes says it again, and what else people decided when all was healed."""
+        config = self.store_config()
+        kept = self.options.draws >= 2 and any((config.get("postgresql") or {}).get(k) != self.config["postgresql"].get(k) for k in (
+            "remove_data_directory_on_diverged_timelines", "remove_data_directory_on_rewind_failure"))
+        if config.get("pause") or kept:
             self.trace("fault", "resumed once more")
             self.edges += 1
             self.change_config({"pause": False})

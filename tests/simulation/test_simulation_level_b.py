@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import trio
 import trio._core._run as core
 
+from pgha.postgres.files import read_dynamic_cache
+from tests.simulation.level_b import ShippedWorld
 from tests.simulation.main import failure, many
 from tests.simulation.scheduler import Scheduler
 from tests.simulation.simulation import Options
@@ -78,6 +81,19 @@ def test_a_frozen_process_does_nothing_and_goes_on_later_and_a_killed_one_never_
 def test_order_follows_from_the_seed() -> None:
     assert steps(1) == steps(1)
     assert any(steps(1) != steps(seed) for seed in range(2, 6))
+
+
+def test_a_copy_of_the_data_gets_the_configuration_of_the_cluster() -> None:
+    """It was read from the store before there was a data directory to keep it in."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as root:       # short: sockets lie there
+        world = ShippedWorld(Options(seed=1, level="b", nodes=3, ttl=30, program=()), Path(root))
+        try:
+            assert world.run.until(60.0, lambda: world.violations)
+            assert not world.why_not_settled()
+            kept = {h.name: read_dynamic_cache(h.disk.data_dir) for h in world.hosts.values()}
+        finally:
+            world.close()
+    assert all(kept.values()), kept
 
 
 def transcript(seed: int, hash_seed: str) -> str:
