@@ -8,8 +8,8 @@ from tests.simulation.faults import Step
 from tests.simulation.simulation import Options
 
 
-def _corner(seed: int, *steps: tuple[float, str, dict[str, Any], float], ttl: int = 5, nodes: int = 3) -> Options:
-    return Options(seed=seed, nodes=nodes, ttl=ttl, faults=len(steps), for_s=200.0, program=tuple(Step(*s) for s in steps))
+def _corner(seed: int, *steps: tuple[float, str, dict[str, Any], float], ttl: int = 5, nodes: int = 3, draws: int = 1) -> Options:
+    return Options(seed=seed, draws=draws, nodes=nodes, ttl=ttl, faults=len(steps), for_s=200.0, program=tuple(Step(*s) for s in steps))
 
 
 _LEADER = {"node": "leader"}
@@ -24,6 +24,9 @@ CORNERS: dict[tuple[str, str], Options] = {
     ("restart.data_is_not_behind_record", "refuses"): _corner(
         1, (130.0, "data backed up", _LEADER, 0.0), (135.0, "switchover", {"kind": "switchover", "candidate": ""}, 0.0),
         (150.0, "switchover", {"kind": "switchover", "candidate": ""}, 0.0), (200.0, "data from backup", {**_LEADER, "state_too": False}, 0.0), ttl=30, nodes=2),
+    # Watchdogs are required (so is this seed's world), and none can be opened when the leader dies.
+    ("promotion.watchdog_is_usable", "refuses"): _corner(
+        4, *((130.0, "watchdog fails", {"node": n}, 25.0) for n in ("n1", "n2", "n3")), (132.0, "power", _LEADER, 40.0), draws=2),
     # The store goes back to when this node led; meanwhile it was being rewound, and that has failed half way.
     ("restart.is_whole", "refuses"): _corner(
         1, (130.0, "store backup", {}, 0.0), (131.0, "programs fail", _LEADER, 120.0), (132.0, "partition", {**_LEADER, "shape": "from_all", "some": [], "members": []}, 20.0),

@@ -206,6 +206,8 @@ class Simulation(World):
         self.network.heal()
         self.store.heal()
         self.change_config({"pause": False})        # also in a store that was restored to a time of pause
+        if self._was_paused and KEYS.path("config") not in self.store.world._entries:
+            self.store.put(KEYS.path("config"), json.dumps(self.config).encode())      # lost in pause: who resumes writes it anew
         if self.options.draws >= 2:
             # People look, and let what diverged be replaced.
             self.change_config({"postgresql": {**self.config["postgresql"], "remove_data_directory_on_diverged_timelines": True,
