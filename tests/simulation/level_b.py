@@ -104,6 +104,8 @@ class AgentProcess:
         world.trace(host.name, "agent has stopped")
         self._ended()
         host.kill_guard()
+        if host.wanted:
+            host.agent_ended(RESTART_S)     # it was to start again while it was still stopping: systemd has waited
 
     def _failed(self, error: BaseException) -> None:
         if not self.process.alive:
