@@ -148,7 +148,7 @@ class DataDirectoryReader:
         timeline = timeline or (end[2] if end else 0) or max(control.timeline, control.min_recovery_timeline)
         return replace(
             facts, state="valid", why=why, control=control, end_of_wal=end[1] if end else 0, end_of_wal_timeline=end[2] if end else 0,
-            history=await self._history_of(timeline), history_of=timeline)
+            history=await self._history_of(timeline, again=not running), history_of=timeline)
 
     async def _look(self) -> _Looked:
         """The look itself; a thread that the disk keeps is left behind, and `_looking` stays true until it returns."""
@@ -162,11 +162,12 @@ class DataDirectoryReader:
 
         return await self._in_thread(look, abandon_on_cancel=True)
 
-    async def _history_of(self, timeline: int) -> tuple[HistoryRow, ...]:
-        """A timeline's history never changes once the server is on it."""
+    async def _history_of(self, timeline: int, *, again: bool) -> tuple[HistoryRow, ...]:
+        """A timeline's history never changes while a server is on it; at rest other data may have taken the place of this,
+        with another branch of the same number."""
         if timeline <= 1:
             return ()
-        if self._history[0] != timeline or not self._history[1]:
+        if again or self._history[0] != timeline or not self._history[1]:
             path = self._data_dir / "pg_wal" / f"{timeline:08X}.history"
             self._history = (timeline, await self._in_thread(partial(_read_history, path), abandon_on_cancel=True))
         return self._history[1]

@@ -112,6 +112,7 @@ class Simulation(World):
         self._tampered_ns: int | None = None
         self._replaced = self._was_paused = False
         self._manual_ns: int | None = None
+        self._on_again_ns: int | None = None    # when the synchronous mode was last switched on
         after_change = self.store._after_change
 
         def noticed() -> None:
@@ -292,9 +293,11 @@ class Simulation(World):
         return manual or self.store_was_tampered(150.0) or self._replaced
 
     def promise_is_void(self) -> bool:
-        """An operator has forced a failover, or the store has lost who the synchronous standbys were."""
+        """An operator has forced a failover, or the store has lost who the synchronous standbys were, or the mode was switched
+        off: that lets anybody lead (pgha.decide.eligible), also before a leader has emptied `/sync`."""
         manual = self._manual_ns is not None and self.scheduler.now_ns - self._manual_ns < 90 * SECOND
-        return manual or self._replaced
+        off = not self.store_config().get("synchronous_mode") or (self._on_again_ns is not None and self.scheduler.now_ns - self._on_again_ns < 5 * SECOND)
+        return manual or off or self._replaced
 
     def store_tampered(self) -> None:
         self._tampered_ns = self.scheduler.now_ns
@@ -341,6 +344,8 @@ class Simulation(World):
         self.store.put(KEYS.path("failover"), value)
 
     def change_config(self, change: dict[str, Any]) -> None:
+        if change.get("synchronous_mode") and not self.config.get("synchronous_mode"):
+            self._on_again_ns = self.scheduler.now_ns
         self.config = {**self.config, **change}
         self._was_paused = self._was_paused or bool(change.get("pause"))
         self.longest_ttl_s = max(self.longest_ttl_s, float(self.config["ttl"]))
