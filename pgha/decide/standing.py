@@ -74,9 +74,10 @@ def standing(o: Observation) -> Standing:
     if record.mode == "released":
         return Standing(whose=Whose.FREE, because=f"released by {record.holder}", record=record)
     if record.node_id == o.me.node_id and (record.incarnation != o.me.incarnation or licence.state is LicenceState.NONE
-                                           or (record.mode == "paused" and licence.state is LicenceState.RELEASING)):
-        # Of an earlier process, of this one whose licence ran out before anybody took over, or one whose release got lost
-        # (a paused record would stand for ever; an exact compare lets only one of both writes happen).
+                                           or record.mode == "paused"):
+        # Of an earlier process, of this one whose licence ran out before anybody took over, or a paused one, which would
+        # stand for ever: its release got lost, or the store was restored to it after the licence was over (an exact
+        # compare lets only one of two writes happen).
         return Standing(whose=Whose.OWN_FORMER, because="this node's own record, without a valid licence", record=record)
     left = _expiry_s(o, record) - age_s
     if record.mode == "paused":

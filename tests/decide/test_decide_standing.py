@@ -49,6 +49,8 @@ STANDINGS = [
     ("of this process, being released, expired", seen(record("b"), age_s=31, licence=Licence(state=LicenceState.RELEASING)), Whose.FREE, "b's record", 0),
     ("own, store restored", seen(record("b", incarnation="run-0"), **UNTRUSTED), Whose.LIVE, "no record is believed", 20),
     ("own, paused", seen(record("b", incarnation="run-0", mode="paused")), Whose.OWN_FORMER, "own record", 0),
+    ("of this process, paused, after its licence was lost", seen(record("b", mode="paused"), licence=Licence(state=LicenceState.LOST)), Whose.OWN_FORMER, "own record", 0),
+    ("of this process, held, after its licence was lost", seen(record("b"), licence=Licence(state=LicenceState.LOST)), Whose.LIVE, "held by b", 28.3),
     ("of another node of this name", seen(record("b", node_id="id-x")), Whose.IMPOSTOR, "another node (id id-x) holds the lock under the name b", 0),
     ("of another node of this name, expired", seen(record("b", node_id="id-x"), age_s=30.31), Whose.FREE, "b's record was seen unchanged", 0),
     ("of another node of this name, released", seen(record("b", node_id="id-x", mode="released")), Whose.FREE, "released by b", 0),
