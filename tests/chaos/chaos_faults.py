@@ -358,16 +358,17 @@ def _(bed, host, chance):
 
 @fault("disk stutters", touches=DISK)
 def _(bed, host, chance):
-    """As a storage network does that is about to fail: it hangs for half a second, again and again. Done by a child, which ends it, too."""
-    loop = f'while :; do fsfreeze -f "{host.disk}"; sleep 0.5; fsfreeze -u "{host.disk}"; sleep 0.2; done'
-    child = subprocess.Popen(["bash", "-c", loop], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    """As a storage network does that is about to fail: it hangs for half a second, again and again. Done by a child, which ends when
+    its input does, after a thaw: killed in the middle of a freeze, which goes on in the kernel, it would leave the disk frozen."""
+    loop = f'while fsfreeze -f "{host.disk}"; sleep 0.5; fsfreeze -u "{host.disk}"; read -r -t 0.2; [ $? -gt 128 ]; do :; done'
+    child = subprocess.Popen(["bash", "-c", loop], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                              env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"}, start_new_session=True)
+    assert child.stdin is not None
     try:
         yield host.name
     finally:
-        os.killpg(child.pid, signal.SIGKILL)
+        child.stdin.close()
         child.wait(_COMMAND_S)
-        subprocess.run(["fsfreeze", "-u", host.disk], capture_output=True, check=False, timeout=_COMMAND_S, env={"PATH": "/usr/sbin:/sbin"})
 
 
 def _fsfreeze(what: str, host: Host) -> None:
