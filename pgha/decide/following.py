@@ -87,11 +87,25 @@ def _upstream(o: Observation, leader: Member | None) -> Source | None:
     tags, view = o.settings.tags, view_of(o)
     if tags.nostream:
         return None
-    chosen = view.members.get(tags.replicatefrom) if tags.replicatefrom and tags.replicatefrom != o.me.name else None
-    member = chosen if chosen is not None and chosen.state == "running" and chosen.host else leader
+    chosen = view.members.get(tags.replicatefrom) if tags.replicatefrom else None
+    fit = chosen is not None and chosen.state == "running" and chosen.host and not _in_a_circle(o, leader)
+    member = chosen if fit else leader
     if member is None or not member.host or member.name == o.me.name:
         return None
     return source_of(member)
+
+
+def _in_a_circle(o: Observation, leader: Member | None) -> bool:
+    """Does the chain of replicatefrom come back to this node? Who streams from itself, over however many, gets nothing."""
+    view, passed = view_of(o), set[str]()
+    name = o.settings.tags.replicatefrom
+    while name and name not in passed and (leader is None or name != leader.name):
+        if name == o.me.name:
+            return True
+        passed.add(name)
+        member = view.members.get(name)
+        name = member.tags.replicatefrom if member is not None and member.state == "running" else None
+    return False
 
 
 def follows_wanted(o: Observation, upstream: Source | None) -> Reason:
