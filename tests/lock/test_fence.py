@@ -299,8 +299,8 @@ def test_a_lapsed_mandate_ends_writes_in_order_and_gives_the_lock_back(node: Nod
     node.start()
 
     async def main(agent: Agent) -> None:
-        agent.renewer.position = (4711, 1)
         await agent.acquire()
+        agent.renewer.position = (4711, 1)      # as each pass of the loop says it anew
         await agent.fence.armed()
         agent.mandate(0.5)
         wakes = agent.wakes
