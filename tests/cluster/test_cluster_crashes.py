@@ -57,8 +57,7 @@ def test_an_agent_killed_and_started_at_once_is_not_noticed_by_any_client(cluste
         assert len(verdict.reigns) == 1
         assert leader.postmaster() == postmaster
         assert traffic.failures_of(leader)[failures:] == []
-        # The same server, and no failure: how long a write took then is the machine's business, and the benchmark's.
-        assert verdict.gap.length_s < cluster.profile.ttl
+        assert verdict.gap.length_s < 1
 
 
 def test_an_agent_killed_and_not_started_again(cluster):
