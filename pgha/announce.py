@@ -20,6 +20,7 @@ from pgha.errors import DcsError, DcsUnreachable, LeaseLost
 from pgha.log import Log
 from pgha.model.decision import Decision
 from pgha.model.observation import Observation
+from pgha.model.wal import claim_of
 
 log = Log("pgha.dcs")
 
@@ -32,7 +33,9 @@ POSITIONS = ("xlog_location", "receive_lsn", "replay_lsn")
 
 
 def member_value(seen: Observation, decision: Decision, *, api_url: str, conn_url: str, checkpoint_pending: bool, proxy_url: str = "") -> dict[str, Any]:
-    """The object of compatibility spec 1.2, in the order of fields that it is written in."""
+    """The object of compatibility spec 1.2, in the order of fields that it is written in. pgha.claim, of `timeline`, is there
+    once the directory was read on it: others compare it with their own before they stream from here (decide/following.py)."""
+    own: dict[str, Any] = {"version": __version__, "node_id": seen.me.node_id}
     row = seen.postgres.row if seen.postgres.alive else None
     value: dict[str, Any] = {"conn_url": conn_url, "api_url": api_url, "state": decision.state, "role": decision.role, "version": COMPATIBLE_VERSION}
     if proxy_url:
@@ -59,9 +62,12 @@ def member_value(seen: Observation, decision: Decision, *, api_url: str, conn_ur
         timeline = (row.receiver.timeline if row.in_recovery and row.receiver else 0) or row.timeline
         if timeline:
             value["timeline"] = timeline
+            history = seen.directory.history_on(timeline)
+            if history is not None and seen.directory.state != "unknown":
+                own["claim"] = claim_of(history)
     if decision.paused:
         value["pause"] = True
-    value["pgha"] = {"version": __version__, "node_id": seen.me.node_id}
+    value["pgha"] = own
     return value
 
 

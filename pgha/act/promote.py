@@ -1,5 +1,8 @@
 """Leave recovery on exactly the timeline that was claimed, or not at all (safety model 7).
 
+Which claim it was is written into the history beforehand (postgres/histories.py): an agent that dies right after the
+promotion leaves data that tells whose it is.
+
 Blocked numbers stay blocked after a promotion. Measured on PostgreSQL 15: a standby asks its upstream for the history
 file of *every* number between its own timeline and the upstream's, and cannot stream while one is missing; and it looks
 for the newest timeline number by number, stopping at the first gap. The comment-only files travel to the standbys that
@@ -51,6 +54,8 @@ async def promote(ctx: Context, action: Promote, progress: Progress) -> dict[str
                 progress(f"blocking timelines {action.block}" if action.block else "asking the guard")
                 await _names_are_set(conn, action)
                 await _block(ctx, action, blocked)
+                if await ctx.on_disk(histories.claim_timeline, ctx.data_dir, action.leaving, _claim(ctx, action)):
+                    blocked.append(action.leaving)
                 times.mark("block")
                 await ctx.fence.armed()
                 times.mark("armed")
@@ -99,6 +104,12 @@ async def _block(ctx: Context, action: Promote, blocked: list[int]) -> None:
             blocked.append(number)  # noqa: PERF401  (a cancel must find those that were made)
 
 
+def _claim(ctx: Context, action: Promote) -> str:
+    """No two promotions have the same: the sequence counts what one incarnation has written. Shown to people, so the name first."""
+    licence = ctx.renewer.licence
+    return f"timeline {action.timeline} by {ctx.me.name}, {ctx.me.incarnation}/{licence.sequence}, epoch {action.epoch}"
+
+
 async def _unblock(ctx: Context, blocked: list[int]) -> None:
     with trio.move_on_after(CLEAN_UP_S, shield=True):
         for number in blocked:
@@ -112,3 +123,4 @@ def _close_gaps(ctx: Context, timeline: int) -> None:
     """A node that was cloned has no history files of the timelines before its first: standbys would ask for them."""
     for number in range(2, timeline):
         histories.block_timeline(ctx.data_dir, number, "history not known here")
+    histories.unblock_timeline(ctx.data_dir, 1)     # it was made for the claim; PostgreSQL never asks for it

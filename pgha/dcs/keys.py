@@ -31,6 +31,7 @@ from pgha.model.cluster import (
     Tags,
 )
 from pgha.model.lock import Epoch, LockRecord
+from pgha.model.wal import LONGEST_CLAIM
 
 LOCK = "pgha/lock"
 EPOCH = "pgha/epoch"
@@ -329,7 +330,8 @@ def member_from(name: str, raw: dict[str, Any], *, revision: int = 0, lease: int
         replay_lsn=_integer(raw.get("replay_lsn")), replication_state=_string(raw.get("replication_state")),
         timeline=_integer(raw.get("timeline")), pause=raw.get("pause") is True,
         checkpoint_after_promote=checkpoint if isinstance(checkpoint, bool) else None,
-        node_id=_string(own.get("node_id")) if isinstance(own, dict) else "", is_pgha=isinstance(own, dict), raw=raw,
+        node_id=_string(own.get("node_id")) if isinstance(own, dict) else "", is_pgha=isinstance(own, dict),
+        claim=_claim(own.get("claim")) if isinstance(own, dict) else None, tells_claim=isinstance(own, dict) and "claim" in own, raw=raw,
     )
 
 
@@ -346,6 +348,11 @@ def encode_history(rows: tuple[HistoryEntry, ...]) -> bytes:
 
 def _string(value: Any) -> str:
     return value if isinstance(value, str) else ""
+
+
+def _claim(value: Any) -> str | None:
+    """As long as parse_history_file takes it."""
+    return value[:LONGEST_CLAIM] if isinstance(value, str) else None
 
 
 def _is_integer(value: Any) -> bool:

@@ -81,9 +81,8 @@ def stop_timeout_s(o: Observation) -> float:
 
 
 def own_history(o: Observation, timeline: int) -> tuple[HistoryRow, ...] | None:
-    """The history of the own `timeline`; None if the directory was last read on another one: a standby goes over to its
-    upstream's new timeline at any moment, and the old history, compared with the new one, looks like another promotion."""
-    return o.directory.history if o.directory.history_of in (0, timeline) else None
+    """The history of the own `timeline`; None if it is not known."""
+    return o.directory.history_on(timeline)
 
 
 def reason(rule: str, holds: bool, because: str) -> Reason:  # noqa: FBT001  (the verdict is what the reader looks for)

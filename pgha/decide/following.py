@@ -15,7 +15,7 @@ from pgha.model.cluster import Member, is_system_identifier
 from pgha.model.decision import Decision, Memory, PeerQuestion, Reason, Vote
 from pgha.model.node import Row
 from pgha.model.observation import Observation
-from pgha.model.wal import Position
+from pgha.model.wal import Position, claim_of
 
 #: A standby that does not stream for so long looks whether it can at all.
 LOOK_AFTER_S = 1.0
@@ -35,13 +35,21 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if row is None:
         return replace(decision, summary=f"PostgreSQL is {o.postgres.process} ({o.postgres.answer})", wake_in_s=min(wake_in_s, 0.5))
     leader = leader_member(o, now.holder)
-    upstream = _upstream(o, leader)
+    server = _upstream(o, leader)
+    upstream = source_of(server) if server is not None else None
     actions: list[Action] = []
     view = view_of(o)
     if view.initialize is None and is_system_identifier(row.system_identifier) and _is_the_clusters(o, row):
         actions.append(WriteInitialize(value=row.system_identifier, if_revision=view.revision_of("initialize")))
-    wanted = follows_wanted(o, upstream)
-    if not wanted.holds:
+    wanted, same = follows_wanted(o, upstream), one_history(o, row, server)
+    if not same.holds:
+        decision = replace(decision, reasons=(*decision.reasons, same))
+    if _claims_differ(o, row, server):
+        if paused.in_force(o):
+            return replace(decision, summary=f"cannot follow {now.holder} as it is, and is left alone in pause: {same.because}", memory=memory)
+        return replace(decision, summary=f"cannot follow {now.holder} as it is: {same.because}", memory=memory, wake_in_s=0.5,
+                       actions=(*actions, Stop(why=same.because, timeout_s=60.0)))
+    if not wanted.holds and same.holds:
         actions.append(Follow(upstream=upstream, slot_name=own_slot_name(o) if upstream else ""))
     looked = _look(o, memory, leader)
     if looked is not None:
@@ -82,7 +90,7 @@ def _with_upstream(action: Action, upstream: Source | None, slot_name: str) -> A
     return replace(action, upstream=upstream, slot_name=slot_name if upstream else "") if isinstance(action, Restart) else action
 
 
-def _upstream(o: Observation, leader: Member | None) -> Source | None:
+def _upstream(o: Observation, leader: Member | None) -> Member | None:
     """Whom to stream from: the member named by replicatefrom if it runs, else the leader; nobody with nostream."""
     tags, view = o.settings.tags, view_of(o)
     if tags.nostream:
@@ -92,7 +100,35 @@ def _upstream(o: Observation, leader: Member | None) -> Source | None:
     member = chosen if fit else leader
     if member is None or not member.host or member.name == o.me.name:
         return None
-    return source_of(member)
+    return member
+
+
+def one_history(o: Observation, row: Row, server: Member | None) -> Reason:
+    """May this standby stream from that member, by the timelines of both? A walreceiver asks for no more than the number: where
+    two promotions took the same (a store was restored), it would go on behind rows of its own (safety model 7).
+
+    A lower number, or one whose claim is not told yet: it is about to promote, to a number that might be ours.
+    """
+    rule = "following.one_history"
+    own = _own_claim(o, row)
+    if server is None or not server.is_pgha or own is None:
+        return reason(rule, True, "nothing to compare")
+    if not server.timeline:
+        return reason(rule, False, f"{server.name} has not said yet on which timeline it is")     # nor does it answer anybody
+    if server.timeline != row.timeline:
+        return reason(rule, server.timeline > row.timeline, f"own timeline is {row.timeline}, {server.name}'s {server.timeline}")
+    if _claims_differ(o, row, server):
+        return reason(rule, False, f"both on timeline {row.timeline}, but it began as '{own}' here and as '{server.claim}' at {server.name}")
+    return reason(rule, server.tells_claim, f"both on timeline {row.timeline}" + ("" if server.tells_claim else f", and {server.name} has not said yet which"))
+
+
+def _claims_differ(o: Observation, row: Row, server: Member | None) -> bool:
+    own = _own_claim(o, row)
+    return server is not None and server.timeline == row.timeline and None not in (own, server.claim) and own != server.claim
+
+
+def _own_claim(o: Observation, row: Row) -> str | None:
+    return claim_of(own_history(o, row.timeline) or ())
 
 
 def _in_a_circle(o: Observation, leader: Member | None) -> bool:

@@ -88,7 +88,7 @@ def _promote(o: Observation, memory: Memory) -> Decision:
     reasons = (*reasons, *synchronously)
     if all(r.holds for r in reasons):
         claim = view.epoch.timeline
-        promote = Promote(timeline=claim, block=tuple(range(row.timeline + 1, claim)), epoch=view.epoch.number, synchronous_names=o.written_names.names)
+        promote = Promote(timeline=claim, leaving=row.timeline, block=tuple(range(row.timeline + 1, claim)), epoch=view.epoch.number, synchronous_names=o.written_names.names)
         return Decision(situation="leading", summary=f"promoting to timeline {claim} from {format_lsn(row.position)}", reasons=reasons, actions=(promote,),
                         memory=memory, state="running", role="replica")
     return Decision(situation="leading", summary="holding the lock, not promoting: " + "; ".join(r.because for r in reasons if not r.holds), reasons=reasons,

@@ -37,11 +37,10 @@ def judge(own: Position, own_history: tuple[HistoryRow, ...], upstream: Upstream
     def verdict(what: Verdict, text: str) -> Judgement:
         return Judgement(verdict=what, because=reason("rejoin.judge", what is Verdict.FOLLOW, text))
 
+    two = _two_promotions(own_history, _until(own.timeline, upstream), same_timeline=own.timeline == upstream.timeline)
+    if two is not None:
+        return verdict(*two)
     if own.timeline == upstream.timeline:
-        ours, theirs = _branch(own_history), _branch(upstream.history)
-        if ours and theirs and ours != theirs:
-            # Two promotions that took the same number: pg_rewind would see nothing to do (measured; safety model 7).
-            return verdict(Verdict.CLONE, f"both on timeline {own.timeline}, but it branched at {format_lsn(ours[-1][1])} here and at {format_lsn(theirs[-1][1])} there")
         if asked_later and not upstream.in_recovery and own.lsn > upstream.lsn > 0:
             # Nobody has more than the primary that he had it from: two promotions took the same number at the same point, or it lost its own.
             return verdict(Verdict.CLONE, f"both on timeline {own.timeline}, but own WAL ends at {format_lsn(own.lsn)} and {upstream.name}'s, a primary's, at {format_lsn(upstream.lsn)}")
@@ -61,8 +60,32 @@ def interrupted() -> Judgement:
     return Judgement(verdict=Verdict.REWIND, because=reason("rejoin.judge", False, "a rewind of this data was begun and not ended"))
 
 
-def _branch(history: tuple[HistoryRow, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple((row.timeline, row.switch_lsn) for row in history)
+def _until(timeline: int, upstream: Upstream) -> tuple[HistoryRow, ...]:
+    """How the upstream's `timeline` came to be: what its history says of those before; () if it never was on it, or does not say."""
+    if timeline == upstream.timeline:
+        return upstream.history
+    numbers = [row.timeline for row in upstream.history]
+    return upstream.history[:numbers.index(timeline)] if timeline in numbers else ()
+
+
+def _two_promotions(ours: tuple[HistoryRow, ...], theirs: tuple[HistoryRow, ...], *, same_timeline: bool) -> tuple[Verdict, str] | None:
+    """Do two histories of one timeline tell of different promotions, by which it or an earlier one came to its number?
+
+    The files are copied byte by byte from node to node; who lacks the beginning (a clone's first) has the same end.
+    """
+    for mine, its in reversed(list(zip(reversed(ours), reversed(theirs), strict=False))):
+        if (mine.timeline, mine.switch_lsn) != (its.timeline, its.switch_lsn):
+            # pg_rewind finds where that was, unless it sees one number at both ends: then it sees nothing to do.
+            return (Verdict.CLONE if same_timeline else Verdict.REWIND), (
+                f"one number, but it branched at {_left(mine)} here and at {_left(its)} there")
+        if mine.claim != its.claim:
+            # Number and place say the same, so pg_rewind would see nothing to do (measured; safety model 7).
+            return Verdict.CLONE, f"two promotions took one number at {_left(mine)}: '{mine.claim}' here, '{its.claim}' there"
+    return None
+
+
+def _left(row: HistoryRow) -> str:
+    return f"{format_lsn(row.switch_lsn)} of timeline {row.timeline}"
 
 
 def rewind_conditions(o: Observation, memory: Memory) -> tuple[Reason, ...]:

@@ -12,8 +12,8 @@ Rules of this file:
 
 How soon: the deadline itself: 1 ms (poll) plus scheduling. A server that appears while latched: inotify tells within
 about a millisecond, without inotify a look every 20 ms; starting takes PostgreSQL longer than that. A promotion
-behind the agent's back: the removal of standby.signal, which comes before the first write (without inotify: within
-50 ms, and then there may have been writes). The death of a postmaster: its pidfd.
+behind the agent's back: the file `promote`, with which it begins, and the removal of standby.signal, which comes some
+milliseconds before the first write (without inotify: within 50 ms, and then there may have been writes). The death of a postmaster: its pidfd.
 """
 
 from __future__ import annotations
@@ -348,8 +348,9 @@ class Guard:
             # Not when it is created: killed before its first write, a postmaster leaves an empty postmaster.pid, and
             # PostgreSQL refuses to start beside one for ever. One that stays in between is the next tick's.
             self._fence(self._held)
-        elif self._held.state is State.STANDBY and news.signal_removed and self._server is not None:
-            self._fence(latched(self._held, "standby.signal was removed under a running server"))
+        elif self._held.state is State.STANDBY and (news.signal_removed or news.promotion_asked) and self._server is not None:
+            self._fence(latched(self._held, "the file promote was made: somebody else promotes this server" if news.promotion_asked
+                                else "standby.signal was removed under a running server"))
         if any(news):
             self._looker.ask()
 

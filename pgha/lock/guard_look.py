@@ -42,6 +42,7 @@ class News(NamedTuple):
     pid_touched: bool = False        # it changed in any way
     signal_removed: bool = False     # standby.signal was removed or renamed away
     signal_touched: bool = False     # standby.signal changed in any way
+    promotion_asked: bool = False    # the file `promote` was made: pg_ctl promote and pg_promote() both begin so
     other: bool = False              # the directory itself moved or went, or events were lost
 
 
@@ -112,6 +113,8 @@ class Looker:
             elif name == b"standby.signal":
                 flags["signal_touched"] = True
                 flags["signal_removed"] |= bool(mask & (_IN_DELETE | _IN_MOVED_FROM))
+            elif name == b"promote":
+                flags["promotion_asked"] |= bool(mask & (_IN_CREATE | _IN_MOVED_TO))
         return News(**flags)
 
     # --- the thread ---

@@ -340,6 +340,8 @@ class _Kill:
         """Stop the roots so that they fork and reap no more, kill their children until no new one shows, kill them."""
         for root in roots:
             send(root, signal.SIGSTOP)
+            for child in children_of(root.pid):     # those that are there need not wait for the postmaster to have stopped
+                self.kill(child)
         _wait_stopped(roots)
         for root in roots:
             for _ in range(MAX_ROUNDS):

@@ -169,12 +169,13 @@ class StartPrimary(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Promote(Struct, frozen=True, kw_only=True, tag=True):
-    """Promote to exactly `timeline`; `block` are the numbers below it that are to be made unusable first.
+    """Promote from the timeline `leaving` to exactly `timeline`; `block` are the numbers between that are to be made unusable first.
 
     `synchronous_names`: what synchronous_standby_names must be when it begins; None: the operator's own.
     """
 
     timeline: int
+    leaving: int
     block: tuple[int, ...]
     epoch: int
     synchronous_names: str | None = None

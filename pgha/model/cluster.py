@@ -75,6 +75,8 @@ class Member(Struct, frozen=True, kw_only=True):
     checkpoint_after_promote: bool | None = None
     node_id: str = ""           # pgha's own; empty for a member of another make
     is_pgha: bool = False
+    claim: str | None = None    # by which claim `timeline` began (model.wal.claim_of), once it `tells_claim`
+    tells_claim: bool = False
     raw: dict[str, Any] = {}
 
     @property

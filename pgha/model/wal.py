@@ -34,20 +34,43 @@ class Position(Struct, frozen=True, kw_only=True, order=False):
 
 
 class HistoryRow(Struct, frozen=True, kw_only=True):
-    """One ended timeline: it was left at `switch_lsn` for the next row's timeline (or the history's own)."""
+    """One ended timeline: it was left at `switch_lsn` for the next row's timeline (or the history's own).
+
+    `claim`: by which claim that next timeline was begun, "" if pgha did not promote. Two promotions that took the same
+    number at the same place differ in this alone (safety model 7).
+    """
 
     timeline: int
     switch_lsn: int
     reason: str = ""
+    claim: str = ""
+
+
+#: A comment that ends with whose promotion the next row is; PostgreSQL copies a parent's file into its own as it is.
+_CLAIM = "# pgha: claim: "
+LONGEST_CLAIM = 200
+
+
+def claim_line(claim: str) -> str:
+    """The line of a history file that says by which claim the next row's timeline was left."""
+    return f"{_CLAIM}{' '.join(claim.split())[:LONGEST_CLAIM]}\n"
+
+
+def claim_of(history: tuple[HistoryRow, ...]) -> str | None:
+    """By which claim the timeline began whose history this is; "" by none of pgha's, None: not known (or the first)."""
+    return history[-1].claim if history else None
 
 
 def parse_history_file(text: str) -> tuple[HistoryRow, ...]:
-    """Rows of a `<timeline>.history` file (chapter 26.3.6). Comment lines and empty lines are skipped.
+    """Rows of a `<timeline>.history` file (chapter 26.3.6). Other comments than claims and empty lines are skipped.
 
     ValueError names the line that is not a row.
     """
     rows = []
+    claim = ""
     for line in text.splitlines():
+        if line.startswith(_CLAIM):
+            claim = line[len(_CLAIM):].strip()[:LONGEST_CLAIM]     # the last before a row counts: others were given up
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         parts = line.split("\t", 2) if "\t" in line else line.split(None, 2)
@@ -55,7 +78,8 @@ def parse_history_file(text: str) -> tuple[HistoryRow, ...]:
             raise ValueError(f"not a timeline history row: {line[:80]!r}")
         if not _TIMELINE.fullmatch(parts[0].strip()) or not 0 < int(parts[0]) < 1 << 32:
             raise ValueError(f"not a timeline: {parts[0][:40]!r}")
-        rows.append(HistoryRow(timeline=int(parts[0]), switch_lsn=parse_lsn(parts[1]), reason=parts[2].strip() if len(parts) > 2 else ""))
+        rows.append(HistoryRow(timeline=int(parts[0]), switch_lsn=parse_lsn(parts[1]), reason=parts[2].strip() if len(parts) > 2 else "", claim=claim))
+        claim = ""
     return tuple(rows)
 
 

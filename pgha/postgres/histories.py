@@ -4,6 +4,11 @@ A promotion takes the next number for which no history file exists. A file with 
 its number, while a standby that sees it does not follow it: the timeline it names descends from nothing (both measured,
 safety model 7). Blocks must be contiguous from the own timeline on, or the number before the gap is taken.
 
+By which claim a promotion took its number stands in the same files: PostgreSQL (writeTimeLineHistory) copies the file of
+the timeline that it leaves into the new one, comments too, and a walreceiver, a backup, an archive and pg_rewind carry it on
+byte by byte. So a comment that is appended to the old timeline's file before the promotion goes wherever the new one goes.
+The old timeline may have no file (timeline 1 has none): one without rows does the same.
+
 Whoever follows somebody else must have removed his blocks: a walreceiver does not fetch a history whose file is there,
 so a standby with a block stays for ever behind the primary that really took the number (measured).
 """
@@ -16,12 +21,13 @@ from pathlib import Path
 from msgspec import Struct
 
 from pgha.errors import PostgresError
-from pgha.model.wal import HistoryRow, parse_history_file
+from pgha.model.wal import HistoryRow, claim_line, parse_history_file
 from pgha.postgres.files import read_beginning, remove_file, write_file
 
 _NAME = re.compile(r"([0-9A-F]{8})\.history")
-#: The first words of a block of ours; whatever else a file says, it is none.
-_BLOCK = "# pgha: number taken: "
+#: A block of ours begins so, and says nothing that is not a comment of ours.
+_OURS = "# pgha: "
+_BLOCK = f"{_OURS}number taken: "
 #: A history is a few lines; anything longer is damage.
 _LIMIT_BYTES = 1024 * 1024
 
@@ -35,7 +41,6 @@ class HistoryFile(Struct, frozen=True, kw_only=True):
 
 
 def _path(data_dir: Path, timeline: int) -> Path:
-    assert timeline > 1, timeline  # timeline 1 has no history
     return data_dir / "pg_wal" / f"{timeline:08X}.history"
 
 
@@ -71,11 +76,24 @@ def read_history(data_dir: Path, timeline: int) -> HistoryFile | None:
 
 def block_timeline(data_dir: Path, timeline: int, comment: str) -> bool:
     """Keep a promotion from taking `timeline`. False if a file of that number is there already (a history, or a block)."""
+    assert timeline > 1, timeline  # nobody takes that
     path = _path(data_dir, timeline)
     if path.exists():
         return False
     write_file(path, f"{_BLOCK}{' '.join(comment.split())}\n")
     return True
+
+
+def claim_timeline(data_dir: Path, leaving: int, claim: str) -> bool:
+    """The promotion that is about to leave timeline `leaving` will say, in the new timeline's history, that it was `claim`.
+    True if there was no file for it to stand in, and one like a block was made. PostgresError if its file cannot be one."""
+    path = _path(data_dir, leaving)
+    made = not path.exists()
+    text = f"{_BLOCK}its own history is not known here\n" if made else _read(path)
+    if len(text) >= _LIMIT_BYTES:
+        raise PostgresError(f"{path}: longer than any timeline history")
+    write_file(path, text + ("" if text.endswith("\n") or not text else "\n") + claim_line(claim))
+    return made
 
 
 def unblock_timeline(data_dir: Path, timeline: int) -> bool:
@@ -108,4 +126,4 @@ def unblock_all(data_dir: Path) -> list[int]:
 
 
 def _is_block(text: str) -> bool:
-    return text.startswith(_BLOCK) and text.count("\n") == 1
+    return text.startswith(_BLOCK) and all(line.startswith(_OURS) for line in text.splitlines())

@@ -111,11 +111,11 @@ def test_promotion_needs_the_claimed_timeline(bed):
             await one.operate(a.Demote(mode="fast", release=True, checkpoint=True, why="test", timeout_s=20))
             await two.quick(a.Freeze(epoch=1))
             with pytest.raises(GuardError, match="no licence"):
-                await two.operate(a.Promote(timeline=2, block=(), epoch=2))
+                await two.operate(a.Promote(timeline=2, leaving=1, block=(), epoch=2))
             assert (await two.sql("SELECT pg_is_in_recovery()")) == [("t",)]
             await two.take_lock(claim=3)
             with pytest.raises(OperationFailed, match="promoted to timeline 2, but 3 was claimed"):
-                await two.operate(a.Promote(timeline=3, block=(), epoch=2))
+                await two.operate(a.Promote(timeline=3, leaving=1, block=(), epoch=2))
             assert not two.living() and two.standby_signal
     trio.run(main)
 
@@ -128,14 +128,14 @@ def test_cancelled_promotion_is_given_up_whole(bed):
             await one.operate(a.Demote(mode="fast", release=True, checkpoint=False, why="test", timeout_s=20))
             histories.block_timeline(two.data_dir, 2, "of an earlier claim")
             with pytest.raises(GuardError, match="no licence"):
-                await two.operate(a.Promote(timeline=4, block=(2, 3), epoch=2))
+                await two.operate(a.Promote(timeline=4, leaving=1, block=(2, 3), epoch=2))
             assert list(histories.blocked_timelines(two.data_dir)) == [2], "not its own to free"
             histories.unblock_all(two.data_dir)
             await two.take_lock(claim=4)
-            await cancelled_at(two, a.Promote(timeline=4, block=(2, 3), epoch=2), "blocking")
+            await cancelled_at(two, a.Promote(timeline=4, leaving=1, block=(2, 3), epoch=2), "blocking")
             assert (await two.sql("SELECT pg_is_in_recovery()")) == [("t",)] and two.standby_signal
             assert not histories.blocked_timelines(two.data_dir)
-            await cancelled_at(two, a.Promote(timeline=4, block=(2, 3), epoch=2), "promoting")
+            await cancelled_at(two, a.Promote(timeline=4, leaving=1, block=(2, 3), epoch=2), "promoting")
             assert not two.living() and two.standby_signal and not histories.blocked_timelines(two.data_dir)
     trio.run(main)
 

@@ -25,7 +25,7 @@ async def switch(one, two, *, claim, block=()):
     await two.quick(a.Freeze(epoch=claim))
     await two.until(lambda: two.observer.facts.row.receiver is None)
     await two.take_lock(claim=claim)
-    await two.operate(a.Promote(timeline=claim, block=block, epoch=claim))
+    await two.operate(a.Promote(timeline=claim, leaving=1, block=block, epoch=claim))
 
 
 def test_frozen_standby_stays_frozen_until_it_is_told_to_follow(bed):
@@ -85,7 +85,7 @@ def test_diverged_primary_comes_back_by_rewind(bed, crashed):
             await one.sql("INSERT INTO t SELECT 'lost' FROM generate_series(1, 1000)")
             await one.operate(a.Demote(mode="kill" if crashed else "fast", release=True, checkpoint=False, why="test", timeout_s=20))
             await two.take_lock(claim=2)
-            await two.operate(a.Promote(timeline=2, block=(), epoch=2))
+            await two.operate(a.Promote(timeline=2, leaving=1, block=(), epoch=2))
             await two.sql("INSERT INTO t VALUES ('kept')")
 
             upstream = await one.operate(a.InspectUpstream(source=as_source(two)))
@@ -118,7 +118,7 @@ def test_cancelled_rewind_leaves_a_standby_at_rest(bed):
             await one.sql("CREATE TABLE lost (n int)")
             await one.operate(a.Demote(mode="kill", release=True, checkpoint=False, why="test", timeout_s=20))
             await two.take_lock(claim=2)
-            await two.operate(a.Promote(timeline=2, block=(), epoch=2))
+            await two.operate(a.Promote(timeline=2, leaving=1, block=(), epoch=2))
             await two.actor.checkpoint()
             for word in ("crash recovery", "rewinding"):
                 await cancelled_at(one, a.Rewind(source=as_source(two), why="test"), word)

@@ -32,10 +32,12 @@ def test_from_nothing_to_a_switchover_and_back(bed):
             await two.until(lambda: two.observer.facts.row.receiver is None)
             assert two.observer.facts.row.position >= facts["lsn"]
             await two.take_lock(claim=5)
-            facts = await two.operate(a.Promote(timeline=5, block=(2, 3, 4), epoch=2))
+            facts = await two.operate(a.Promote(timeline=5, leaving=1, block=(2, 3, 4), epoch=2))
             print("promote", facts)
             assert facts["timeline"] == 5 and two.standby_signal and await two.guard_state() == "armed"
             assert set(histories.blocked_timelines(two.data_dir)) == {2, 3, 4}
+            claim = histories.read_history(two.data_dir, 5).rows[-1].claim
+            assert claim.startswith("timeline 5 by b, ") and claim.endswith(", epoch 2"), claim
             await two.sql("INSERT INTO t VALUES (0)")
             assert await two.actor.checkpoint()
 
@@ -44,6 +46,7 @@ def test_from_nothing_to_a_switchover_and_back(bed):
             await one.until(one.streaming)
             await one.until(lambda: one.observer.facts.row.timeline == 5)
             assert set(histories.blocked_timelines(one.data_dir)) == {2, 3, 4}     # fetched from the new primary
+            assert histories.read_history(one.data_dir, 5).rows[-1].claim == claim
             assert await one.guard_state() == "standby"
             with trio.fail_after(5):
                 while (await one.sql("SELECT count(*) FROM t"))[0][0] != "1001":

@@ -165,11 +165,11 @@ def test_a_promotion_needs_the_setting_and_its_first_commit_waits(bed):
             await two.take_lock(claim=2)
             assert facts["released"]
             with pytest.raises(OperationFailed, match="synchronous_standby_names is '' and not 'a': not promoted"):
-                await two.operate(a.Promote(timeline=2, block=(), epoch=2, synchronous_names="a"))
+                await two.operate(a.Promote(timeline=2, leaving=1, block=(), epoch=2, synchronous_names="a"))
             assert two.living(), "it goes on as a standby"
             await two.quick(a.SetSynchronousNames(names="a"))
             await two.until(lambda: two.observer.facts.row.synchronous_standby_names == "a" and two.observer.facts.row.checkpointer_rests)
-            await two.operate(a.Promote(timeline=2, block=(), epoch=2, synchronous_names="a"))
+            await two.operate(a.Promote(timeline=2, leaving=1, block=(), epoch=2, synchronous_names="a"))
             assert await waits(two, "INSERT INTO t VALUES (1)")
             # the old primary comes back as the standby that is waited for
             await one.operate(a.StartStandby(upstream=as_source(two)))

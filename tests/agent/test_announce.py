@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trio
 from agent_world import KEYS, CountingStore, TrioClock, run, until
+from msgspec import structs
 
 from pgha.announce import RENEWED_AFTER, Announcer, member_value
 from pgha.clock import Instant
@@ -18,8 +19,9 @@ from pgha.dcs.memory import MemoryWorld
 from pgha.model.cluster import Tags
 from pgha.model.decision import Decision
 from pgha.model.lock import Identity
-from pgha.model.node import PostgresFacts, Row, WalReceiver
+from pgha.model.node import DataDirectoryFacts, PostgresFacts, Row, WalReceiver
 from pgha.model.observation import Observation, Settings
+from pgha.model.wal import HistoryRow
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 PATH = KEYS.member("a")
@@ -247,6 +249,28 @@ def test_a_member_key_reads_as_the_references_own(name: str, role: str, row: Row
     assert encode({k: v for k, v in value.items() if k != "version"}) == encode({k: v for k, v in golden.items() if k != "version"}), "fields and their order"
     assert all(part.isdigit() for part in value["version"].split("."))
     assert member_from("n1", {**value, "pgha": own}).is_pgha
+
+
+HISTORY = (HistoryRow(timeline=1, switch_lsn=5, claim="timeline 2 by n1"),)
+
+
+@pytest.mark.parametrize(("row", "directory", "tells", "claim"), [
+    (PRIMARY, {"history": HISTORY, "history_of": 2}, True, "timeline 2 by n1"),
+    (STANDBY, {"history": HISTORY, "history_of": 2}, True, "timeline 2 by n1"),         # of the timeline that it receives, as is published
+    (STANDBY, {"history": HISTORY, "history_of": 1}, False, None),
+    (PRIMARY, {"history": (structs.replace(HISTORY[0], claim=""),), "history_of": 2}, True, ""),
+    (PRIMARY, {"history_of": 2}, True, None),
+    (PRIMARY, {"state": "unreadable"}, True, None),
+    (PRIMARY, {"state": "unknown"}, False, None),
+    (None, {"history": HISTORY, "history_of": 2}, False, None),
+])
+def test_the_key_says_whose_promotion_its_timeline_is(row: Row | None, directory: dict[str, Any], tells: bool, claim: str | None):
+    observed = structs.replace(seen(row), directory=DataDirectoryFacts(**{"state": "valid", **directory}))
+    role = "replica" if row is None or row.in_recovery else "primary"
+    value = member_value(observed, Decision(situation="x", summary="x", state="running", role=role), api_url="u", conn_url="c", checkpoint_pending=False)
+    member = member_from("n1", json.loads(encode(value)))
+    assert (member.tells_claim, member.claim) == (tells, claim)
+    assert tells == ("claim" in value["pgha"])
 
 
 @pytest.mark.parametrize(("row", "role", "more", "expected"), [

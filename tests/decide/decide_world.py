@@ -39,7 +39,8 @@ KiB, MiB = 1024, 1024 * 1024
 SYSTEM = "7123456789012345678"
 LSN = 64 * MiB                       # where everybody stands
 TIMELINE = 3
-HISTORY = (HistoryRow(timeline=1, switch_lsn=8 * MiB), HistoryRow(timeline=2, switch_lsn=16 * MiB))
+CLAIM = "timeline 3 by a, run-a/1, epoch 5"
+HISTORY = (HistoryRow(timeline=1, switch_lsn=8 * MiB, claim="timeline 2 by c, run-c/9, epoch 2"), HistoryRow(timeline=2, switch_lsn=16 * MiB, claim=CLAIM))
 NOW = Instant(1_000_000_000_000, 1_000_000_000_000)
 TTL_S = 30.0
 PASS = 60                            # this pass
@@ -63,7 +64,7 @@ def record(name: str = "a", **changes: Any) -> LockRecord:
 
 def member(name: str, *, role: str = "replica", **changes: Any) -> Member:
     return replace(Member(name=name, revision=20, lease=1, api_url=f"http://{name}:8008", host=name, state="running", role=role, xlog_location=LSN,
-                          timeline=TIMELINE, node_id=f"id-{name}", is_pgha=True), **changes)
+                          timeline=TIMELINE, node_id=f"id-{name}", is_pgha=True, claim=CLAIM, tells_claim=True), **changes)
 
 
 def peer(name: str, **changes: Any) -> Peer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from decide_world import (
+    CLAIM,
     CRASHED,
     HISTORY,
     LSN,
@@ -22,6 +23,7 @@ from decide_world import (
     silent,
     with_lock,
 )
+from msgspec import structs
 
 from pgha.decide.rejoin import Verdict, judge
 from pgha.model.action import AcquireLock, Clone, Demote, Rewind, StartPrimary, StartStandby
@@ -184,7 +186,9 @@ STANDBYS = [
     row("… copying has failed a moment ago", **{**REWINDABLE, "settings__use_pg_rewind": False}, settings__remove_data_directory_on_diverged_timelines=True,
         memory__clone_failures=2, memory__last_clone_failed_at=ago(1), does="", summary="copying anew failed, next try in 1.0 s"),
     row("two promotions to the same number", upstream=upstream(history=(HISTORY[0], HistoryRow(timeline=2, switch_lsn=1))), settings__use_pg_rewind=True,
-        refuses="rejoin.judge rejoin.clone_is_allowed", says="both on timeline 3, but it branched at 0/1000000 here and at 0/1 there", does=""),
+        refuses="rejoin.judge rejoin.clone_is_allowed", says="one number, but it branched at 0/1000000 of timeline 2 here and at 0/1 of timeline 2 there", does=""),
+    row("two promotions to the same number at the same place", upstream=upstream(history=(HISTORY[0], structs.replace(HISTORY[1], claim="another"))), settings__use_pg_rewind=True,
+        refuses="rejoin.judge rejoin.clone_is_allowed", says=f"two promotions took one number at 0/1000000 of timeline 2: '{CLAIM}' here, 'another' there", does=""),
     row("a rewind was interrupted", directory__rewind_interrupted=True, settings__use_pg_rewind=True, refuses="rejoin.judge rejoin.clone_is_allowed", does="Rewind",
         says="a rewind of this data was begun and not ended"),
     row("a rewind was interrupted, and nobody leads", directory__rewind_interrupted=True, lock__mode="released", refuses="broken.is_whole", does=""),
@@ -229,6 +233,13 @@ def own(timeline: int, lsn: int) -> Position:
     (own(3, LSN), (), upstream(), True, Verdict.FOLLOW),
     (own(3, LSN), HISTORY, upstream(history=()), True, Verdict.FOLLOW),
     (own(3, LSN), (HistoryRow(timeline=2, switch_lsn=5),), upstream(), True, Verdict.CLONE),
+    (own(3, LSN), (HISTORY[0], structs.replace(HISTORY[1], claim="")), upstream(), True, Verdict.CLONE),      # promoted by nobody of pgha's
+    (own(3, LSN), HISTORY[1:], upstream(), True, Verdict.FOLLOW),               # the beginning was never known here
+    (own(3, LSN), HISTORY, upstream(history=HISTORY[1:]), True, Verdict.FOLLOW),
+    (own(3, LSN), (HISTORY[0], HistoryRow(timeline=2, switch_lsn=5)), WENT_ON, True, Verdict.REWIND),      # pg_rewind finds it
+    (own(3, LSN), (HISTORY[0], structs.replace(HISTORY[1], claim="another")), WENT_ON, True, Verdict.CLONE),     # it would not
+    (own(3, LSN), (structs.replace(HISTORY[0], claim="another"), HISTORY[1]), WENT_ON, True, Verdict.CLONE),
+    (own(3, LSN), (structs.replace(HISTORY[0], switch_lsn=5), structs.replace(HISTORY[1], claim="another")), WENT_ON, True, Verdict.REWIND),   # the oldest tells
     (own(3, LSN), HISTORY, WENT_ON, True, Verdict.FOLLOW),
     (own(3, LSN), HISTORY, WENT_ON, False, Verdict.UNKNOWN),
     (own(3, LSN + 1), HISTORY, WENT_ON, False, Verdict.REWIND),

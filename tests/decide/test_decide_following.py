@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from decide_world import (
+    CLAIM,
     HISTORY,
     LSN,
     REPLICA,
@@ -118,10 +119,41 @@ LOOKS = [
     row("… still in recovery", upstream=Upstream(name="a", asked_at=ago(1), ok=True, in_recovery=True, timeline=4), does="InspectUpstream"),
     row("it has gone over to the leader's timeline, the directory was read before that", postgres__row__timeline=4, directory__history_of=3,
         upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=4, history=WENT_ON.history), memory__upstream_asked_at=ago(1), does="", refuses=""),
-    row("it has gone over to a timeline of the same number, which branched elsewhere", postgres__row__timeline=4, directory__history_of=4,
-        upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=4, history=WENT_ON.history), refuses="rejoin.judge", does="Stop", says="but it branched at"),
+    row("it has gone over to a timeline of the same number, which branched elsewhere", postgres__row__timeline=4, directory__history_of=4, dcs__view__members__a__timeline=4,
+        upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=4, history=WENT_ON.history), refuses="rejoin.judge", does="Stop", says="one number, but it branched at"),
     row("it can follow", upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=3, history=HISTORY), memory__upstream_asked_at=ago(1), does="", refuses=""),
 ]
+
+
+#: Wants to go over to the new leader a, which it has not streamed from yet.
+GOES_OVER = REPLICA.but(postgres__row__primary_conninfo="host=c port=5432")
+NUMBERS = [
+    row("the same promotion", does="Follow", refuses="following.follows_wanted"),
+    row("the leader goes on to a new timeline", dcs__view__members__a__timeline=4, dcs__view__members__a__claim="a later one", does="Follow", refuses="following.follows_wanted"),
+    row("the leader has yet to promote, to whatever number", dcs__view__members__a__timeline=2, does="", refuses="following.follows_wanted following.one_history",
+        says="own timeline is 3, a's 2"),
+    row("another promotion took this number", dcs__view__members__a__claim="another", does="Stop", refuses="following.one_history",
+        says=f"both on timeline 3, but it began as '{CLAIM}' here and as 'another' at a", summary="cannot follow a as it is: both on timeline 3"),
+    row("one of nobody's claims", dcs__view__members__a__claim="", does="Stop", refuses="following.one_history"),
+    row("another promotion took this number, in pause", dcs__view__members__a__claim="another", settings__pause=True, lock__mode="paused", does="",
+        refuses="following.one_history", summary="left alone in pause"),
+    row("it streams already, and the claim is another", postgres__row__primary_conninfo="host=a port=5432", dcs__view__members__a__claim="another", does="Stop",
+        refuses="following.one_history"),
+    row("the leader has not said yet", dcs__view__members__a__claim=None, dcs__view__members__a__tells_claim=False, does="", refuses="following.follows_wanted following.one_history",
+        says="has not said yet which"),
+    row("the leader does not run yet", dcs__view__members__a__timeline=0, does="", refuses="following.follows_wanted following.one_history", says="on which timeline it is"),
+    row("the leader does not know", dcs__view__members__a__claim=None, does="Follow", refuses="following.follows_wanted"),
+    row("nor do we", directory__history=(), dcs__view__members__a__tells_claim=False, dcs__view__members__a__claim=None, does="Follow", refuses="following.follows_wanted"),
+    row("the directory was read on an earlier timeline", directory__history_of=2, dcs__view__members__a__claim="another", does="Follow", refuses="following.follows_wanted"),
+    row("a Patroni tells nothing", dcs__view__members__a__is_pgha=False, dcs__view__members__a__claim=None, dcs__view__members__a__tells_claim=False, does="Follow",
+        refuses="following.follows_wanted"),
+    row("of c by its tag, of another promotion", settings__tags=Tags(replicatefrom="c"), dcs__view__members__c__claim="another", does="Stop", refuses="following.one_history"),
+]
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_one_number_may_stand_for_two_promotions(case):
+    check(GOES_OVER, case)
 
 
 @pytest.mark.parametrize("case", LOOKS)

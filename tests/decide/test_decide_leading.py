@@ -62,8 +62,8 @@ def test_promotion(case):
 
 
 def test_promotion_is_to_exactly_the_claimed_timeline_past_all_between():
-    assert only(WINNER.but(dcs__view__epoch__timeline=7).decide(), Promote) == Promote(timeline=7, block=(4, 5, 6), epoch=6)
-    assert only(WINNER.decide(), Promote) == Promote(timeline=4, block=(), epoch=6)
+    assert only(WINNER.but(dcs__view__epoch__timeline=7).decide(), Promote) == Promote(timeline=7, leaving=3, block=(4, 5, 6), epoch=6)
+    assert only(WINNER.decide(), Promote) == Promote(timeline=4, leaving=3, block=(), epoch=6)
 
 
 @pytest.mark.parametrize("changes", [{"memory__promotion_failed_at": ago(3)}, {"dcs__view__epoch__holder": "c"}])

@@ -38,14 +38,14 @@ from pgha.lock.protocol import (
     parse_request,
 )
 from pgha.model.lock import wait_s
-from pgha.model.wal import parse_history_file
+from pgha.model.wal import LONGEST_CLAIM, parse_history_file
 from pgha.observe.data_directory import DataDirectoryReader
 from pgha.postgres.controldata import parse_control
 from pgha.postgres.histories import blocked_timelines, read_histories
 from pgha.postgres.processes import adopt, read_postmaster_pid, remove_dead_pid_file
 
 PID = b"12345\n/srv/pg/data\n1764100000\n5432\n/run/postgresql\n*\n  5432001    163840\nready   \n"
-HISTORY = b"1\t0/3000000\tno recovery target specified\n\n2\t0/5000060\tbefore 2026-11-25\n# a comment\n"
+HISTORY = b"# pgha: claim: timeline 2 by a, 1f/3, epoch 2\n1\t0/3000000\tno recovery target specified\n\n2\t0/5000060\tbefore 2026-11-25\n# a comment\n"
 CONTROL = b"""pg_control version number:            1300
 Catalog version number:               202209061
 Database system identifier:           7711161683783831200
@@ -178,7 +178,7 @@ def test_timeline_histories(data_dir: Path, times: int) -> None:
                 read_histories(data_dir)
                 assert len(content) >= 1 << 20
             continue
-        assert all(0 < row.timeline < 1 << 32 and 0 <= row.switch_lsn < 1 << 64 for row in rows)
+        assert all(0 < row.timeline < 1 << 32 and 0 <= row.switch_lsn < 1 << 64 and len(row.claim) <= LONGEST_CLAIM for row in rows)
         read_histories(data_dir)
 
 

@@ -344,6 +344,18 @@ def test_a_standby_promoted_behind_the_agents_back_is_killed(node: Node, guard: 
                    stdout=subprocess.DEVNULL, cwd="/", **AS_POSTGRES)
     until(gone(node), 3)
     assert guard.state == "latched"
+    assert "the file promote was made" in guard.ask(op="status")["why"]
+
+
+def test_a_standby_whose_signal_file_is_removed_is_killed(node: Node, guard: GuardProcess):
+    guard.start()
+    node.signal_file()
+    assert guard.ask(op="standby")["ok"]
+    node.start()
+    until(lambda: guard.state == "standby", 3)
+    (node.data / "standby.signal").unlink()
+    until(gone(node), 3)
+    assert guard.state == "latched"
     assert "standby.signal" in guard.ask(op="status")["why"]
 
 

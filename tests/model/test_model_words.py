@@ -13,7 +13,16 @@ from pgha.model.lock import Identity, LockRecord
 from pgha.model.node import PostgresFacts, Row
 from pgha.model.observation import Observation, Operation, Settings
 from pgha.model.overview import host_port, is_paused, is_standby_cluster, overview, synchronous, synchronous_names
-from pgha.model.wal import HistoryRow, Position, format_lsn, is_ancestor, parse_history_file, parse_lsn
+from pgha.model.wal import (
+    HistoryRow,
+    Position,
+    claim_line,
+    claim_of,
+    format_lsn,
+    is_ancestor,
+    parse_history_file,
+    parse_lsn,
+)
 
 
 @pytest.mark.parametrize(("raw", "expected"), [
@@ -57,9 +66,17 @@ ROWS = (HistoryRow(timeline=1, switch_lsn=0x3000000, reason="no recovery target 
 
 
 @pytest.mark.parametrize(("text", "rows"), [(HISTORY, ROWS), ("", ()), ("# only a comment: a blocked number\n", ()), ("1 0/10 two words\n", (HistoryRow(timeline=1, switch_lsn=16, reason="two words"),)),
-                                            ("1\t0/10\n", (HistoryRow(timeline=1, switch_lsn=16),))])
+                                            ("1\t0/10\n", (HistoryRow(timeline=1, switch_lsn=16),)),
+                                            (claim_line("2 by a") + claim_line("3  by\tb\n") + "1\t0/10\n\n# no claim\n3\t0/20\n" + claim_line("given up"),
+                                             (HistoryRow(timeline=1, switch_lsn=16, claim="3 by b"), HistoryRow(timeline=3, switch_lsn=32)))])
 def test_history_files(text: str, rows: tuple[HistoryRow, ...]):
     assert parse_history_file(text) == rows
+
+
+def test_whose_promotion_a_timeline_is():
+    assert claim_of(()) is None
+    assert claim_of(ROWS) == ""
+    assert claim_of(parse_history_file("1\t0/10\n" + claim_line("3 by b" + "x" * 500) + "2\t0/20\n")) == ("3 by b" + "x" * 194)
 
 
 @pytest.mark.parametrize("text", ["1\n", "x\t0/10\ty\n", "1\tnowhere\ty\n", "\x00"])

@@ -118,6 +118,37 @@ def test_probe_across_a_promotion_tells_the_new_timeline(make_node):
     trio.run(main)
 
 
+def test_a_claim_goes_wherever_the_history_goes(make_node):
+    """To who streams, to who is copied, and into the histories of later timelines; one that was given up stands nowhere."""
+    async def promote(node, leaving, claim):
+        histories.claim_timeline(node.data_dir, leaving, f"{claim} given up")
+        histories.claim_timeline(node.data_dir, leaving, claim)
+        conn = await node.connect()
+        await node.server.promote(adopt(node.data_dir), conn, deadline_s=10)
+        await conn.query("checkpoint", deadline_s=5)
+        conn.close()
+
+    async def main():
+        a, postmaster, b = await pair(make_node)
+        c, d = make_node("c", copy=False), make_node("d", copy=False)
+        await base_backup(c.data_dir, c.server.bin_dir, source_of(a), [{"checkpoint": "fast"}], deadline_s=30)
+        (await caught_up(b, a)).close()
+        postmaster.signal(signal.SIGKILL)
+        await promote(b, 1, "the first")
+        assert histories.unblock_all(b.data_dir) == [1]
+        await follow(c, b)
+        (await caught_up(c, b)).close()
+        adopt(b.data_dir).signal(signal.SIGKILL)
+        await promote(c, 2, "the second")
+        await base_backup(d.data_dir, d.server.bin_dir, source_of(c), [{"checkpoint": "fast"}], deadline_s=30)
+        for node, timeline, claims in ((b, 2, ["the first"]), (c, 2, ["the first"]), (c, 3, ["the first", "the second"]), (d, 3, ["the first", "the second"])):
+            history = histories.read_history(node.data_dir, timeline)
+            assert history is not None
+            assert [row.claim for row in history.rows] == claims, (node.data_dir, timeline)
+        assert not histories.blocked_timelines(c.data_dir)
+    trio.run(main)
+
+
 def test_a_block_keeps_a_standby_from_following_the_one_who_took_the_number(make_node):
     """Both ways: stuck with the block, streaming once it is removed."""
     async def main():

@@ -12,10 +12,30 @@ from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from pgha.model.wal import HistoryRow, format_lsn, parse_history_file
+from pgha.model.wal import HistoryRow, claim_line, format_lsn, parse_history_file
 from tests.simulation.postgres import Branch, DataDir
 
 _HISTORY = re.compile(r"([0-9A-F]{8})\.history")
+
+
+def history_text(rows: tuple[HistoryRow, ...]) -> str:
+    """A history file's content."""
+    return "".join(f"{claim_line(r.claim) if r.claim else ''}{r.timeline}\t{format_lsn(r.switch_lsn)}\t{r.reason}\n" for r in rows)
+
+
+class Claims:
+    """The comments at the ends of pg_wal/*.history, which a promotion takes along."""
+
+    def __init__(self, histories: Histories) -> None:
+        self._histories = histories
+
+    def get(self, number: int, otherwise: str) -> str:
+        try:
+            with open(self._histories.path(number), encoding="ascii") as f:
+                rows = parse_history_file(f.read() + "1\t0/0\tas PostgreSQL appends it\n")
+        except FileNotFoundError:
+            return otherwise
+        return rows[-1].claim
 
 
 class Histories(MutableMapping[int, tuple[HistoryRow, ...]]):
@@ -24,25 +44,25 @@ class Histories(MutableMapping[int, tuple[HistoryRow, ...]]):
     def __init__(self, owner: FileDir) -> None:
         self._owner = owner
 
-    def _path(self, number: int) -> str:
+    def path(self, number: int) -> str:
         return f"{self._owner.path}/pg_wal/{number:08X}.history"
 
     def __contains__(self, number: object) -> bool:
-        return isinstance(number, int) and os.path.exists(self._path(number))
+        return isinstance(number, int) and os.path.exists(self.path(number))
 
     def __getitem__(self, number: int) -> tuple[HistoryRow, ...]:
         try:
-            with open(self._path(number), encoding="ascii") as f:
+            with open(self.path(number), encoding="ascii") as f:
                 return parse_history_file(f.read())
         except FileNotFoundError:
             raise KeyError(number) from None
 
     def __setitem__(self, number: int, rows: tuple[HistoryRow, ...]) -> None:
-        with open(self._path(number), "w", encoding="ascii") as f:
-            f.write("".join(f"{r.timeline}\t{format_lsn(r.switch_lsn)}\t{r.reason}\n" for r in rows) or "# pgha: number taken: copied\n")
+        with open(self.path(number), "w", encoding="ascii") as f:
+            f.write(history_text(rows) or "# pgha: number taken: copied\n")
 
     def __delitem__(self, number: int) -> None:
-        os.unlink(self._path(number))
+        os.unlink(self.path(number))
 
     def __iter__(self) -> Iterator[int]:
         found = (_HISTORY.fullmatch(name) for name in os.listdir(f"{self._owner.path}/pg_wal"))
@@ -125,6 +145,10 @@ class FileDir(DataDir):
     @property
     def histories(self) -> Any:
         return Histories(self)
+
+    @property
+    def claims(self) -> Any:
+        return Claims(Histories(self))
 
     @property
     def rewind_marker(self) -> str:

@@ -360,17 +360,27 @@ def block_timeline(path: ModelDir, timeline: int, comment: str) -> bool:
     return True
 
 
+def claim_timeline(path: ModelDir, leaving: int, claim: str) -> bool:
+    _writable(path)
+    made = leaving not in path.data.histories
+    path.data.claims[leaving] = claim
+    path.data.histories.setdefault(leaving, BLOCK)
+    return made
+
+
 def unblock_timeline(path: ModelDir, timeline: int) -> bool:
     if path.data.histories.get(timeline) != BLOCK:
         return False
     del path.data.histories[timeline]
+    path.data.claims.pop(timeline, None)
     return True
 
 
 def unblock_all(path: ModelDir) -> list[int]:
-    numbers = sorted(n for n, rows in path.data.histories.items() if rows == BLOCK and n > 1)
+    numbers = sorted(n for n, rows in path.data.histories.items() if rows == BLOCK)
     for number in numbers:
         del path.data.histories[number]
+        path.data.claims.pop(number, None)
     return numbers
 
 
@@ -623,7 +633,7 @@ async def run_rewind(path: ModelDir, bin_dir: Any, source: dict[str, Any], contr
     from_dir = theirs.dir
     assert from_dir.branch is not None
     data.branch, data.lsn, data.mixed = from_dir.branch, from_dir.lsn, from_dir.mixed
-    data.histories = dict(from_dir.histories)
+    data.histories, data.claims = dict(from_dir.histories), dict(from_dir.claims)
     data.standby_signal = from_dir.standby_signal
     data.state, data.control_timeline, data.checkpoint_lsn = "in archive recovery", from_dir.control_timeline, from_dir.checkpoint_lsn
     data.min_recovery_lsn, data.min_recovery_timeline = from_dir.lsn, from_dir.timeline
@@ -809,7 +819,7 @@ def stand_ins() -> dict[str, Any]:
             move_to_failed=move_to_failed, complete_clone=complete_clone, delete_clone=delete_clone, unfinished_swap=unfinished_swap, swap_in_clone=swap_in_clone,
             replaced_directories=replaced_directories, move_to_removing=move_to_removing, delete_tree=delete_tree, free_bytes=free_bytes, size_bytes=size_bytes,
             linked_directories=lambda path: [], clone_directory=lambda path: ModelDir(path.instance, "clone")),
-        "pgha.postgres.histories": _module("pgha.postgres.histories", read_history=read_history, block_timeline=block_timeline, unblock_timeline=unblock_timeline,
+        "pgha.postgres.histories": _module("pgha.postgres.histories", read_history=read_history, block_timeline=block_timeline, claim_timeline=claim_timeline, unblock_timeline=unblock_timeline,
                                            unblock_all=unblock_all),
         "pgha.postgres.controldata": _module("pgha.postgres.controldata", read_control=read_control),
         "pgha.postgres.connection": _module("pgha.postgres.connection", Connection=Connection, identify_system=identify_system, timeline_history=timeline_history,

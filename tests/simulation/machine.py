@@ -34,7 +34,7 @@ from pgha.postgres.parameters import SETTINGS_SQL
 from pgha.postgres.programs import Completed
 from pgha.postgres.wal_files import ShutdownPositions
 from pgha.rest.wire import Request
-from tests.simulation.disk import FileDir, content_of, control_text, fresh, there
+from tests.simulation.disk import FileDir, content_of, control_text, fresh, history_text, there
 from tests.simulation.postgres import BLOCK, START_LSN, DataDir, Instance, Server
 from tests.simulation.virtual import Dead, Process, pause
 
@@ -42,7 +42,7 @@ SIGNALS = {signal.SIGHUP: "HUP", signal.SIGINT: "INT", signal.SIGQUIT: "QUIT", s
 #: From a server's pid to that of its sessions, and of its walsenders.
 SESSION, WALSENDER = 100_000, 500_000
 #: What a full disk refuses.
-WRITES = frozenset({"create_standby_signal", "write_running", "write_stopped", "write_passfile", "block_timeline", "note_bootstrap", "_private_files", "write",
+WRITES = frozenset({"create_standby_signal", "write_running", "write_stopped", "write_passfile", "block_timeline", "claim_timeline", "note_bootstrap", "_private_files", "write",
                     "bootstrap_hba", "_close_gaps", "_make_standby", "save"})
 _CONF = re.compile(r"^(primary_conninfo|primary_slot_name|restore_command|synchronous_standby_names) = '((?:[^']|'')*)'$", re.MULTILINE)
 
@@ -647,8 +647,7 @@ class SimMachine:
             number = int(sql.split()[1])
             if number not in data.histories:
                 raise QueryFailed("could not open file: history", sqlstate="58P01")
-            rows = data.histories[number]
-            return [(f"{number:08X}.history", "".join(f"{r.timeline}\t{format_lsn(r.switch_lsn)}\t{r.reason}\n" for r in rows))]
+            return [(f"{number:08X}.history", history_text(data.histories[number]))]
         if sql.startswith("SELECT sum(pg_database_size"):
             return [(str(10 << 20),)]
         if sql.startswith("SELECT FROM pg_database"):

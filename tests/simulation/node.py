@@ -343,7 +343,7 @@ class SimReader:
         end = self._end if self._end is not None and self._end[0] == stamp and not running else None
         number = timeline or max(self._control.timeline, self._control.min_recovery_timeline)
         return replace(facts, state="valid", control=self._control, end_of_wal=end[1] if end else 0, end_of_wal_timeline=end[2] if end else 0,
-                       history=data.histories.get(number, ()) if number > 1 else ())
+                       history=data.histories.get(number, ()) if number > 1 else (), history_of=number)
 
 
 class SimPeers:
@@ -749,6 +749,9 @@ class AgentProcess:
     def _assemble(self) -> Observation:
         self.number += 1
         directory = self.reader.facts
+        row = self.postgres.facts.row
+        if row is not None and directory.history_of not in (0, row.timeline):
+            self._directory_news.set()      # it has gone over to another timeline since
         if self._directory_stale:
             directory = DataDirectoryFacts(state="unknown", why="being looked at")
         facts = self.cluster.facts

@@ -33,8 +33,9 @@ RETRY_S = 0.5
 class Branch:
     """One line of WAL, written by one server after the other."""
 
-    def __init__(self, number: int, parent: Branch | None, fork_lsn: int) -> None:
+    def __init__(self, number: int, parent: Branch | None, fork_lsn: int, claim: str = "") -> None:
         self.number = number            # PostgreSQL's timeline
+        self.claim = claim              # what the history of the timeline before said last when it was copied
         self.parent = parent
         self.fork_lsn = fork_lsn
         self.end = fork_lsn             # how far it was ever written
@@ -52,7 +53,7 @@ class Branch:
         at: Branch | None = self
         while at is not None and at.parent is not None:
             if at.number != at.parent.number:
-                rows.append(HistoryRow(timeline=at.parent.number, switch_lsn=at.fork_lsn, reason="no recovery target specified"))
+                rows.append(HistoryRow(timeline=at.parent.number, switch_lsn=at.fork_lsn, reason="no recovery target specified", claim=at.claim))
             at = at.parent
         return tuple(reversed(rows))
 
@@ -104,6 +105,7 @@ class DataDir:
     min_recovery_lsn: int = 0
     min_recovery_timeline: int = 0
     histories: dict[int, tuple[HistoryRow, ...]] = field(default_factory=dict)
+    claims: dict[int, str] = field(default_factory=dict)     # the comment at the end of a timeline's history
     pid_file: bool = False
     rewind_marker: str = ""             # from whom; a rewind was begun and not ended
     bootstrap_mark: str = ""            # "", "making", "made"
@@ -533,7 +535,7 @@ class Instance:
         number = data.timeline + 1
         while number in data.histories:
             number += 1
-        data.branch = Branch(number, data.branch, data.lsn)
+        data.branch = Branch(number, data.branch, data.lsn, data.claims.get(data.timeline, ""))
         data.histories[number] = data.branch.history()
         data.min_recovery_timeline, data.min_recovery_lsn = number, data.lsn
         data.state = "in production"
