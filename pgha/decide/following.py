@@ -42,7 +42,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if view.initialize is None and is_system_identifier(row.system_identifier) and _is_the_clusters(o, row):
         actions.append(WriteInitialize(value=row.system_identifier, if_revision=view.revision_of("initialize")))
     wanted, same = follows_wanted(o, upstream), one_history(o, row, server)
-    if not same.holds:
+    if not same.holds or not wanted.holds:
         decision = replace(decision, reasons=(*decision.reasons, same))
     if _claims_differ(o, row, server):
         if paused.in_force(o):

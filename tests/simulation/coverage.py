@@ -12,6 +12,9 @@ _REFUSAL_ONLY = "asked in every such pass, told only where it refuses"
 _ORDER_ONLY = "decide/failsafe.order asks it and hands on the order alone: no decision tells it"
 
 #: (rule, outcome) → why no simulation of level (a) reaches it. Each has its rows in tests/decide/.
+#: Fewer passes than this are rare.
+RARE = 100
+
 UNREACHABLE: dict[tuple[str, str], str] = {
     ("broken.licence_was_renewed_since", "holds"): _REFUSAL_ONLY,
     ("broken.start_is_overdue", "holds"): _REFUSAL_ONLY,
@@ -67,13 +70,16 @@ def missing(reached: dict[tuple[str, str], int]) -> list[tuple[str, str]]:
     return sorted(wanted - set(reached) - set(UNREACHABLE))
 
 
-def table(reached: dict[tuple[str, str], int]) -> str:
+def table(reached: dict[tuple[str, str], int], seed_of: dict[tuple[str, str], int] | None = None) -> str:
+    """`seed_of`: the first random program that reached a pair; told of what is rare."""
     lines = []
     for rule, outcomes in sorted(rules().items()):
         for outcome in sorted(outcomes):
             number = reached.get((rule, outcome), 0)
             why = UNREACHABLE.get((rule, outcome), "")
-            lines.append(f"{rule:<45} {outcome:<8} {number or ('unreachable: ' + why if why else 'NOT REACHED')}")
+            seed = (seed_of or {}).get((rule, outcome))
+            told = "" if not number or number >= RARE else f"  first by seed {seed}" if seed is not None else "  by its own program only"
+            lines.append(f"{rule:<45} {outcome:<8} {number or ('unreachable: ' + why if why else 'NOT REACHED')}{told}")
     for kind in ("situation", "action"):
         lines += [f"{kind + ' ' + name:<45} {'':<8} {number}" for (k, name), number in sorted(reached.items()) if k == kind]
     lost = missing(reached)

@@ -30,6 +30,7 @@ REGRESSIONS = Path(__file__).parent / "regressions"
 LAST_LINES = 60
 #: A cluster-hour counts only with so many faults in it.
 FAULTS_AN_HOUR = 30
+PROGRESS_EVERY_S = 300.0
 
 
 class Kept(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,9 +61,10 @@ class Volume:
         self.hours = 0.0
         self.longest_settle_s = 0.0
         self.coverage: dict[tuple[str, str], int] = {}
+        self.seed_of: dict[tuple[str, str], int] = {}       # the first that reached it, by random programs
         self.began_s = time.monotonic()
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: Outcome, *, drawn: bool = True) -> None:
         self.runs += 1
         self.passes += outcome.passes
         self.faults += outcome.faults
@@ -76,6 +78,8 @@ class Volume:
         self.hours += min(hours, outcome.faults / FAULTS_AN_HOUR)
         for key, number in outcome.coverage.items():
             self.coverage[key] = self.coverage.get(key, 0) + number
+            if drawn:
+                self.seed_of.setdefault(key, outcome.options.seed)
 
     def report(self, level: str, jobs: int) -> str:
         took_s = max(0.001, time.monotonic() - self.began_s)
@@ -102,6 +106,13 @@ def failure(outcome: Outcome, *, path: Path | None = None) -> str:
 def many(options: Options, *, hours: float | None, seconds: float | None, jobs: int, from_seed: int, keep_going: bool, until_s: float | None = None) -> tuple[Volume, list[Outcome]]:
     """Seed after seed, until the volume or the time is done, or something fails."""
     volume, failed = Volume(), []
+    said_s = volume.began_s
+
+    def progress() -> None:
+        nonlocal said_s
+        if time.monotonic() - said_s >= PROGRESS_EVERY_S:
+            said_s = time.monotonic()
+            print(volume.report(options.level, jobs), file=sys.stderr, flush=True)
 
     def enough() -> bool:
         took_s = time.monotonic() - volume.began_s
@@ -123,6 +134,7 @@ def many(options: Options, *, hours: float | None, seconds: float | None, jobs: 
                 print(f"seed {now.seed} breaks the simulation itself", flush=True)
                 raise
             volume.add(outcome)
+            progress()
             if outcome.violations:
                 failed.append(outcome)
                 print(f"seed {outcome.options.seed}: {outcome.violations[0].checker}: {outcome.violations[0].text.splitlines()[0]}", flush=True)
@@ -134,6 +146,7 @@ def many(options: Options, *, hours: float | None, seconds: float | None, jobs: 
             for future in done:
                 outcome = future.result()
                 volume.add(outcome)
+                progress()
                 if outcome.violations:
                     failed.append(outcome)
                     print(f"seed {outcome.options.seed}: {outcome.violations[0].checker}: {outcome.violations[0].text.splitlines()[0]}", flush=True)
@@ -231,8 +244,8 @@ def main(argv: list[str]) -> int:
                           keep_going=given.keep_going)
     if given.coverage:
         for corner in CORNERS.values() if given.level == "a" else ():
-            volume.add(run_level(corner))
-        print(coverage.table(volume.coverage))
+            volume.add(run_level(corner), drawn=False)
+        print(coverage.table(volume.coverage, volume.seed_of))
     print(volume.report(given.level, given.jobs))
     for outcome in failed[:3]:
         print(failure(outcome))
