@@ -63,7 +63,7 @@ def member_value(seen: Observation, decision: Decision, *, api_url: str, conn_ur
         if timeline:
             value["timeline"] = timeline
             history = seen.directory.history_on(timeline)
-            if history is not None and seen.directory.state != "unknown":
+            if history is not None:
                 own["claim"] = claim_of(history)
     if decision.paused:
         value["pause"] = True

@@ -27,8 +27,9 @@ from pgha.act.steps import (
     make_safe,
     postmaster,
 )
-from pgha.errors import OperationFailed
+from pgha.errors import OperationFailed, PostgresError
 from pgha.model.action import Promote
+from pgha.model.wal import claim_of
 from pgha.postgres import histories
 from pgha.postgres.connection import Connection
 
@@ -46,6 +47,7 @@ async def promote(ctx: Context, action: Promote, progress: Progress) -> dict[str
     times = Timeline()
     requested = completed = False
     blocked: list[int] = []
+    claim, claimed = _claim(ctx, action), list[tuple[int, bytes | None]]()
     with postmaster(ctx) as server:
         try:
             with closing(await connect(ctx)) as conn:
@@ -54,8 +56,7 @@ async def promote(ctx: Context, action: Promote, progress: Progress) -> dict[str
                 progress(f"blocking timelines {action.block}" if action.block else "asking the guard")
                 await _names_are_set(conn, action)
                 await _block(ctx, action, blocked)
-                if await ctx.on_disk(histories.claim_timeline, ctx.data_dir, action.leaving, _claim(ctx, action)):
-                    blocked.append(action.leaving)
+                await ctx.on_disk(histories.claim_timeline, ctx.data_dir, action.leaving, action.timeline, claim, claimed)
                 times.mark("block")
                 await ctx.fence.armed()
                 times.mark("armed")
@@ -73,14 +74,18 @@ async def promote(ctx: Context, action: Promote, progress: Progress) -> dict[str
             raise
         finally:
             if not completed:
-                await _unblock(ctx, blocked)
+                await _unblock(ctx, blocked, claimed)
     log.info("promoted", timeline=timeline, took_s=times.total_s, **times.took)
     ctx.wanted.no_longer_frozen()
     ctx.hurry(1.0)
     try:
         await be_standby_at_rest(ctx)
+        await ctx.on_disk(histories.unclaim, ctx.data_dir, claimed)
         await ctx.on_disk(_close_gaps, ctx, timeline)
-    except OSError as error:   # the next pass sees that the signal is missing, and writes it
+        history = await ctx.on_disk(histories.read_history, ctx.data_dir, timeline)
+        if history is not None and claim_of(history.rows) != claim:     # an archive's copy was taken, by restore_command
+            log.warning("the timeline's history does not say whose promotion it was", timeline=timeline, claim=claim, found=claim_of(history.rows))
+    except (OSError, PostgresError) as error:   # the next pass sees that the signal is missing, and writes it
         log.warning("files could not be written after the promotion", why=str(error))
     return {"timeline": timeline, "lsn": lsn, "checkpoint_pending": True, **times.took}
 
@@ -105,22 +110,24 @@ async def _block(ctx: Context, action: Promote, blocked: list[int]) -> None:
 
 
 def _claim(ctx: Context, action: Promote) -> str:
-    """No two promotions have the same: the sequence counts what one incarnation has written. Shown to people, so the name first."""
-    licence = ctx.renewer.licence
-    return f"timeline {action.timeline} by {ctx.me.name}, {ctx.me.incarnation}/{licence.sequence}, epoch {action.epoch}"
+    """No two promotions have the same: the sequence counts what one incarnation has written."""
+    return f"timeline {action.timeline}, epoch {action.epoch}, {ctx.me.incarnation}/{ctx.renewer.licence.sequence} by {ctx.me.name}"
 
 
-async def _unblock(ctx: Context, blocked: list[int]) -> None:
+async def _unblock(ctx: Context, blocked: list[int], claimed: list[tuple[int, bytes | None]]) -> None:
     with trio.move_on_after(CLEAN_UP_S, shield=True):
         for number in blocked:
             try:
                 await ctx.on_disk(histories.unblock_timeline, ctx.data_dir, number)
             except OSError as error:
                 log.warning("a block could not be removed", timeline=number, why=str(error))
+        try:
+            await ctx.on_disk(histories.unclaim, ctx.data_dir, claimed)
+        except OSError as error:
+            log.warning("a claim could not be taken back", why=str(error))
 
 
 def _close_gaps(ctx: Context, timeline: int) -> None:
     """A node that was cloned has no history files of the timelines before its first: standbys would ask for them."""
     for number in range(2, timeline):
         histories.block_timeline(ctx.data_dir, number, "history not known here")
-    histories.unblock_timeline(ctx.data_dir, 1)     # it was made for the claim; PostgreSQL never asks for it

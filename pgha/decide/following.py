@@ -35,7 +35,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if row is None:
         return replace(decision, summary=f"PostgreSQL is {o.postgres.process} ({o.postgres.answer})", wake_in_s=min(wake_in_s, 0.5))
     leader = leader_member(o, now.holder)
-    server = _upstream(o, leader)
+    server = _upstream(o, row, leader)
     upstream = source_of(server) if server is not None else None
     actions: list[Action] = []
     view = view_of(o)
@@ -44,7 +44,9 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     wanted, same = follows_wanted(o, upstream), one_history(o, row, server)
     if not same.holds or not wanted.holds:
         decision = replace(decision, reasons=(*decision.reasons, same))
-    if _claims_differ(o, row, server):
+    if _claims_differ(o, row, leader):
+        same = one_history(o, row, leader)
+        decision = replace(decision, reasons=(because(now), same))
         if paused.in_force(o):
             return replace(decision, summary=f"cannot follow {now.holder} as it is, and is left alone in pause: {same.because}", memory=memory)
         return replace(decision, summary=f"cannot follow {now.holder} as it is: {same.because}", memory=memory, wake_in_s=0.5,
@@ -90,45 +92,56 @@ def _with_upstream(action: Action, upstream: Source | None, slot_name: str) -> A
     return replace(action, upstream=upstream, slot_name=slot_name if upstream else "") if isinstance(action, Restart) else action
 
 
-def _upstream(o: Observation, leader: Member | None) -> Member | None:
-    """Whom to stream from: the member named by replicatefrom if it runs, else the leader; nobody with nostream."""
+def _upstream(o: Observation, row: Row, leader: Member | None) -> Member | None:
+    """Whom to stream from: the member named by replicatefrom if it runs on our timeline, else the leader; nobody with nostream."""
     tags, view = o.settings.tags, view_of(o)
     if tags.nostream:
         return None
     chosen = view.members.get(tags.replicatefrom) if tags.replicatefrom else None
-    fit = chosen is not None and chosen.state == "running" and chosen.host and not _in_a_circle(o, leader)
+    fit = chosen is not None and chosen.state == "running" and chosen.host and not _in_a_circle(o, leader) and _goes_along(o, row, chosen)
     member = chosen if fit else leader
     if member is None or not member.host or member.name == o.me.name:
         return None
     return member
 
 
+def _goes_along(o: Observation, row: Row, chosen: Member) -> bool:
+    """Who is streamed from already may be told of a new timeline a moment later than this node has it."""
+    streams = o.configured_upstream == chosen.name and row.receiver is not None
+    return not _claims_differ(o, row, chosen) and (streams or one_history(o, row, chosen).holds)
+
+
 def one_history(o: Observation, row: Row, server: Member | None) -> Reason:
     """May this standby stream from that member, by the timelines of both? A walreceiver asks for no more than the number: where
     two promotions took the same (a store was restored), it would go on behind rows of its own (safety model 7).
 
-    A lower number, or one whose claim is not told yet: it is about to promote, to a number that might be ours.
+    A lower number, or one whose claim is not told yet: it is about to promote, to a number that might be ours. What it
+    answered itself (`_look` asks) counts where its key does not say enough.
     """
     rule = "following.one_history"
-    own = _own_claim(o, row)
-    if server is None or not server.is_pgha or own is None:
+    if server is None or not server.is_pgha or row.timeline <= 1:
         return reason(rule, True, "nothing to compare")
-    if not server.timeline:
-        return reason(rule, False, f"{server.name} has not said yet on which timeline it is")     # nor does it answer anybody
-    if server.timeline != row.timeline:
-        return reason(rule, server.timeline > row.timeline, f"own timeline is {row.timeline}, {server.name}'s {server.timeline}")
+    history = own_history(o, row.timeline)
+    if history is None:
+        return reason(rule, False, f"how timeline {row.timeline} began has not been read yet{': ' + o.directory.why if o.directory.why else ''}")
+    own = claim_of(history)
+    if own is None:
+        return reason(rule, True, f"how timeline {row.timeline} began is not known here")
     if _claims_differ(o, row, server):
         return reason(rule, False, f"both on timeline {row.timeline}, but it began as '{own}' here and as '{server.claim}' at {server.name}")
-    return reason(rule, server.tells_claim, f"both on timeline {row.timeline}" + ("" if server.tells_claim else f", and {server.name} has not said yet which"))
+    if server.timeline > row.timeline or (server.timeline == row.timeline and server.tells_claim):
+        return reason(rule, True, f"own timeline is {row.timeline}, {server.name}'s {server.timeline}")
+    upstream = o.upstream
+    if upstream is not None and upstream.ok and upstream.name == server.name and not upstream.in_recovery and candidate_age_s(upstream.asked_at, o.now) < LOOK_EVERY_S * 2:
+        judged = rejoin.judge(Position(timeline=row.timeline, lsn=row.position), history, upstream, end_is_known=True)
+        return reason(rule, judged.verdict is rejoin.Verdict.FOLLOW, f"asked {server.name}: {judged.because.because}")
+    said = f"{server.name}'s {server.timeline}" if server.timeline else f"{server.name} has not said which it is on"
+    return reason(rule, False, f"own timeline is {row.timeline}, {said}" + (", and not yet by which promotion" if server.timeline == row.timeline else ""))
 
 
 def _claims_differ(o: Observation, row: Row, server: Member | None) -> bool:
-    own = _own_claim(o, row)
+    own = claim_of(own_history(o, row.timeline) or ())
     return server is not None and server.timeline == row.timeline and None not in (own, server.claim) and own != server.claim
-
-
-def _own_claim(o: Observation, row: Row) -> str | None:
-    return claim_of(own_history(o, row.timeline) or ())
 
 
 def _in_a_circle(o: Observation, leader: Member | None) -> bool:

@@ -13,7 +13,8 @@ Rules of this file:
 How soon: the deadline itself: 1 ms (poll) plus scheduling. A server that appears while latched: inotify tells within
 about a millisecond, without inotify a look every 20 ms; starting takes PostgreSQL longer than that. A promotion
 behind the agent's back: the file `promote`, with which it begins, and the removal of standby.signal, which comes some
-milliseconds before the first write (without inotify: within 50 ms, and then there may have been writes). The death of a postmaster: its pidfd.
+milliseconds before the first write (without inotify: within 50 ms, and then there may have been writes). A promote_trigger_file (PostgreSQL up to 15)
+is noticed by that removal only. The death of a postmaster: its pidfd.
 """
 
 from __future__ import annotations
@@ -344,6 +345,8 @@ class Guard:
 
     def _on_news(self) -> None:
         news = self._looker.news()
+        if news.promotion_asked and self._server is None and self._held.state is State.STANDBY:
+            self._adopt_any()       # one that has just been started, and was not looked at yet
         if self._held.state is State.LATCHED and (news.pid_written or news.other):
             # Not when it is created: killed before its first write, a postmaster leaves an empty postmaster.pid, and
             # PostgreSQL refuses to start beside one for ever. One that stays in between is the next tick's.

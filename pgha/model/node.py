@@ -125,9 +125,9 @@ class DataDirectoryFacts(Struct, frozen=True, kw_only=True):
     bootstrap_unregistered: bool = False  # a bootstrap ended, and nothing was started since: the cluster's only if `initialize` says so
 
     def history_on(self, timeline: int) -> tuple[HistoryRow, ...] | None:
-        """The history of the own `timeline`; None if the directory was last read on another one: a standby goes over to its
+        """The history of the own `timeline`; None if the directory cannot be read, or was last read on another one: a standby goes over to its
         upstream's new timeline at any moment, and the old history, compared with the new one, looks like another promotion."""
-        return self.history if self.history_of in (0, timeline) else None
+        return self.history if self.state == "valid" and self.history_of in (0, timeline) else None
 
 
 class GuardFacts(Struct, frozen=True, kw_only=True):

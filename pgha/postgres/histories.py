@@ -84,16 +84,34 @@ def block_timeline(data_dir: Path, timeline: int, comment: str) -> bool:
     return True
 
 
-def claim_timeline(data_dir: Path, leaving: int, claim: str) -> bool:
-    """The promotion that is about to leave timeline `leaving` will say, in the new timeline's history, that it was `claim`.
-    True if there was no file for it to stand in, and one like a block was made. PostgresError if its file cannot be one."""
-    path = _path(data_dir, leaving)
-    made = not path.exists()
-    text = f"{_BLOCK}its own history is not known here\n" if made else _read(path)
-    if len(text) >= _LIMIT_BYTES:
-        raise PostgresError(f"{path}: longer than any timeline history")
-    write_file(path, text + ("" if text.endswith("\n") or not text else "\n") + claim_line(claim))
-    return made
+def claim_timeline(data_dir: Path, leaving: int, timeline: int, claim: str, before: list[tuple[int, bytes | None]]) -> None:
+    """The promotion from `leaving` to `timeline` will say, in the new timeline's history, that it was `claim`.
+
+    PostgreSQL copies the file of the newest timeline that it knows a way to, which may be one above `leaving`: all real
+    ones below `timeline` get the line. `before` gets what each of them was (None: was not there), for `unclaim`.
+    """
+    for number in range(leaving, timeline):
+        path = _path(data_dir, number)
+        try:
+            content = read_beginning(path, _LIMIT_BYTES)
+        except FileNotFoundError:
+            content = None
+        if len(content or b"") >= _LIMIT_BYTES:
+            raise PostgresError(f"{path}: longer than any timeline history")
+        if number != leaving and (content is None or _is_block(content.decode(errors="replace"))):
+            continue
+        before.append((number, content))
+        text = f"{_BLOCK}its own history is not known here\n".encode() if content is None else content
+        write_file(path, text + (b"" if text.endswith(b"\n") or not text else b"\n") + claim_line(claim).encode())
+
+
+def unclaim(data_dir: Path, before: list[tuple[int, bytes | None]]) -> None:
+    """The promotion has copied the claim, or was given up: every file as it was, which may be in an archive."""
+    for number, content in before:
+        if content is None:
+            remove_file(_path(data_dir, number))
+        else:
+            write_file(_path(data_dir, number), content)
 
 
 def unblock_timeline(data_dir: Path, timeline: int) -> bool:

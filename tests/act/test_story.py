@@ -37,7 +37,8 @@ def test_from_nothing_to_a_switchover_and_back(bed):
             assert facts["timeline"] == 5 and two.standby_signal and await two.guard_state() == "armed"
             assert set(histories.blocked_timelines(two.data_dir)) == {2, 3, 4}
             claim = histories.read_history(two.data_dir, 5).rows[-1].claim
-            assert claim.startswith("timeline 5 by b, ") and claim.endswith(", epoch 2"), claim
+            assert claim.startswith("timeline 5, epoch 2, ") and claim.endswith(" by b"), claim
+            assert not (two.data_dir / "pg_wal" / "00000001.history").exists()
             await two.sql("INSERT INTO t VALUES (0)")
             assert await two.actor.checkpoint()
 

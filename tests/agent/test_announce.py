@@ -260,7 +260,7 @@ HISTORY = (HistoryRow(timeline=1, switch_lsn=5, claim="timeline 2 by n1"),)
     (STANDBY, {"history": HISTORY, "history_of": 1}, False, None),
     (PRIMARY, {"history": (structs.replace(HISTORY[0], claim=""),), "history_of": 2}, True, ""),
     (PRIMARY, {"history_of": 2}, True, None),
-    (PRIMARY, {"state": "unreadable"}, True, None),
+    (PRIMARY, {"state": "unreadable"}, False, None),
     (PRIMARY, {"state": "unknown"}, False, None),
     (None, {"history": HISTORY, "history_of": 2}, False, None),
 ])

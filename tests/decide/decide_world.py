@@ -39,8 +39,8 @@ KiB, MiB = 1024, 1024 * 1024
 SYSTEM = "7123456789012345678"
 LSN = 64 * MiB                       # where everybody stands
 TIMELINE = 3
-CLAIM = "timeline 3 by a, run-a/1, epoch 5"
-HISTORY = (HistoryRow(timeline=1, switch_lsn=8 * MiB, claim="timeline 2 by c, run-c/9, epoch 2"), HistoryRow(timeline=2, switch_lsn=16 * MiB, claim=CLAIM))
+CLAIM = "timeline 3, epoch 5, run-a/1 by a"
+HISTORY = (HistoryRow(timeline=1, switch_lsn=8 * MiB, claim="timeline 2, epoch 2, run-c/9 by c"), HistoryRow(timeline=2, switch_lsn=16 * MiB, claim=CLAIM))
 NOW = Instant(1_000_000_000_000, 1_000_000_000_000)
 TTL_S = 30.0
 PASS = 60                            # this pass

@@ -22,6 +22,7 @@ from decide_world import (
     standby_row,
     with_lock,
 )
+from msgspec import structs
 
 from pgha.decide.slots import maintenance, published_slots
 from pgha.model.action import Follow, MaintainSlots, Restart, Source, Stop, WriteInitialize
@@ -118,7 +119,7 @@ LOOKS = [
     row("… which was not given", upstream=Upstream(name="a", asked_at=ago(1), why="timed out", timeline=4), does="InspectUpstream"),
     row("… still in recovery", upstream=Upstream(name="a", asked_at=ago(1), ok=True, in_recovery=True, timeline=4), does="InspectUpstream"),
     row("it has gone over to the leader's timeline, the directory was read before that", postgres__row__timeline=4, directory__history_of=3,
-        upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=4, history=WENT_ON.history), memory__upstream_asked_at=ago(1), does="", refuses=""),
+        upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=4, history=WENT_ON.history), memory__upstream_asked_at=ago(1), does="", refuses="following.one_history"),
     row("it has gone over to a timeline of the same number, which branched elsewhere", postgres__row__timeline=4, directory__history_of=4, dcs__view__members__a__timeline=4,
         upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=4, history=WENT_ON.history), refuses="rejoin.judge", does="Stop", says="one number, but it branched at"),
     row("it can follow", upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=3, history=HISTORY), memory__upstream_asked_at=ago(1), does="", refuses=""),
@@ -126,7 +127,9 @@ LOOKS = [
 
 
 #: Wants to go over to the new leader a, which it has not streamed from yet.
-GOES_OVER = REPLICA.but(postgres__row__primary_conninfo="host=c port=5432")
+GOES_OVER = REPLICA.but(postgres__row__primary_conninfo="host=x port=5432")
+SILENT = {"dcs__view__members__a__claim": None, "dcs__view__members__a__tells_claim": False}
+ANSWER = Upstream(name="a", asked_at=ago(1), ok=True, system_identifier=SYSTEM, timeline=3, lsn=LSN, history=HISTORY)
 NUMBERS = [
     row("the same promotion", does="Follow", refuses="following.follows_wanted"),
     row("the leader goes on to a new timeline", dcs__view__members__a__timeline=4, dcs__view__members__a__claim="a later one", does="Follow", refuses="following.follows_wanted"),
@@ -139,15 +142,33 @@ NUMBERS = [
         refuses="following.one_history", summary="left alone in pause"),
     row("it streams already, and the claim is another", postgres__row__primary_conninfo="host=a port=5432", dcs__view__members__a__claim="another", does="Stop",
         refuses="following.one_history"),
-    row("the leader has not said yet", dcs__view__members__a__claim=None, dcs__view__members__a__tells_claim=False, does="", refuses="following.follows_wanted following.one_history",
-        says="has not said yet which"),
-    row("the leader does not run yet", dcs__view__members__a__timeline=0, does="", refuses="following.follows_wanted following.one_history", says="on which timeline it is"),
+    row("the leader has not said yet", **SILENT, does="", refuses="following.follows_wanted following.one_history", says="own timeline is 3, a's 3, and not yet by which promotion"),
+    row("… but has answered a question", **SILENT, upstream=ANSWER, does="Follow", refuses="following.follows_wanted"),
+    row("… some time ago", **SILENT, upstream=structs.replace(ANSWER, asked_at=ago(4.1)), does="", refuses="following.follows_wanted following.one_history"),
+    row("… still in recovery", **SILENT, upstream=structs.replace(ANSWER, in_recovery=True), does="", refuses="following.follows_wanted following.one_history"),
+    row("… in vain", **SILENT, upstream=structs.replace(ANSWER, ok=False), does="", refuses="following.follows_wanted following.one_history"),
+    row("… which was another's answer", **SILENT, upstream=structs.replace(ANSWER, name="c"), does="", refuses="following.follows_wanted following.one_history"),
+    row("… that it is another promotion", **SILENT, upstream=structs.replace(ANSWER, history=(HISTORY[0], structs.replace(HISTORY[1], claim="another"))), does="Stop",
+        refuses="following.follows_wanted following.one_history rejoin.judge", says="asked a: two promotions took one number"),
+    row("the leader does not run yet", dcs__view__members__a__timeline=0, does="", refuses="following.follows_wanted following.one_history", says="a has not said which it is on"),
     row("the leader does not know", dcs__view__members__a__claim=None, does="Follow", refuses="following.follows_wanted"),
-    row("nor do we", directory__history=(), dcs__view__members__a__tells_claim=False, dcs__view__members__a__claim=None, does="Follow", refuses="following.follows_wanted"),
-    row("the directory was read on an earlier timeline", directory__history_of=2, dcs__view__members__a__claim="another", does="Follow", refuses="following.follows_wanted"),
+    row("nor do we", directory__history=(), **SILENT, does="Follow", refuses="following.follows_wanted"),
+    row("the directory was read on an earlier timeline", directory__history_of=2, dcs__view__members__a__claim="another", does="", refuses="following.follows_wanted following.one_history",
+        says="how timeline 3 began has not been read yet"),
+    row("the directory is being looked at", directory__state="unknown", directory__why="being looked at", dcs__view__members__a__claim="another", does="",
+        refuses="following.follows_wanted following.one_history", says="how timeline 3 began has not been read yet: being looked at"),
+    row("the first timeline", postgres__row__timeline=1, directory__history=(), dcs__view__members__a__timeline=1, does="Follow", refuses="following.follows_wanted"),
     row("a Patroni tells nothing", dcs__view__members__a__is_pgha=False, dcs__view__members__a__claim=None, dcs__view__members__a__tells_claim=False, does="Follow",
         refuses="following.follows_wanted"),
-    row("of c by its tag, of another promotion", settings__tags=Tags(replicatefrom="c"), dcs__view__members__c__claim="another", does="Stop", refuses="following.one_history"),
+    row("of c by its tag", settings__tags=Tags(replicatefrom="c"), does="Follow", refuses="following.follows_wanted", says="wanted c:5432, set x:5432"),
+    row("of c by its tag, which is of another promotion: of the leader", settings__tags=Tags(replicatefrom="c"), dcs__view__members__c__claim="another", does="Follow",
+        refuses="following.follows_wanted", says="wanted a:5432, set x:5432"),
+    row("of c by its tag, which is behind: of the leader", settings__tags=Tags(replicatefrom="c"), dcs__view__members__c__timeline=2, does="Follow",
+        refuses="following.follows_wanted", says="wanted a:5432, set x:5432"),
+    row("… which has been streamed from until now", settings__tags=Tags(replicatefrom="c"), dcs__view__members__c__timeline=2, configured_upstream="c",
+        postgres__row__primary_conninfo="host=c port=5432", does="", refuses="following.one_history", says="own timeline is 3, c's 2"),
+    row("of c by its tag, and another promotion's is the leader", settings__tags=Tags(replicatefrom="c"), dcs__view__members__a__claim="another", does="Stop",
+        refuses="following.one_history", says="as 'another' at a"),
 ]
 
 

@@ -121,12 +121,14 @@ def test_probe_across_a_promotion_tells_the_new_timeline(make_node):
 def test_a_claim_goes_wherever_the_history_goes(make_node):
     """To who streams, to who is copied, and into the histories of later timelines; one that was given up stands nowhere."""
     async def promote(node, leaving, claim):
-        histories.claim_timeline(node.data_dir, leaving, f"{claim} given up")
-        histories.claim_timeline(node.data_dir, leaving, claim)
+        before = []
+        histories.claim_timeline(node.data_dir, leaving, leaving + 1, f"{claim} given up", before)
+        histories.claim_timeline(node.data_dir, leaving, leaving + 1, claim, [])
         conn = await node.connect()
         await node.server.promote(adopt(node.data_dir), conn, deadline_s=10)
         await conn.query("checkpoint", deadline_s=5)
         conn.close()
+        histories.unclaim(node.data_dir, before)
 
     async def main():
         a, postmaster, b = await pair(make_node)
@@ -135,11 +137,12 @@ def test_a_claim_goes_wherever_the_history_goes(make_node):
         (await caught_up(b, a)).close()
         postmaster.signal(signal.SIGKILL)
         await promote(b, 1, "the first")
-        assert histories.unblock_all(b.data_dir) == [1]
+        assert not (b.data_dir / "pg_wal" / "00000001.history").exists()
         await follow(c, b)
         (await caught_up(c, b)).close()
         adopt(b.data_dir).signal(signal.SIGKILL)
         await promote(c, 2, "the second")
+        assert (c.data_dir / "pg_wal" / "00000002.history").read_bytes() == (b.data_dir / "pg_wal" / "00000002.history").read_bytes()
         await base_backup(d.data_dir, d.server.bin_dir, source_of(c), [{"checkpoint": "fast"}], deadline_s=30)
         for node, timeline, claims in ((b, 2, ["the first"]), (c, 2, ["the first"]), (c, 3, ["the first", "the second"]), (d, 3, ["the first", "the second"])):
             history = histories.read_history(node.data_dir, timeline)

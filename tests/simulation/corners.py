@@ -27,6 +27,11 @@ CORNERS: dict[tuple[str, str], Options] = {
     # Watchdogs are required (so is this seed's world), and none can be opened when the leader dies.
     ("promotion.watchdog_is_usable", "refuses"): _corner(
         4, *((130.0, "watchdog fails", {"node": n}, 25.0) for n in ("n1", "n2", "n3")), (132.0, "power", _LEADER, 40.0), draws=2),
+    # … and none that its successor counted on, when it holds the lock and is about to promote.
+    ("leading.watchdog_is_ready", "refuses"): _corner(4, (132.0, "power", _LEADER, 40.0), (138.0, "watchdog fails", {"node": "n2"}, 25.0), draws=2),
+    # Somebody promises more in `/sync` than commits wait for.
+    ("synchronous.promise_is_covered", "refuses"): _corner(
+        4, (130.0, "key written", {"key": "sync", "value": '{"leader":"n3","quorum":0,"sync_standby":"n3,n2,n1"}'}, 0.0), draws=2),
     # The store goes back to when this node led; meanwhile it was being rewound, and that has failed half way.
     ("restart.is_whole", "refuses"): _corner(
         1, (130.0, "store backup", {}, 0.0), (131.0, "programs fail", _LEADER, 120.0), (132.0, "partition", {**_LEADER, "shape": "from_all", "some": [], "members": []}, 20.0),

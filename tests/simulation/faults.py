@@ -32,7 +32,7 @@ Begin = Callable[[Any, dict[str, Any]], None]
 
 
 class Kind(Struct, frozen=True):
-    """`draw(random, names, ttl_s)` → parameters; `lasts`: (least, most) seconds."""
+    """`draw(random, names, ttl_s)` → parameters; `lasts`: (least, most) seconds. Weight 0: for programs that are written by hand."""
 
     weight: float
     draw: Callable[[Random, list[str], float], dict[str, Any]]
@@ -269,6 +269,11 @@ def _delete_key(sim: Any, with_: dict[str, Any]) -> None:
     sim.store.delete(sim.path(with_["key"]))
 
 
+def _write_key(sim: Any, with_: dict[str, Any]) -> None:
+    sim.store_tampered()
+    sim.store.put(sim.path(with_["key"]), with_["value"].encode())
+
+
 def _no_space(on: bool) -> Begin:
     def do(sim: Any, with_: dict[str, Any]) -> None:
         sim.store.world.quota_bytes = 1 if on else 0
@@ -451,6 +456,7 @@ KINDS: dict[str, Kind] = {
                          lambda sim, w: sim.store.silence_watches(w["at"], silent=False), (5.0, 60.0)),
     "lease lost": Kind(1.5, lambda r, n, t: {"index": r.random()}, _store("lose_lease", "$index")),
     "key deleted": Kind(1.5, lambda r, n, t: {"key": r.choice(("pgha/lock", "pgha/lock", "leader", "status", "history", "config", "initialize", "pgha/epoch"))}, _delete_key),
+    "key written": Kind(0, _none, _write_key),
     "store out of space": Kind(1, _none, _no_space(True), _no_space(False), (2.0, 60.0)),
     "store compacts": Kind(0.5, _none, lambda sim, w: sim.store.world.compact(sim.store.world.revision)),
     "store backup": Kind(1, _none, _store("backup")),
@@ -493,7 +499,7 @@ def draw(seed: int, names: list[str], *, ttl_s: float, from_s: float, for_s: flo
     Most programs have a few kinds only: what comes of three kinds that meet again and again is found sooner than among all.
     """
     random = Random(f"{seed}/program")
-    kinds = list(KINDS)
+    kinds = [name for name, kind in KINDS.items() if kind.weight]
     if random.random() < 0.7:
         kinds = sorted(random.sample(kinds, random.choice((3, 5, 8, 12))))
     weights = [KINDS[k].weight for k in kinds]

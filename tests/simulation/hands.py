@@ -360,12 +360,19 @@ def block_timeline(path: ModelDir, timeline: int, comment: str) -> bool:
     return True
 
 
-def claim_timeline(path: ModelDir, leaving: int, claim: str) -> bool:
+def claim_timeline(path: ModelDir, leaving: int, timeline: int, claim: str, before: list[tuple[int, bytes | None]]) -> None:
+    """The model's promotion copies the history of the timeline that its data is on."""
     _writable(path)
-    made = leaving not in path.data.histories
+    before.append((leaving, b"" if leaving in path.data.histories else None))
     path.data.claims[leaving] = claim
     path.data.histories.setdefault(leaving, BLOCK)
-    return made
+
+
+def unclaim(path: ModelDir, before: list[tuple[int, bytes | None]]) -> None:
+    for number, content in before:
+        path.data.claims.pop(number, None)
+        if content is None:
+            path.data.histories.pop(number, None)
 
 
 def unblock_timeline(path: ModelDir, timeline: int) -> bool:
@@ -819,7 +826,7 @@ def stand_ins() -> dict[str, Any]:
             move_to_failed=move_to_failed, complete_clone=complete_clone, delete_clone=delete_clone, unfinished_swap=unfinished_swap, swap_in_clone=swap_in_clone,
             replaced_directories=replaced_directories, move_to_removing=move_to_removing, delete_tree=delete_tree, free_bytes=free_bytes, size_bytes=size_bytes,
             linked_directories=lambda path: [], clone_directory=lambda path: ModelDir(path.instance, "clone")),
-        "pgha.postgres.histories": _module("pgha.postgres.histories", read_history=read_history, block_timeline=block_timeline, claim_timeline=claim_timeline, unblock_timeline=unblock_timeline,
+        "pgha.postgres.histories": _module("pgha.postgres.histories", read_history=read_history, block_timeline=block_timeline, claim_timeline=claim_timeline, unclaim=unclaim, unblock_timeline=unblock_timeline,
                                            unblock_all=unblock_all),
         "pgha.postgres.controldata": _module("pgha.postgres.controldata", read_control=read_control),
         "pgha.postgres.connection": _module("pgha.postgres.connection", Connection=Connection, identify_system=identify_system, timeline_history=timeline_history,
