@@ -257,7 +257,7 @@ def test_hung_postgres_is_killed_at_the_end_of_its_time(bed):
             began_s = trio.current_time()
             facts = await node.operate(a.Demote(mode="fast", release=True, checkpoint=True, why="test", timeout_s=0.5))
             assert facts["killed"] and not facts["clean"] and facts["released"] and not node.living()
-            assert trio.current_time() - began_s < 5
+            assert trio.current_time() - began_s < 8     # 4 s for a connection to checkpoint by, 0.5 s for the stop; the rest is the machine's
     trio.run(main)
 
 
