@@ -66,11 +66,13 @@ async def set_synchronous_names(ctx: Context, action: SetSynchronousNames) -> No
         before = ctx.wanted.names
         ctx.wanted.set_names(action.names)
         changed = await ctx.on_disk(ctx.wanted.write_running)
-        if await ctx.on_disk(ctx.wanted.names_are_overridden):
-            with closing(await connect(ctx)) as conn:      # under the server's own lock for that file; allowed in recovery, too
-                await conn.query("ALTER SYSTEM RESET synchronous_standby_names", deadline_s=SQL_DEADLINE_S)
-            log.warning("took synchronous_standby_names out of postgresql.auto.conf: in a synchronous mode it is pgha's to set")
-        ctx.server.reload(server)
+        try:
+            if await ctx.on_disk(ctx.wanted.names_are_overridden):
+                with closing(await connect(ctx)) as conn:      # under the server's own lock for that file; allowed in recovery, too
+                    await conn.query("ALTER SYSTEM RESET synchronous_standby_names", deadline_s=SQL_DEADLINE_S)
+                log.warning("took synchronous_standby_names out of postgresql.auto.conf: in a synchronous mode it is pgha's to set")
+        finally:    # refused (allow_alter_system), the file's other settings are to hold all the same
+            ctx.server.reload(server)
     log.info("synchronous_standby_names set", names=action.names, before=before, changed=changed)
     ctx.configuration_changed()
     ctx.hurry(WATCH_S)

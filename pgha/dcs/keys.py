@@ -47,6 +47,7 @@ DEEPEST = 64
 #: What may be counted: positions, epochs and sequences; a timeline has 32 bits.
 _LARGEST = 1 << 63
 _LARGEST_TIMELINE = (1 << 32) - 1
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 _KNOWN = frozenset({"initialize", "config", "leader", LOCK, EPOCH, "status", "optime/leader", "failover", "sync", "history", "failsafe"})
 
@@ -287,9 +288,16 @@ class _Reader:
                            down_sequence=_integer(down.get("sequence")), raw=value)
 
     def sync(self) -> Sync:
-        value = self.object("sync") or {}
-        leader = _string(value.get("leader"))
-        names = tuple(n.strip() for n in _string(value.get("sync_standby")).split(",") if n.strip())
+        value = self.object("sync")
+        if value is None:
+            entry = self.entries.get("sync")
+            return Sync(unreadable=entry is not None and entry.value.strip() not in (b"", b"null"))
+        leader, standbys = value.get("leader"), _string(value.get("sync_standby"))
+        if not _is_text(leader) or not _is_text(standbys):
+            self._problem("sync", "leader and sync_standby are texts without control characters")
+            return Sync(unreadable=True)
+        leader = leader or ""
+        names = tuple(n.strip() for n in standbys.split(",") if n.strip())
         return Sync(leader=leader, quorum=_integer(value.get("quorum")) if leader else 0, members=names if leader else (), raw=value)
 
     def history(self) -> tuple[HistoryEntry, ...] | None:
@@ -355,6 +363,11 @@ def _claim(value: Any) -> str | None:
     return value[:LONGEST_CLAIM] if isinstance(value, str) else None
 
 
+def _is_text(value: Any) -> bool:
+    """A name, or none. PostgreSQL's configuration takes no NUL, and nobody's name has control characters."""
+    return value is None or (isinstance(value, str) and _CONTROL.search(value) is None)
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
@@ -370,6 +383,8 @@ def _integer(value: Any) -> int:
 def _host_port(conn_url: str) -> tuple[str, int]:
     try:
         parts = urlsplit(conn_url)
+        if not _is_text(parts.hostname):
+            return "", 5432
         return parts.hostname or "", parts.port or 5432
     except ValueError:
         return "", 5432

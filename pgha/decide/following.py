@@ -199,7 +199,8 @@ def _look(o: Observation, memory: Memory, leader: Member | None) -> tuple[list[A
     if history is not None and upstream is not None and known and upstream.ok and not upstream.in_recovery:
         own = Position(timeline=row.timeline, lsn=row.position)
         asked = memory.upstream_asked_at
-        asked_later = since is not None and asked is not None and remaining_s(asked, since) >= 0
+        # What comes out of an archive goes on after the question: then having more than the answer proves nothing.
+        asked_later = since is not None and asked is not None and remaining_s(asked, since) >= 0 and not row.restore_command
         judged = rejoin.judge(own, history, upstream, end_is_known=True, asked_later=asked_later)
         if judged.verdict is not rejoin.Verdict.FOLLOW and paused.in_force(o):
             return [], memory, (judged.because,), f"cannot follow {leader.name} as it is, and is left alone in pause: {judged.because.because}"

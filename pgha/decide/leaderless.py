@@ -123,6 +123,8 @@ def position_is_final(o: Observation, election: Election) -> Reason:
     settled_s = candidate_age_s(election.frozen_at, row_at)
     if not row.received_lsn:
         # Nothing was received since it started: it replays what lies in pg_wal, and where that ends shows only at the end.
+        if not row.startup_rests:
+            return reason(rule, False, f"what lies in pg_wal is not replayed yet, as far as {format_lsn(row.position)}")
         stands_s = candidate_age_s(election.standing_since, row_at) if election.standing_since else 0.0
         return reason(rule, min(settled_s, stands_s) >= REPLAY_STANDS_S, f"replay has stood at {format_lsn(row.position)} for {stands_s:.2f} s, {REPLAY_STANDS_S} s needed")
     return reason(rule, settled_s >= FREEZE_SETTLES_S, f"no walreceiver {settled_s:.3f} s after the freeze, {FREEZE_SETTLES_S} s needed")

@@ -67,7 +67,8 @@ def judge(ping: Ping, node: Receiver, before: Promise | None, now: Instant) -> V
         return Verdict(status=500, text="Running as a leader")
     if node.licence.state is LicenceState.ACQUIRING:
         return Verdict(status=409, text="a take-over of this node's own is not settled")
-    epoch = max(node.epoch, before.epoch if before is not None else 0)
+    # A promise that is over says nothing any more: a store that was rebuilt counts from 1 again.
+    epoch = max(node.epoch, before.epoch if before is not None and before.left_s(now) > 0 else 0)
     if ping.epoch is not None and ping.epoch < epoch:
         return Verdict(status=409, text=f"epoch {ping.epoch} is over: epoch {epoch} was seen")
     if ping.epoch is not None and ping.epoch == node.epoch and node.epoch_holder not in ("", ping.name):

@@ -314,6 +314,8 @@ class Renewer:
             if end is not None and not await self._confirmed(sent, end):
                 # Without the guard's word the licence must not be shortened: it is renewed as long as it was.
                 sent, end = self._compose_renewal(licence.ttl_s, licence.mode), None
+            if self.licence.state is not LicenceState.HELD:
+                return                  # released, or forgotten by the fence, while the guard was asked
             if end is not None:
                 self._book.shorten(sent, end)
                 self._announce()
@@ -412,6 +414,8 @@ class Renewer:
 
     def _renewed(self, sent: Sent, revision: int, value: bytes, *, epoch_revision: int | None = None) -> None:
         licence = self.licence
+        if licence.state not in (LicenceState.HELD, LicenceState.RELEASING):
+            return      # the fence has killed and forgotten meanwhile: the record is this node's without a licence, as after a restart
         if licence.failing_since is not None and self._told:
             log.info("lock renewed again", after_s=remaining_s(self._clock.now(), licence.failing_since), sequence=sent.record.sequence)
         self._told = False
@@ -472,6 +476,8 @@ class Renewer:
     def forget_expired(self) -> None:
         """The licence has ended and everything is dead: stop claiming it (the fence calls this)."""
         self._book.expired()
+        if self._renewing is not None:
+            self._renewing.cancel()     # its answer would be about a licence that is no more
         self._announce()
 
     def confirm(self) -> None:

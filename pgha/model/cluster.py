@@ -100,6 +100,7 @@ class Sync(Struct, frozen=True, kw_only=True):
     leader: str = ""
     quorum: int = 0
     members: tuple[str, ...] = ()
+    unreadable: bool = False    # there is something, which says nothing
     raw: dict[str, Any] = {}
 
 

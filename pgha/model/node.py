@@ -59,6 +59,7 @@ class Row(Struct, frozen=True, kw_only=True):
     system_identifier: str = ""
     synchronous_standby_names: str = ""
     checkpointer_rests: bool = True # so it has read the settings; until it has, backends do not know that they are to wait
+    startup_rests: bool = True      # a standby's startup process has replayed what it has, and waits for more
     primary_conninfo: str = ""
     primary_slot_name: str = ""
     restore_command: str = ""

@@ -21,7 +21,7 @@ def overview(*, scope: str, leader: str, members: Mapping[str, Mapping[str, Any]
     leader's last known position (0 = unknown); `sync`, `failover`, `config`: those keys' objects, {} if absent."""
     standby_cluster = is_standby_cluster(config)
     voters = synchronous_names(sync)
-    quorum = config.get("synchronous_mode") == "quorum"
+    quorum = by_quorum(config)
     body: dict[str, Any] = {"members": []}
     for name in sorted(members):
         raw = members[name]
@@ -77,8 +77,13 @@ def is_standby_cluster(config: Mapping[str, Any]) -> bool:
 
 def synchronous(config: Mapping[str, Any]) -> bool:
     """Is a synchronous mode on? A standby cluster has none."""
-    on = config.get("synchronous_mode") in (True, "on", "true", "yes", "quorum")
-    return on and not is_standby_cluster(config)
+    return (is_true(config.get("synchronous_mode")) or by_quorum(config)) and not is_standby_cluster(config)
+
+
+def by_quorum(config: Mapping[str, Any]) -> bool:
+    """Is the synchronous mode that is wanted the one with votes?"""
+    mode = config.get("synchronous_mode")
+    return isinstance(mode, str) and mode.lower() == "quorum"
 
 
 def synchronous_names(sync: Mapping[str, Any]) -> frozenset[str]:
@@ -90,4 +95,9 @@ def synchronous_names(sync: Mapping[str, Any]) -> frozenset[str]:
 
 
 def is_paused(config: Mapping[str, Any]) -> bool:
-    return config.get("pause") in (True, "on", "true", "yes")
+    return is_true(config.get("pause"))
+
+
+def is_true(value: Any) -> bool:
+    """In all spellings that the configuration takes (config/values.py); what others wrote is as they wrote it."""
+    return value is True or (isinstance(value, str) and value.lower() in ("on", "true", "yes", "1"))

@@ -27,6 +27,7 @@ from pgha.log import Log
 from pgha.model.cluster import ClusterView, LockSeen, Member, PausedHolder, Sync
 from pgha.model.lock import wait_s
 from pgha.model.observation import DcsFacts, StoreCapacity
+from pgha.model.overview import synchronous
 from pgha.model.wal import Position
 from pgha.postgres.threads import InThread, in_thread
 
@@ -186,9 +187,11 @@ class ClusterObserver:
 
     def _remember_sync(self, view: ClusterView) -> None:
         """What a store that went back shows is not believed alone until the key has been written again, which only a
-        leader does, who could lead by both."""
+        leader does, who could lead by both. Nor is a key that cannot be read, or that is gone while the mode is on: leaders
+        delete it when the mode is off."""
         revision = view.revision_of("sync")
-        if self._went_back:
+        tampered = view.sync.unreadable or (not revision and bool(self._remembered.sync.leader) and synchronous(view.config or {}))
+        if self._went_back or tampered:
             self._went_back = False
             self._remembered = replace(self._remembered, sync_restored=revision)
         if self._remembered.sync_restored != revision:

@@ -45,6 +45,8 @@ SELECT standby,
   current_setting('synchronous_standby_names'),
   current_setting('synchronous_standby_names') = '' OR EXISTS (SELECT FROM pg_stat_get_activity(NULL)
       WHERE backend_type = 'checkpointer' AND wait_event IN ('CheckpointerMain', 'CheckpointWriteDelay')),
+  NOT EXISTS (SELECT FROM pg_stat_get_activity(NULL) WHERE backend_type = 'startup'
+      AND (wait_event IS NULL OR wait_event NOT IN ('RecoveryRetrieveRetryInterval', 'RecoveryWalStream'))),
   current_setting('primary_conninfo', true),
   current_setting('primary_slot_name', true),
   current_setting('restore_command', true),
@@ -80,7 +82,7 @@ async def read_row(conn: Connection, *, deadline_s: float) -> Row:
 
 def _row(answer: tuple[str | None, ...]) -> Row:
     (standby, timeline, flushed, received, replayed, replayed_at, paused, started_at, started_at_s, version, identifier,
-     sync_names, checkpointer_rests, conninfo, slot, restore, receiver, replication, slots) = answer
+     sync_names, checkpointer_rests, startup_rests, conninfo, slot, restore, receiver, replication, slots) = answer
     return Row(
         in_recovery=standby == "t",
         timeline=int(timeline or 0),
@@ -98,6 +100,7 @@ def _row(answer: tuple[str | None, ...]) -> Row:
         system_identifier=identifier or "",
         synchronous_standby_names=sync_names or "",
         checkpointer_rests=checkpointer_rests == "t",
+        startup_rests=startup_rests == "t",
         primary_conninfo=conninfo or "",
         primary_slot_name=slot or "",
         restore_command=restore or "",

@@ -18,7 +18,7 @@ from pgha.model.cluster import ClusterView
 from pgha.model.decision import Decision, Memory, Vote
 from pgha.model.lock import LicenceState, wait_s
 from pgha.model.observation import Observation
-from pgha.model.overview import is_standby_cluster, synchronous, synchronous_names
+from pgha.model.overview import by_quorum, is_standby_cluster, synchronous, synchronous_names
 from pgha.rest.health import HealthFacts
 
 
@@ -136,8 +136,8 @@ def publish_pass(seen: Observation, decision: Decision, *, scope: str, memory: M
     streams = receiver is not None and receiver.status == "streaming"
     health = HealthFacts(
         state=state, role=role, standby_cluster=standby_cluster, dcs_seen=view is not None and seen.dcs.unreachable_since is None,
-        paused=decision.paused, sync_standby=in_sync and config.get("synchronous_mode") != "quorum",
-        quorum_standby=in_sync and config.get("synchronous_mode") == "quorum",
+        paused=decision.paused, sync_standby=in_sync and not by_quorum(config),
+        quorum_standby=in_sync and by_quorum(config),
         replication_state="streaming" if streams else "in archive recovery" if answered and row is not None and row.in_recovery and row.restore_command else "",
         tags=seen.settings.tags.raw, optime=view.published_position.lsn or None if view else None,
         latest_end_lsn=receiver.latest_end_lsn or None if receiver else None,

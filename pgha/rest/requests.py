@@ -18,7 +18,7 @@ from pgha.clock import candidate_age_s
 from pgha.decide.standing import still_sends
 from pgha.model.failsafe import Ping
 from pgha.model.lock import wait_s
-from pgha.model.overview import synchronous, synchronous_names
+from pgha.model.overview import by_quorum, synchronous, synchronous_names
 from pgha.rest.published import Board, Published
 from pgha.rest.wire import JSON, Request, Response, text_response
 
@@ -217,7 +217,7 @@ def _preconditions(kind: str, leader: str, candidate: str, scheduled_at: Any, pu
     if leader and leader != published.leader:
         raise _Wrong(412, "leader name does not match")
     config = view.config or {}
-    by_priority = synchronous(config) and config.get("synchronous_mode") != "quorum"
+    by_priority = synchronous(config) and not by_quorum(config)
     names = synchronous_names(view.sync.raw)
     if candidate:
         if kind == "switchover" and by_priority and candidate.lower() not in names:

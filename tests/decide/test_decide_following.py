@@ -107,6 +107,8 @@ def test_a_moving_position_is_no_vote():
 LOST = REPLICA.but(postgres__row__receiver=None, memory__not_streaming_since=ago(1.5), memory__upstream_asked_at=ago(3))
 WENT_ON = Upstream(name="a", asked_at=ago(1), ok=True, system_identifier=SYSTEM, timeline=4, lsn=LSN, history=(*HISTORY, HistoryRow(timeline=3, switch_lsn=LSN - 1)))
 
+AHEAD = Upstream(name="a", asked_at=ago(1), ok=True, timeline=3, lsn=LSN - 1, history=HISTORY)
+
 LOOKS = [
     row("it looks why", does="InspectUpstream", summary="not streaming, asking a for its timeline"),
     row("not for long", memory__not_streaming_since=ago(0.9), does=""),
@@ -122,6 +124,8 @@ LOOKS = [
         upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=4, history=WENT_ON.history), memory__upstream_asked_at=ago(1), does="", refuses="following.one_history"),
     row("it has gone over to a timeline of the same number, which branched elsewhere", postgres__row__timeline=4, directory__history_of=4, dcs__view__members__a__timeline=4,
         upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=4, history=WENT_ON.history), refuses="rejoin.judge", does="Stop", says="one number, but it branched at"),
+    row("it has more than the leader had when it was asked", upstream=AHEAD, memory__upstream_asked_at=ago(1), refuses="rejoin.judge", does="Stop"),
+    row("… out of an archive", upstream=AHEAD, memory__upstream_asked_at=ago(1), postgres__row__restore_command="cp x", refuses="", does=""),
     row("it can follow", upstream=Upstream(name="a", asked_at=ago(1), ok=True, timeline=3, history=HISTORY), memory__upstream_asked_at=ago(1), does="", refuses=""),
 ]
 

@@ -44,6 +44,8 @@ ELECTION = [
     row("the walreceiver still lives", postgres__row__receiver=WalReceiver(status="streaming"), refuses="leaderless.position_is_final", says="walreceiver is streaming", does=""),
     row("the settings are not empty yet", postgres__row__primary_conninfo="host=a", refuses="leaderless.position_is_final", says="primary_conninfo is still set", does=""),
     row("nothing was received since it started, replay stands", postgres__row__received_lsn=0, memory__election__standing_lsn=LSN, memory__election__standing_since=ago(0.75), refuses="", does="AcquireLock"),
+    row("nothing was received since it started, replay stands, but not at the end", postgres__row__received_lsn=0, postgres__row__startup_rests=False, memory__election__standing_lsn=LSN,
+        memory__election__standing_since=ago(9), refuses="leaderless.position_is_final", says="what lies in pg_wal is not replayed yet", does=""),
     row("nothing was received since it started, replay goes on", postgres__row__received_lsn=0, memory__election__standing_lsn=LSN - 1, memory__election__standing_since=ago(9),
         refuses="leaderless.position_is_final", says="for 0.00 s, 0.5 s needed"),
     row("an upstream is set a second after the freeze", postgres__row__primary_conninfo="host=a", memory__election__frozen_at=ago(1.2), refuses="leaderless.position_is_final", does="Freeze",

@@ -41,6 +41,7 @@ GIVEN = Promise(name="z", accepted_at=NOW.plus_s(-10), ttl_s=30.0, incarnation="
     ("a take-over is under way", {}, {"licence": Licence(state=LicenceState.ACQUIRING)}, None, 409),
     ("an epoch that is over", {"epoch": 3}, {}, None, 409),
     ("an epoch that is over by an earlier ping", {}, {}, replace(GIVEN, epoch=5), 409),
+    ("an epoch that is over by an earlier ping, whose promise is over, too", {}, {}, replace(GIVEN, epoch=5, accepted_at=NOW.plus_s(-31)), 200),
     ("an epoch that this node has not seen yet", {"epoch": 5}, {}, None, 200),
     ("another's epoch", {"name": "y"}, {}, None, 409),
     ("a Patroni says no epoch", {"epoch": None, "name": "y"}, {}, None, 200),

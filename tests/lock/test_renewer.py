@@ -16,7 +16,7 @@ from pgha.dcs.memory import MemoryWorld
 from pgha.errors import DcsRefused, DcsUnreachable, Refused
 from pgha.lock.renewer import Timing
 from pgha.model.decision import Mandate
-from pgha.model.lock import Epoch, LicenceState, LockRecord
+from pgha.model.lock import Epoch, Licence, LicenceState, LockRecord
 
 #: Enough for whatever is due at once.
 SOON_S = 0.01
@@ -621,6 +621,46 @@ def test_a_deaf_guard_makes_nobody_write_as_fast_as_the_store_answers():
         await trio.sleep(3.5)
         assert len(node.guard.asked) < 100
         assert len(node.store.writes) < 20
+    story(steps)
+
+
+@pytest.mark.parametrize("shielded", [False, True])
+def test_an_answer_about_a_licence_that_the_fence_has_forgotten_brings_nothing_back(shielded):
+    """It killed before the end: an orderly stop hung, or a clock jump was not confirmed in time."""
+    async def steps(node: Node) -> None:
+        async def fence_kills() -> None:
+            with trio.CancelScope(shield=shielded):
+                await trio.sleep(0.2)
+                node.renewer.forget_expired()
+
+        await trio.sleep(9.5)
+        node.store.before_write = fence_kills
+        async with trio.open_nursery() as nursery:
+            if not shielded:
+                node.store.before_write, node.store.delay_s = None, 1.0
+                await trio.sleep(0.9)
+                nursery.start_soon(fence_kills)
+        await trio.sleep(5)
+        assert node.licence == Licence()
+        assert [record.sequence for _, record in node.store.writes] == [1, 2]
+    story(steps)
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_licence_that_is_given_up_while_the_guard_is_asked_is_not_renewed(released):
+    async def steps(node: Node) -> None:
+        await trio.sleep(1)
+        node.guard.takes_s = 0.4
+        node.timing = Timing(ttl_s=5.0, loop_wait_s=10.0)
+        node.mandate()
+        await trio.sleep(0.2)
+        if released:
+            await node.renewer.release(lsn=777, timeline=4, deadline_s=2)
+        else:
+            node.renewer.forget_expired()
+        await trio.sleep(5)
+        assert node.licence.state is LicenceState.NONE
+        assert [record.mode for _, record in node.store.writes] == ["held", "released"][:1 + released]
     story(steps)
 
 

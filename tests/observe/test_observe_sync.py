@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import trio
-from observe_world import Scene, until
+from observe_world import KEYS, Scene, until
 from test_observe_cluster import observed
 
 from pgha.config.state import load_remembered
+from pgha.dcs import Delete, Put
 from pgha.model.cluster import Sync
 
 OLD, NEW = {"leader": "a", "quorum": 0, "sync_standby": "c"}, {"leader": "b", "quorum": 0, "sync_standby": "A,d"}
@@ -96,5 +98,40 @@ def test_a_store_that_shows_the_same_is_not_doubted(tmp_path: Path):
         await scene.seen()
         await went_back(scene, saved)
         assert scene.facts.remembered_sync is None
+
+    observed(tmp_path, main)
+
+
+@pytest.mark.parametrize("damage", [b"garbage", b"[]", b'{"leader": 1}', b'{"leader": "b", "sync_standby": "d,x\\u0000y"}', None])
+def test_a_key_that_cannot_be_read_or_was_deleted_under_the_mode_does_not_let_anybody_lead(tmp_path: Path, damage: bytes | None):
+    async def main(scene: Scene) -> None:
+        scene.put("config", {"synchronous_mode": "ON"})
+        scene.put("sync", NEW)
+        await scene.seen()
+        if damage is None:
+            scene.world.transact([], [Delete(key=KEYS.path("sync"))])
+        else:
+            scene.world.transact([], [Put(key=KEYS.path("sync"), value=damage)])
+        await until(lambda: scene.facts.view.sync.leader == "", 5)
+        assert scene.facts.remembered_sync == FORMER
+        scene.put("sync", OLD)
+        await scene.seen()
+        assert scene.facts.remembered_sync is None, "a leader has written it again"
+
+    observed(tmp_path, main)
+
+
+def test_a_leader_that_deletes_the_key_when_the_mode_is_off_is_believed(tmp_path: Path):
+    async def main(scene: Scene) -> None:
+        scene.put("config", {"synchronous_mode": "on"})
+        scene.put("sync", NEW)
+        await scene.seen()
+        scene.put("config", {"synchronous_mode": "off"})
+        scene.world.transact([], [Delete(key=KEYS.path("sync"))])
+        await until(lambda: scene.facts.view.sync.leader == "", 5)
+        assert scene.facts.remembered_sync is None
+        scene.put("config", {"synchronous_mode": "on"})
+        await scene.seen()
+        assert scene.facts.remembered_sync is None, "nothing was promised since"
 
     observed(tmp_path, main)

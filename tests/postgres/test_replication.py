@@ -415,3 +415,48 @@ def test_what_a_killed_base_backup_leaves_is_found_and_killed(make_node, base):
         assert kill_leftovers(base / "cop") == []
         assert kill_leftovers(target) == [int(receiver[0])]
     trio.run(main)
+
+
+def test_a_standby_that_has_not_replayed_what_lies_in_pg_wal_says_so(make_node):
+    """Replay stands still for many reasons (a delay, a conflict, a slow disk); where WAL ends it shows by what it waits for."""
+    async def restarted(b, **more):
+        postmaster = adopt(b.data_dir)
+        postmaster.signal(signal.SIGINT)
+        with trio.fail_after(10):
+            await postmaster.wait_exit()
+        files.write_postgresql_conf(b.data_dir, {}, {"primary_conninfo": "", **more})
+        files.create_standby_signal(b.data_dir)
+        await b.start()
+        return await b.connect()
+
+    async def seen(conn):
+        return await probe.read_row(conn, deadline_s=5)
+
+    async def main():
+        a, _, b = await pair(make_node)
+        conn, primary = await caught_up(b, a), await a.connect()
+        assert (await seen(conn)).startup_rests
+        assert (await seen(primary)).startup_rests
+        await b.sql("SELECT pg_wal_replay_pause()")
+        await primary.query("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n", deadline_s=5)
+        end = (await seen(primary)).lsn
+        with trio.fail_after(10):
+            while (await seen(conn)).received_lsn < end:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        conn.close()
+        conn = await restarted(b, recovery_min_apply_delay="1h")
+        with trio.fail_after(10):
+            while (row := await seen(conn)).startup_rests:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert (row.received_lsn, row.receiver) == (0, None)
+        assert row.replayed_lsn < end
+        conn.close()
+        conn = await restarted(b)
+        with trio.fail_after(10):
+            while not (row := await seen(conn)).startup_rests:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        assert row.received_lsn == 0
+        assert row.replayed_lsn >= end
+        conn.close()
+        primary.close()
+    trio.run(main)
