@@ -188,6 +188,7 @@ SYNCHRONOUS: tuple[tuple[str, Any], ...] = (
     ("settings__maximum_lag_on_syncnode_bytes", one_of(-1, 0, 1, 2**40)),
     ("postgres__row__synchronous_standby_names", _setting),
     ("postgres__row__checkpointer_rests", _bool),
+    ("postgres__row__startup_rests", _bool),
     ("postgres__row__replication", _replication),
     ("postgres__row__started_at_s", one_of(0.0, 5.0)),
     ("written_names", lambda chance: WrittenNames(told=_bool(chance), names=chance.choice((None, _setting(chance))))),
