@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
-from pgha.decide import eligible, failsafe, restart
+from pgha.decide import eligible, failsafe, paused, restart
 from pgha.decide.common import ask_others, backed_off, leader_member, others, reason, source_of, view_of
 from pgha.decide.standing import Whose, because, licensed, standing
 from pgha.model.action import AbandonDirectory, AcquireLock, Action, Bootstrap, Clone, ReadCluster, ReleaseLock, Stop
@@ -37,6 +37,8 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if state in ("unknown", "unreadable", "partial"):
         # A server that runs says itself what it holds; a disk that does not answer us must not stop its books.
         return None if o.postgres.alive else _unusable(o, memory)
+    if o.postgres.alive and paused.in_force(o):
+        return None         # PostgreSQL itself ends within a minute of losing its lock file; before that it is the operator's
     if o.postgres.alive:
         stop = Stop(why="its data directory is gone", timeout_s=5.0)
         return Decision(situation="empty", summary="stopping a server whose data directory is gone", actions=(stop,), memory=memory)

@@ -80,6 +80,7 @@ COPIES = [
     row("the system is not known", dcs__view__initialize="x", refuses="empty.cluster_is_initialised empty.initialize_is_free empty.no_peer_has_data", says="initialize is 'x'", does=""),
     row("failed a moment ago", memory__clone_failures=2, memory__last_clone_failed_at=ago(0.5), refuses="empty.clone_backoff", says="2 failures, next try in 1.5 s", does="", summary="the copy failed 2 times, next try in 1.5 s"),
     row("failed often", memory__clone_failures=40, memory__last_clone_failed_at=ago(1), refuses="empty.clone_backoff", says="40 failures, next try in 29.0 s", does=""),
+    row("a server still runs there, in pause", postgres=PostgresFacts(process="running"), settings__pause=True, situation="following", does=""),
     row("a server still runs there", postgres=PostgresFacts(process="running"), does="Stop", summary="whose data directory is gone"),
 ]
 
