@@ -29,6 +29,13 @@ CORNERS: dict[tuple[str, str], Options] = {
         4, *((130.0, "watchdog fails", {"node": n}, 25.0) for n in ("n1", "n2", "n3")), (132.0, "power", _LEADER, 40.0), draws=2),
     # … and none that its successor counted on, when it holds the lock and is about to promote.
     ("leading.watchdog_is_ready", "refuses"): _corner(4, (132.0, "power", _LEADER, 40.0), (138.0, "watchdog fails", {"node": "n2"}, 25.0), draws=2),
+    # … and its PostgreSQL stands still: it holds the lock for nothing.
+    ("leading.lock_is_of_use", "refuses"): _corner(4, (132.0, "power", _LEADER, 40.0), (139.1, "freeze postgres", {"node": "n2"}, 40.0), draws=2),
+    ("switchover.names_somebody_in_pause", "refuses"): _corner(
+        1, (125.0, "pause", {}, 70.0), *((140.0 + 5 * i, "key written", {"key": "failover", "value": f'{{"leader":"n{i}","member":null}}'}, 0.0) for i in (1, 2, 3))),
+    # The only one left has another cluster's data, and the store does not say whose the cluster is.
+    ("promotion.system_is_ours", "refuses"): _corner(
+        1, *((130.0, "data of another cluster", {"node": n}, 60.0) for n in ("n1", "n2")), (135.0, "power", _LEADER, 40.0), (136.0, "key deleted", {"key": "initialize"}, 0.0), nodes=2),
     # Somebody promises more in `/sync` than commits wait for.
     ("synchronous.promise_is_covered", "refuses"): _corner(
         4, (130.0, "key written", {"key": "sync", "value": '{"leader":"n3","quorum":0,"sync_standby":"n3,n2,n1"}'}, 0.0), draws=2),
