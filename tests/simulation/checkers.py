@@ -255,16 +255,20 @@ class TimelinesAreTold(Checker):
 
 
 class NewestCopyStays(Checker):
-    """No data directory is deleted while it is the only one that holds what the last primary acknowledged."""
+    """No data directory is deleted while it is the only one that holds what the last primary acknowledged. (What a former
+    one acknowledges beside it, with agent and guard out of action, is an exposure, and is lost in any case.)"""
 
     def __init__(self, world: Any) -> None:
         super().__init__(world)
         self.newest: Any = None         # (branch, lsn)
+        self.primary: Any = None
 
     def acknowledged(self, instance: Any, branch: Any, lsn: int) -> None:
-        self.newest = (branch, lsn)
+        if instance is self.primary or self.primary is None:
+            self.newest = (branch, lsn)
 
     def becomes_primary(self, instance: Any, how: str) -> None:
+        self.primary = instance
         self.newest = (instance.dir.branch, instance.dir.lsn)
 
     def removed(self, instance: Any, data: Any) -> None:

@@ -171,6 +171,8 @@ def minimise(options: Options) -> tuple[Options, Outcome]:
             return True
         return False
 
+    if not fails(program):      # everything is healed when the program ends: then it needs what came later
+        program = list(outcome.program)
     size = max(1, len(program) // 2)
     while size:
         at = 0
