@@ -179,6 +179,7 @@ def test_a_restarted_agent_adopts_as_paused_what_stands_as_paused():
 def test_a_paused_record_of_a_server_that_is_no_primary_is_adopted_to_be_given_back(server):
     decision = FOUND.but(postgres=server, guard__state="standby").decide()
     assert (decision.situation, only(decision, AcquireLock).readopt, only(decision, AcquireLock).paused) == ("paused", True, True)
+    assert only(decision, AcquireLock).lsn == LSN, "what was published, until a server or the end of WAL says more"
 
 
 def test_a_release_that_got_lost_is_done_again():
