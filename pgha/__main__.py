@@ -26,6 +26,7 @@ usage: pgha COMMAND …
   guard CONFIG --data-dir DIR        the process that fences when the agent cannot (started by the agent)
   config check CONFIG                every mistake of a configuration file, in one run
   config sample                      print a configuration to start from
+  config import [PATRONI_YML] …      make pgha.toml from a Patroni configuration, and say what becomes of each key
   ctl [-c CONFIG] …                  look at a cluster and change it; `pgha ctl --help`
   demo …                             a real three-node cluster on this machine, and a failover to watch
   replay FILE                        decide again on a recorded observation, and print the decision
@@ -123,11 +124,25 @@ def _config(arguments: list[str]) -> int:
     check = actions.add_parser("check", help="every mistake, in one run", allow_abbrev=False)
     check.add_argument("config", metavar="CONFIG")
     actions.add_parser("sample", help="print a configuration to start from", allow_abbrev=False)
+    take = actions.add_parser("import", help="make pgha.toml from a Patroni configuration", allow_abbrev=False,
+                              description="Say what becomes of each key of a Patroni configuration, with the PATRONI_ variables of the environment "
+                                          "laid over it, and write pgha.toml.")
+    take.add_argument("patroni", metavar="PATRONI_YML", nargs="?", help="a file, or a directory with *.yml (default: $PATRONI_CONFIGURATION)")
+    take.add_argument("-o", "--output", metavar="FILE", default="pgha.toml", help="what to write, with mode 0600 (default: pgha.toml)")
+    take.add_argument("--accept-missing", action="store_true", help="write also if there are keys that pgha does not support; they are left out")
+    take.add_argument("--force", action="store_true", help="replace FILE if it is there")
+    take.add_argument("--dry-run", action="store_true", help="report only, write nothing")
     chosen = parser.parse_args(arguments)
     if chosen.action == "sample":
         from pgha.config.sample import sample
 
         print(sample(), end="")
+        return DONE
+    if chosen.action == "import":
+        from pgha.config.takeover import import_patroni
+
+        import_patroni(chosen.patroni, chosen.output, os.environ, accept_missing=chosen.accept_missing, force=chosen.force, dry_run=chosen.dry_run,
+                       say=print, warn=lambda line: print(f"pgha: {line}", file=sys.stderr))
         return DONE
     from pgha.config.check import check as judge
 

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pgha"
 
 THIRD_PARTY = {"trio", "trio_websocket", "httpx", "h11", "psycopg", "msgspec", "tomli_w"}
+#: In the archive, but optional elsewhere: the one file that may import each, inside a function.
+OPTIONAL = {"yaml": "pgha.config.patroni_file"}
 #: What nearly everybody needs: errors, instants, lines in the log.
 COMMON = {"pgha", "pgha.errors", "pgha.clock", "pgha.log"}
 
@@ -166,7 +168,19 @@ def test_only_the_packages_that_are_in_the_archive_are_imported() -> None:
         f"{place(name, line)} imports {what}: not one of {', '.join(sorted(THIRD_PARTY))}, which is all that the archive has"
         for name in MODULES
         for what, line in imports(name)
-        if (top := what.split(".")[0]) not in THIRD_PARTY | {"pgha"} and top not in sys.stdlib_module_names
+        if (top := what.split(".")[0]) not in THIRD_PARTY | {"pgha"} and top not in sys.stdlib_module_names and OPTIONAL.get(top) != name
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_an_optional_package_is_imported_only_when_it_is_needed() -> None:
+    wrong = [
+        f"{place(name, node.lineno)} imports {top} at the top: it may not be installed; import it where it is used, and say what to install"
+        for name in MODULES
+        for node in TREES[name].body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for top in OPTIONAL
+        if any(imported.split(".")[0] == top for imported in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]))
     ]
     assert not wrong, "\n".join(wrong)
 

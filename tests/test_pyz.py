@@ -261,6 +261,19 @@ def test_a_sample_configuration_passes_its_own_check(folder: Path, cache: Path) 
     assert "scoop" in answer.stderr
 
 
+def test_a_patroni_configuration_is_imported_without_yaml_on_the_machine(folder: Path, cache: Path) -> None:
+    """PyYAML is in the archive (without its binding to libyaml), since nothing of the machine's packages is imported."""
+    source = folder / "patroni.yml"
+    source.write_text("scope: a\nname: b\nrestapi: {listen: '10.0.0.1:8008'}\netcd3: {host: '10.0.0.9:2379'}\n"
+                      "postgresql: {listen: '10.0.0.1:5432', data_dir: /d, authentication: {replication: {username: r, password: hush}}}\n")
+    made = cache.parent / "imported.toml"
+    answer = run(folder, "config", "import", source.name, "--output", str(made), PGHA_CACHE=str(cache))
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert "hush" not in answer.stdout
+    assert made.stat().st_mode & 0o777 == 0o600
+    assert run(folder, "config", "check", str(made), PGHA_CACHE=str(cache)).returncode == 0
+
+
 @pytest.mark.parametrize("command", [[], ["promote"], ["run"], ["guard", "x.toml"], ["config"], ["replay", "/nonexistent"], ["replay", "/etc/hostname"]], ids=" ".join)
 def test_wrong_usage_is_two_and_no_traceback(folder: Path, cache: Path, command: list[str]) -> None:
     answer = run(folder, *command, PGHA_CACHE=str(cache))

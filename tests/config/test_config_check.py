@@ -72,7 +72,7 @@ def test_what_the_sample_has_commented_out_is_good_too(tmp_path):
 def test_only_msgspec_and_the_standard_library_are_needed(tmp_path):
     path = write(tmp_path / "pgha.toml", GOOD)
     script = ("import sys\n"
-              "for name in ('trio', 'trio_websocket', 'httpx', 'h11', 'psycopg', 'tomli_w'): sys.modules[name] = None\n"
+              "for name in ('trio', 'trio_websocket', 'httpx', 'h11', 'psycopg', 'tomli_w', 'yaml'): sys.modules[name] = None\n"
               "from pgha.config.check import check; import pgha.config.sample, pgha.config.directories, pgha.config.state\n"
               "print(check(sys.argv[1], {})[0])")
     done = subprocess.run([sys.executable, "-B", "-c", script, str(path)], capture_output=True, text=True, cwd=ROOT, timeout=30)
