@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from pgha.ctl.ends import USAGE, End
+from pgha.ctl.watch import options as watch_options
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         settings = None
         if given.command != "version" or given.members:
-            settings = load(config_file=given.config_file, scope=given.scope, dcs_url=given.dcs_url, environ=environment())
+            settings = load(config_file=given.config_file, scope=_scope(given), dcs_url=given.dcs_url, environ=environment())
         return _run(given, settings)
     except End as end:
         print("\n".join(f"pgha: {line}" for line in end.text.splitlines()), file=sys.stderr)
@@ -31,6 +32,14 @@ def main(argv: Sequence[str]) -> int:
     except EOFError:
         print("pgha: aborted: nothing was changed", file=sys.stderr)
         return USAGE
+
+
+def _scope(given: argparse.Namespace) -> str | None:
+    """Which cluster, if the command line says so: in front of the command, or after it as the reference has it."""
+    named: str | None = getattr(given, "cluster", None)
+    if named and given.scope and named != given.scope:
+        raise End(USAGE, f"which cluster: {named} or --scope {given.scope}?")
+    return named or given.scope
 
 
 def _run(given: argparse.Namespace, settings: object) -> int:
@@ -52,19 +61,20 @@ def _parser() -> argparse.ArgumentParser:
     top = options(argparse.ArgumentParser(prog="pgha ctl", description="Look at a cluster and change it.", allow_abbrev=False), default=None)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, does: str, *, form: str | None = None) -> argparse.ArgumentParser:
+    def command(name: str, does: str, *, form: str | None = None, cluster: bool = True) -> argparse.ArgumentParser:
         # The common options may stand on either side of the command.
         parser = options(commands.add_parser(name, help=does, description=does, allow_abbrev=False), default=argparse.SUPPRESS)
+        if cluster:
+            parser.add_argument("cluster", nargs="?", metavar="CLUSTER", help="which cluster, as --scope says it, too")
         if form is not None:
             parser.add_argument("-f", "--format", default=form, choices=("table", "pretty", "json", "toml", "tsv"), metavar="FORMAT",
-                                help="table (or pretty), json, toml, tsv")
+                                help=f"table (or pretty), json, toml, tsv (default: {form})")
         return parser
 
     listing = command("list", "who leads, who follows, how far behind (in MiB)", form="table")
-    listing.add_argument("-e", "--extended", action="store_true", help="all columns")
+    listing.add_argument("-e", "--extended", action="store_true", help="all columns, also those in which nobody has anything")
     listing.add_argument("-t", "--timestamp", action="store_true", help="the time above the table")
-    listing.add_argument("-w", type=_seconds, metavar="SECONDS", help="again every SECONDS")
-    listing.add_argument("-W", action="store_true", help="again every 2 seconds")
+    watch_options(listing)
 
     switchover = command("switchover", "let another member lead, while the leader is well")
     switchover.add_argument("--leader", "--primary", metavar="NAME", help="the leader to replace (default: the present one)")
@@ -75,11 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     failover.add_argument("--holder-is-down", action="store_true",
                           help="you state that the leader of a paused cluster is down and cannot write: its lock does not expire by itself")
 
-    restart = command("restart", "restart PostgreSQL on members, the leader last")
+    restart = command("restart", "restart PostgreSQL on members, the leader last", cluster=False)
     restart.add_argument("--any", action="store_true", help="only one of the members")
     restart.add_argument("--pending", action="store_true", help="only members with a pending restart")
     restart.add_argument("--timeout", metavar="SECONDS", help="how long the start may take")
-    for parser in (restart, command("reload", "let agents read their configuration again")):
+    for parser in (restart, command("reload", "let agents read their configuration again", cluster=False)):
         parser.add_argument("members", nargs="*", metavar="MEMBER", help="default: all")
         parser.add_argument("--role", "-r", choices=("leader", "primary", "replica", "any"), default="any")
         parser.add_argument("--force", action="store_true", help="do not ask")
@@ -94,15 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     edit.add_argument("--force", action="store_true", help="do not ask")
 
     command("history", "each timeline that ended, and who led the next", form="table")
-    explain = command("explain", "what a node decided last, why, and on which facts", form="table")
+    explain = command("explain", "what a node decided last, why, and on which facts", form="table", cluster=False)
     explain.add_argument("node", nargs="?", metavar="NODE", help="default: the configured node, else the leader")
     explain.add_argument("--json", action="store_true", help="the whole decision as JSON")
-    command("version", "of this program; with members, of theirs and PostgreSQL's").add_argument("members", nargs="*", metavar="MEMBER")
+    command("version", "of this program; with members, of theirs and PostgreSQL's", cluster=False).add_argument("members", nargs="*", metavar="MEMBER")
     return top
 
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds <= 86400:
-        raise ValueError(text)
-    return seconds

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from typing import Any
 
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster
-from pgha.ctl.ends import DONE
 from pgha.ctl.output import Column, records, table
 from pgha.ctl.settings import Settings
+from pgha.ctl.watch import repeated
 
 COLUMNS = (
     Column("Member"), Column("Host"), Column("Role"), Column("State"), Column("TL", right=True), Column("Receive LSN", right=True),
@@ -23,19 +22,7 @@ EXTRA = (Column("Pending restart"), Column("Pending restart reason"), Column("Sc
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
-    watch_s = given.w if given.w is not None else 2.0 if given.W else None
-    while True:
-        text = shown(clusters.read_or_ask(settings), given.format, extended=given.extended, timestamp=given.timestamp)
-        if watch_s is None:
-            print(text)
-            return DONE
-        if sys.stdout.isatty():
-            print("\033[H\033[2J", end="")
-        print(text, flush=True)
-        try:
-            time.sleep(watch_s)      # the interval that was asked for
-        except KeyboardInterrupt:
-            return DONE
+    return repeated(given.watch, lambda: shown(clusters.read_or_ask(settings), given.format, extended=given.extended, timestamp=given.timestamp))
 
 
 def shown(cluster: Cluster, form: str = "table", *, extended: bool = False, timestamp: bool = False) -> str:

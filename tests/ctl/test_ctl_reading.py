@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tomllib
@@ -16,7 +19,9 @@ from ctl_world import World
 from rest_world import app_for, published
 
 from pgha.ctl import main
+from pgha.ctl.ends import UNREACHABLE, End
 from pgha.ctl.output import to_toml
+from pgha.ctl.watch import repeated
 from pgha.model.decision import Reason
 
 SITUATIONS = ["steady", "scheduled-switchover", "pending-restart", "paused", "synchronous", "quorum", "after-switchover"]
@@ -131,6 +136,62 @@ def test_the_lock_record_decides_who_is_shown_as_leader(world: World, lock: Any,
 
 
 @pytest.mark.etcd
+def test_the_cluster_may_be_named_after_the_command_too(world: World) -> None:
+    recording = world.load("steady")
+    assert comparable(world.ctl("list", "bench")[1]) == recorded(recording, "list")
+    assert world.ctl("history", "bench", "-f", "json")[0] == 0
+    assert world.ctl("list", "other")[::2] == (1, "pgha: there is no cluster 'other' in the store\n")
+    assert world.ctl("--scope", "bench", "list", "other")[::2] == (2, "pgha: which cluster: other or --scope bench?\n")
+
+
+def test_watching_goes_on_when_nothing_can_be_seen_for_a_while(capsys: pytest.CaptureFixture[str]) -> None:
+    looks: list[str | BaseException] = ["first", End(UNREACHABLE, "no etcd endpoint answers"), "third", KeyboardInterrupt()]
+
+    def look() -> str:
+        outcome = looks.pop(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        print("a note", file=sys.stderr)
+        return outcome
+
+    assert repeated(0.001, look) == 0
+    out, err = capsys.readouterr()
+    assert out == "first\nthird\n"
+    assert re.sub(r"\d", "0", err) == "a note\npgha: 0000-00-00 00:00:00 no etcd endpoint answers\na note\n"
+
+
+def test_watching_what_was_never_seen_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    def look() -> str:
+        raise End(UNREACHABLE, "nothing")
+
+    with pytest.raises(End):
+        repeated(0.001, look)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.etcd
+def test_on_a_terminal_the_screen_is_cleared_each_time_and_ctrl_c_is_no_failure(world: World) -> None:
+    world.load("steady")
+    world.put("history", b"{")
+    world.write_config()
+    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from pgha.ctl import main; sys.exit(main(sys.argv[1:]))"
+    ours, theirs = pty.openpty()
+    try:
+        with subprocess.Popen([sys.executable, "-c", program, "-c", str(world.config), "list", "-w", "0.01"], stdin=theirs, stdout=theirs, stderr=theirs) as process:
+            shown = b""
+            while shown.count(b"\033[H\033[2J") < 3:
+                shown += os.read(ours, 65536)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    screen = shown.split(b"\033[H\033[2J")[1]
+    assert screen.startswith(b"+ Cluster: bench ")
+    assert b"pgha: history: is not JSON" in screen      # below the table, where the next screen does not hide it at once
+
+
+@pytest.mark.etcd
 def test_tags_and_lags_are_shown(world: World) -> None:
     world.load("steady")
     raw = json.loads(world.get("members/n3"))
@@ -174,6 +235,8 @@ def test_options_may_stand_on_both_sides_and_the_environment_fills_in(world: Wor
     ("scope = 'a'", [], "required"),
     ("scope = 'a'", ["list", "-f", "yaml"], "invalid choice"),
     ("scope = 'a'", ["list", "-w", "soon"], "invalid"),
+    ("scope = 'a'", ["list", "-w", "0"], "invalid"),
+    ("scope = 'a'", ["list", "-W", "-w", "5"], "not allowed with argument"),
     ("scope = 'a'", ["lis"], "invalid choice"),
 ])
 def test_mistakes_in_configuration_and_usage_exit_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, arguments: list[str], wanted: str) -> None:
