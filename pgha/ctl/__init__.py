@@ -76,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("-t", "--timestamp", action="store_true", help="the time above the table")
     watch_options(listing)
 
+    watch_options(command("topology", "the members as a tree: who streams from whom, by the tag replicatefrom"))
+
     switchover = command("switchover", "let another member lead, while the leader is well")
     switchover.add_argument("--leader", "--primary", metavar="NAME", help="the leader to replace (default: the present one)")
     failover = command("failover", "let this member lead, also without a leader")

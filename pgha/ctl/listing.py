@@ -25,9 +25,10 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     return repeated(given.watch, lambda: shown(clusters.read_or_ask(settings), given.format, extended=given.extended, timestamp=given.timestamp))
 
 
-def shown(cluster: Cluster, form: str = "table", *, extended: bool = False, timestamp: bool = False) -> str:
-    """The whole output of `list`, without the last newline."""
-    rows = member_rows(cluster)
+def shown(cluster: Cluster, form: str = "table", *, extended: bool = False, timestamp: bool = False,
+          rows: list[dict[str, Any]] | None = None) -> str:
+    """The whole output of `list`, without the last newline. `rows`: as member_rows gives them, in another order."""
+    rows = member_rows(cluster) if rows is None else rows
     columns = (*COLUMNS, *(c for c in EXTRA if extended or any(row.get(c.name) for row in rows)))
     if form not in ("table", "pretty"):
         return records((Column("Cluster"), *columns), [{"Cluster": cluster.scope, **row} for row in rows], form)

@@ -38,7 +38,7 @@ def recorded(recording: Any, command: str) -> str:
 
 @pytest.mark.etcd
 @pytest.mark.parametrize("when", SITUATIONS)
-@pytest.mark.parametrize("command", ["list", "list -e -t", "list -f tsv", "history"])
+@pytest.mark.parametrize("command", ["list", "list -e -t", "list -f tsv", "topology", "history"])
 def test_output_is_the_reference_s_to_the_letter(world: World, when: str, command: str) -> None:
     recording = world.load(when)
     code, out, err = world.ctl(*command.split())
@@ -189,6 +189,31 @@ def test_on_a_terminal_the_screen_is_cleared_each_time_and_ctrl_c_is_no_failure(
     screen = shown.split(b"\033[H\033[2J")[1]
     assert screen.startswith(b"+ Cluster: bench ")
     assert b"pgha: history: is not JSON" in screen      # below the table, where the next screen does not hide it at once
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("leader", "tags", "tree"), [
+    ("n1", {}, ["n1", "+ n2", "+ n3", "+ n4"]),
+    ("n1", {"n2": "n3", "n4": "n2"}, ["n1", "+ n3", "  + n2", "    + n4"]),
+    ("n1", {"n2": "gone", "n3": "n1", "n4": 5}, ["n1", "+ n2", "+ n3", "+ n4"]),
+    ("n1", {"n1": "n2"}, ["n1", "+ n2", "+ n3", "+ n4"]),                   # a leader streams from nobody
+    ("n1", {"n2": "n2", "n3": "n2"}, ["n1", "+ n2", "  + n3", "+ n4"]),
+    ("n1", {"n2": "n3", "n3": "n2", "n4": "n3"}, ["n1", "+ n2", "+ n3", "  + n4"]),
+    ("n3", {"n2": "n1"}, ["n3", "+ n1", "  + n2", "+ n4"]),
+    ("", {"n2": "n1"}, ["n1", "+ n2", "n3", "n4"]),
+    ("gone", {"n2": "n1"}, ["n1", "+ n2", "n3", "n4"]),
+])
+def test_the_tree_follows_the_tags(world: World, leader: str, tags: dict[str, Any], tree: list[str]) -> None:
+    world.load("steady")
+    raw = json.loads(world.get("members/n3"))
+    for name in ("n1", "n2", "n3", "n4"):
+        world.put(f"members/{name}", {**raw, "tags": {"replicatefrom": tags[name]}} if name in tags else raw, leased=True)
+    world.delete("leader")
+    if leader:
+        world.put("leader", leader.encode(), leased=True)
+    code, out, _ = world.ctl("topology")
+    assert code == 0
+    assert [line.split("|")[1].rstrip()[1:] for line in out.splitlines()[3:7]] == tree
 
 
 @pytest.mark.etcd
