@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from pgha.ctl.ends import USAGE, End
+from pgha.ctl.member import options as member_options
 from pgha.ctl.watch import options as watch_options
 
 
@@ -77,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     watch_options(listing)
 
     watch_options(command("topology", "the members as a tree: who streams from whom, by the tag replicatefrom"))
+
+    member_options(command("dsn", "a connection string for a member's PostgreSQL: host and port"))
 
     switchover = command("switchover", "let another member lead, while the leader is well")
     switchover.add_argument("--leader", "--primary", metavar="NAME", help="the leader to replace (default: the present one)")

@@ -38,7 +38,7 @@ def recorded(recording: Any, command: str) -> str:
 
 @pytest.mark.etcd
 @pytest.mark.parametrize("when", SITUATIONS)
-@pytest.mark.parametrize("command", ["list", "list -e -t", "list -f tsv", "topology", "history"])
+@pytest.mark.parametrize("command", ["list", "list -e -t", "list -f tsv", "topology", "history", "dsn", "dsn -r replica"])
 def test_output_is_the_reference_s_to_the_letter(world: World, when: str, command: str) -> None:
     recording = world.load(when)
     code, out, err = world.ctl(*command.split())
@@ -214,6 +214,33 @@ def test_the_tree_follows_the_tags(world: World, leader: str, tags: dict[str, An
     code, out, _ = world.ctl("topology")
     assert code == 0
     assert [line.split("|")[1].rstrip()[1:] for line in out.splitlines()[3:7]] == tree
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("change", "arguments", "code", "out", "err"), [
+    ({}, ["-r", "leader"], 0, "host=127.0.66.11 port=5432", ""),
+    ({}, ["-r", "primary"], 0, "host=127.0.66.11 port=5432", ""),
+    ({}, ["-m", "n3"], 0, "host=127.0.66.13 port=5432", ""),
+    ({}, ["--any"], 0, "host=127.0.66.11 port=5432", ""),
+    ({}, ["-r", "any", "--any"], 0, "host=127.0.66.11 port=5432", ""),
+    ({"n1": {"state": "stopped"}}, ["--any"], 0, "host=127.0.66.12 port=5432", ""),             # who runs comes first
+    ({"n2": {"state": "starting", "replication_state": None}}, ["-r", "replica"], 0, "host=127.0.66.13 port=5432", ""),
+    ({"n2": {"conn_url": "postgres://[fd00::2]:5433/postgres"}}, ["-m", "n2"], 0, "host=fd00::2 port=5433", ""),
+    ({"n2": {"conn_url": 5}}, ["-m", "n2"], 1, "", "Can not find a suitable member: n2 publishes no address"),
+    ({"n2": {"conn_url": "postgres://10.0.0.1 user=x:5432/postgres"}}, ["-m", "n2"], 1, "", "Can not find a suitable member: n2 publishes no address"),
+    ({"n1": {"conn_url": None}}, [], 1, "", "Can not find a suitable member: nobody with an address is leader"),
+    ({}, ["-r", "standby-leader"], 1, "", "Can not find a suitable member: nobody with an address is standby-leader"),
+    ({}, ["-m", "n9"], 1, "", "Can not find a suitable member: no such member: n9; there are n1, n2, n3"),
+    ({}, ["-m", "n1", "-r", "any"], 2, "", "--role and --member are mutually exclusive options"),
+    ({}, ["-m", "n1", "--any"], 2, "", "--any and --member are mutually exclusive options"),
+    ({}, ["-r", "replica", "--any"], 2, "", "--any and --role are mutually exclusive options"),
+])
+def test_dsn_of_a_role_or_a_name(world: World, change: dict[str, Any], arguments: list[str], code: int, out: str, err: str) -> None:  # noqa: PLR0917  (the columns of the table)
+    world.load("steady")
+    for name, changed in change.items():
+        world.put(f"members/{name}", {**json.loads(world.get(f"members/{name}")), **changed}, leased=True)
+    got = world.ctl("dsn", *arguments)
+    assert got == (code, out and out + "\n", err and f"pgha: {err}\n")
 
 
 @pytest.mark.etcd
