@@ -53,18 +53,18 @@ def _run(given: argparse.Namespace, settings: object) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def options(parser: argparse.ArgumentParser, *, default: object) -> argparse.ArgumentParser:
-        parser.add_argument("-c", "--config-file", metavar="FILE", default=default, help="pgha.toml of a node, or a file with scope and [etcd3]")
+    def options(parser: argparse.ArgumentParser, *, default: object, short: bool = True) -> argparse.ArgumentParser:
+        parser.add_argument(*["-c"] * short, "--config-file", metavar="FILE", default=default, help="pgha.toml of a node, or a file with scope and [etcd3]")
         parser.add_argument("--scope", metavar="NAME", default=default, help="which cluster (default: as configured)")
-        parser.add_argument("-d", "--dcs-url", metavar="URL", default=default, help="the store, as etcd3://HOST:PORT")
+        parser.add_argument(*["-d"] * short, "--dcs-url", metavar="URL", default=default, help="the store, as etcd3://HOST:PORT")
         return parser
 
     top = options(argparse.ArgumentParser(prog="pgha ctl", description="Look at a cluster and change it.", allow_abbrev=False), default=None)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, does: str, *, form: str | None = None, cluster: bool = True) -> argparse.ArgumentParser:
-        # The common options may stand on either side of the command.
-        parser = options(commands.add_parser(name, help=does, description=does, allow_abbrev=False), default=argparse.SUPPRESS)
+        # The common options may stand on either side of the command; -c and -d after query are its own, as the reference has them.
+        parser = options(commands.add_parser(name, help=does, description=does, allow_abbrev=False), default=argparse.SUPPRESS, short=name != "query")
         if cluster:
             parser.add_argument("cluster", nargs="?", metavar="CLUSTER", help="which cluster, as --scope says it, too")
         if form is not None:
@@ -80,6 +80,19 @@ def _parser() -> argparse.ArgumentParser:
     watch_options(command("topology", "the members as a tree: who streams from whom, by the tag replicatefrom"))
 
     member_options(command("dsn", "a connection string for a member's PostgreSQL: host and port"))
+
+    query = command("query", "run SQL on the leader, or on another member")
+    query.add_argument("-c", "--command", dest="command_text", metavar="SQL", help="what to run; several statements are one transaction")
+    query.add_argument("-f", "--file", metavar="FILE", help="run what this file holds; - is standard input")
+    member_options(query)
+    query.add_argument("-U", "--username", metavar="USER", help="the database user (default: PGUSER, else the user of this process)")
+    query.add_argument("-d", "--dbname", metavar="NAME", help="the database (default: PGDATABASE, else the one in the member's address)")
+    passwords = query.add_mutually_exclusive_group()
+    passwords.add_argument("--password", action="store_true", help="ask for the password (default: PGPASSWORD, PGPASSFILE or ~/.pgpass)")
+    passwords.add_argument("--password-file", metavar="FILE", help="its first line is the password; nobody else may read it")
+    query.add_argument("--format", default="tsv", choices=("table", "pretty", "json", "toml", "tsv"), metavar="FORMAT", help="tsv (default), table (or pretty), json, toml")
+    query.add_argument("--delimiter", metavar="TEXT", help="between the columns of tsv (default: a tab)")
+    watch_options(query)
 
     switchover = command("switchover", "let another member lead, while the leader is well")
     switchover.add_argument("--leader", "--primary", metavar="NAME", help="the leader to replace (default: the present one)")

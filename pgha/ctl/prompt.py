@@ -22,6 +22,14 @@ def choose(question: str, default: str = "") -> str:
     return input(f"{question} [{default}]: ").strip() or default
 
 
-def _need_terminal() -> None:
+def secret(question: str, *, allowed: str) -> str:
+    """A password, not shown while it is typed."""
+    _need_terminal(f"there is no terminal to ask for the password on; allowed: {allowed}")
+    from getpass import getpass
+
+    return getpass(question)
+
+
+def _need_terminal(otherwise: str = "this asks before it does anything, and there is no terminal to ask on; allowed: --force") -> None:
     if not sys.stdin.isatty():
-        raise End(USAGE, "this asks before it does anything, and there is no terminal to ask on; allowed: --force")
+        raise End(USAGE, otherwise)

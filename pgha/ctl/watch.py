@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from pgha.ctl.ends import DONE, FAILED, UNREACHABLE, End
+from pgha.ctl.ends import DONE, FAILED, UNKNOWN, UNREACHABLE, End
 
 #: what -W means
 EVERY_S = 2.0
@@ -40,7 +40,7 @@ def repeated(watch_s: float | None, look: Callable[[], str], *, clear: bool = Tr
                     text: str | None = look()
                     seen = True
                 except End as end:
-                    if not seen or end.code not in (FAILED, UNREACHABLE):
+                    if not seen or end.code not in (FAILED, UNKNOWN, UNREACHABLE):
                         raise
                     text = None
                     print(f"pgha: {time.strftime('%Y-%m-%d %H:%M:%S')} {end.text}", file=notes)
