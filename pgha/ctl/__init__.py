@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from pgha.ctl.cluster import ROLES
 from pgha.ctl.ends import USAGE, End
 from pgha.ctl.member import options as member_options
 from pgha.ctl.watch import options as watch_options
@@ -107,10 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     restart.add_argument("--any", action="store_true", help="only one of the members")
     restart.add_argument("--pending", action="store_true", help="only members with a pending restart")
     restart.add_argument("--timeout", metavar="SECONDS", help="how long the start may take")
-    for parser in (restart, command("reload", "let agents read their configuration again", cluster=False)):
-        parser.add_argument("members", nargs="*", metavar="MEMBER", help="default: all")
-        parser.add_argument("--role", "-r", choices=("leader", "primary", "replica", "any"), default="any")
+    flush = command("flush", "take back scheduled restarts, or the scheduled switchover", cluster=False)
+    for parser in (restart, command("reload", "let agents read their configuration again", cluster=False), flush):
+        parser.add_argument("members", nargs="*", metavar="MEMBER", help="default: all (the cluster's own name may stand in front)")
+        parser.add_argument("--role", "-r", choices=ROLES, default="any", help="only members that are this; primary: a leader that takes writes")
         parser.add_argument("--force", action="store_true", help="do not ask")
+    flush.add_argument("target", choices=("restart", "switchover"), help="restart: the members' scheduled ones; switchover: the cluster's")
 
     for name, does in (("pause", "switch automatic failover off"), ("resume", "switch automatic failover on again")):
         command(name, does).add_argument("--wait", action="store_true", help="until every member has seen it")

@@ -11,6 +11,9 @@ from pgha.ctl.settings import Settings
 from pgha.ctl.store import Key, Store
 from pgha.model.overview import overview
 
+#: what --role takes; "primary": a leader that takes writes
+ROLES = ("leader", "primary", "standby-leader", "replica", "any")
+
 
 class Cluster(NamedTuple):
     """`body`: as GET /cluster shows it. `members`: the member keys' objects. `keys` is empty if it came from an agent."""
@@ -153,3 +156,25 @@ def members_named(cluster: Cluster, names: list[str]) -> list[str]:
     return names or list(cluster.members)
 
 
+
+
+def chosen(cluster: Cluster, names: list[str], *, role: str) -> list[str]:
+    """The members meant, replicas first, those of another role left out."""
+    of_role = {member["name"] for member in cluster.body["members"] if is_role(member, role)}
+    return sorted((name for name in members_named(cluster, names) if name in of_role), key=lambda name: (name == cluster.leader, name))
+
+
+def is_role(member: dict[str, Any], role: str) -> bool:
+    """Is a member (as GET /cluster has it) what --role says?"""
+    own = member.get("role")
+    match role:
+        case "any":
+            return True
+        case "leader":
+            return own in ("leader", "standby_leader")
+        case "primary":
+            return own == "leader"
+        case "standby-leader":
+            return own == "standby_leader"
+        case _:
+            return own not in ("leader", "standby_leader")

@@ -6,10 +6,8 @@ import argparse
 import re
 from typing import Any
 
-from pgha.ctl.cluster import Cluster
+from pgha.ctl.cluster import ROLES, Cluster, is_role
 from pgha.ctl.ends import FAILED, USAGE, End
-
-ROLES = ("leader", "primary", "standby-leader", "replica", "any")
 
 #: a name or an address that is one word in a connection string
 _HOST = re.compile(r"[\w.:%-]+")
@@ -33,29 +31,10 @@ def meant(cluster: Cluster, given: argparse.Namespace) -> list[dict[str, Any]]:
     """Members as GET /cluster has them, each with a host, the most suitable first: who runs before who does not, then by
     name. End if there is none."""
     role = "any" if given.any or given.member is not None else given.role or "leader"
-    known = [m for m in cluster.body["members"] if given.member in (None, m["name"]) and _is(m, role) and _HOST.fullmatch(m.get("host") or "")]
+    known = [m for m in cluster.body["members"] if given.member in (None, m["name"]) and is_role(m, role) and _HOST.fullmatch(m.get("host") or "")]
     if not known:
         raise End(FAILED, f"Can not find a suitable member: {_why(cluster, given.member, role)}")
     return sorted(known, key=lambda m: (m.get("state") not in ("running", "streaming", "in archive recovery"), m["name"]))
-
-
-def has_role(cluster: Cluster, name: str, role: str) -> bool:
-    return any(_is(member, role) for member in cluster.body["members"] if member["name"] == name)
-
-
-def _is(member: dict[str, Any], role: str) -> bool:
-    own = member.get("role")
-    match role:
-        case "any":
-            return True
-        case "leader":
-            return own in ("leader", "standby_leader")
-        case "primary":
-            return own == "leader"
-        case "standby-leader":
-            return own == "standby_leader"
-        case _:
-            return own not in ("leader", "standby_leader")
 
 
 def _why(cluster: Cluster, name: str | None, role: str) -> str:

@@ -6,7 +6,7 @@ import argparse
 
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
-from pgha.ctl.cluster import Cluster, members_named
+from pgha.ctl.cluster import Cluster, chosen
 from pgha.ctl.ends import DONE, REFUSED, UNKNOWN, UNREACHABLE, End, code_of
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
@@ -31,12 +31,6 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     body = {} if given.timeout is None else {"timeout": given.timeout}
     codes = [_restart(settings, cluster, name, body) for name in names]
     return max(codes)
-
-
-def chosen(cluster: Cluster, members: list[str], *, role: str) -> list[str]:
-    """The members meant, replicas first, those of another role left out."""
-    names = [name for name in members_named(cluster, members) if role == "any" or (role == "replica") != (name == cluster.leader)]
-    return sorted(names, key=lambda name: (name == cluster.leader, name))
 
 
 def _restart(settings: Settings, cluster: Cluster, name: str, body: dict[str, str]) -> int:
