@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, does in (("pause", "switch automatic failover off"), ("resume", "switch automatic failover on again")):
         command(name, does).add_argument("--wait", action="store_true", help="until every member has seen it")
 
+    command("remove", "take all keys of a cluster out of the store, after three questions; data stays", form="table")
     command("show-config", "the cluster's dynamic configuration", form="toml")
     edit = command("edit-config", "change the cluster's dynamic configuration")
     edit.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="a key, with dots; null takes it away")

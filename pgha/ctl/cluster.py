@@ -59,12 +59,12 @@ def read_or_ask(settings: Settings) -> Cluster:
                        str(own.get("database_system_identifier", "")), {})
 
 
-def understood(scope: str, keys: dict[str, Key], *, quiet: bool = False) -> Cluster:
+def understood(scope: str, keys: dict[str, Key], *, quiet: bool = False, whatever: bool = False) -> Cluster:
     """A cluster from its raw keys. Values that do not parse count as absent and are named on standard error, unless
-    `quiet`."""
+    `quiet`. End if they are no cluster's, unless `whatever`."""
     reader = _Reader(keys, quiet=quiet)
     members = {name.removeprefix("members/"): reader.member(name) for name in sorted(keys) if name.startswith("members/")}
-    if not members and "initialize" not in keys and "config" not in keys:
+    if not whatever and not members and "initialize" not in keys and "config" not in keys:
         raise End(FAILED, f"there is no cluster {scope!r} in the store")
     lock = reader.object("pgha/lock")
     status = reader.json("status")

@@ -22,6 +22,13 @@ def choose(question: str, default: str = "") -> str:
     return input(f"{question} [{default}]: ").strip() or default
 
 
+def typed(question: str) -> str:
+    """A line that says exactly what is asked for. From a pipe, too: whoever writes it there has thought of it. The
+    question goes to standard error, as it is no result."""
+    print(f"{question}: ", end="", file=sys.stderr, flush=True)
+    return input()
+
+
 def secret(question: str, *, allowed: str) -> str:
     """A password, not shown while it is typed."""
     _need_terminal(f"there is no terminal to ask for the password on; allowed: {allowed}")
