@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pgha.ctl.cluster import ROLES
 from pgha.ctl.ends import USAGE, End
 from pgha.ctl.member import options as member_options
+from pgha.ctl.output import FORMATS
 from pgha.ctl.watch import options as watch_options
 
 
@@ -63,14 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     top = options(argparse.ArgumentParser(prog="pgha ctl", description="Look at a cluster and change it.", allow_abbrev=False), default=None)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, does: str, *, form: str | None = None, cluster: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, does: str, *, form: str | None = None, forms: Sequence[str] = FORMATS, cluster: bool = True) -> argparse.ArgumentParser:
         # The common options may stand on either side of the command; -c and -d after query are its own, as the reference has them.
         parser = options(commands.add_parser(name, help=does, description=does, allow_abbrev=False), default=argparse.SUPPRESS, short=name != "query")
         if cluster:
             parser.add_argument("cluster", nargs="?", metavar="CLUSTER", help="which cluster, as --scope says it, too")
         if form is not None:
-            parser.add_argument("-f", "--format", default=form, choices=("table", "pretty", "json", "toml", "tsv"), metavar="FORMAT",
-                                help=f"table (or pretty), json, toml, tsv (default: {form})")
+            parser.add_argument("-f", "--format", default=form, choices=forms, metavar="FORMAT", help=f"{', '.join(forms)} (default: {form})")
         return parser
 
     listing = command("list", "who leads, who follows, how far behind (in MiB)", form="table")
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     passwords = query.add_mutually_exclusive_group()
     passwords.add_argument("--password", action="store_true", help="ask for the password (default: PGPASSWORD, PGPASSFILE or ~/.pgpass)")
     passwords.add_argument("--password-file", metavar="FILE", help="its first line is the password; nobody else may read it")
-    query.add_argument("--format", default="tsv", choices=("table", "pretty", "json", "toml", "tsv"), metavar="FORMAT", help="tsv (default), table (or pretty), json, toml")
+    query.add_argument("--format", default="tsv", choices=FORMATS, metavar="FORMAT", help=f"{', '.join(FORMATS)} (default: tsv)")
     query.add_argument("--delimiter", metavar="TEXT", help="between the columns of tsv (default: a tab)")
     watch_options(query)
 
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         command(name, does).add_argument("--wait", action="store_true", help="until every member has seen it")
 
     command("remove", "take all keys of a cluster out of the store, after three questions; data stays", form="table")
-    command("show-config", "the cluster's dynamic configuration", form="toml")
+    command("show-config", "the cluster's dynamic configuration", form="toml", forms=("toml", "json"))
     edit = command("edit-config", "change the cluster's dynamic configuration")
     edit.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="a key, with dots; null takes it away")
     edit.add_argument("-p", "--pg", action="append", default=[], metavar="PARAMETER=VALUE", help="a parameter of PostgreSQL")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+#: "pretty" is the reference's word for table
 FORMATS = ("table", "pretty", "json", "toml", "tsv")
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 

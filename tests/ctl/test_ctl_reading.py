@@ -65,7 +65,20 @@ def test_toml_holds_what_json_does(world: World) -> None:
     config = json.loads(world.get("config"))
     assert tomllib.loads(world.ctl("show-config")[1]) == config
     assert json.loads(world.ctl("show-config", "-f", "json")[1]) == config
-    assert world.ctl("show-config", "-f", "tsv")[0] == 2
+
+
+@pytest.mark.etcd
+def test_history_has_a_row_for_each_timeline_that_ended(world: World) -> None:
+    world.load("steady")
+    world.put("history", [[1, 67108864, "no recovery target specified", "2026-01-01T10:00:00+00:00", "n2"], [2, 67109000, "x\ty"], [3, 7]])
+    rows = [{"TL": 1, "LSN": 67108864, "Reason": "no recovery target specified", "Timestamp": "2026-01-01T10:00:00+00:00", "New Leader": "n2"},
+            {"TL": 2, "LSN": 67109000, "Reason": "x\ty"}, {"TL": 3, "LSN": 7}]
+    assert json.loads(world.ctl("history", "-f", "json")[1]) == rows
+    assert tomllib.loads(world.ctl("history", "-f", "toml")[1]) == {"history": rows}
+    assert world.ctl("history", "-f", "tsv")[1].splitlines()[2:] == ["2\t67109000\tx\\ty\t\t", "3\t7\t\t\t"]
+    assert world.ctl("history", "-f", "pretty") == world.ctl("history")
+    world.put("history", [])
+    assert world.ctl("history", "-f", "json") == (0, "[]\n", "")
 
 
 @pytest.mark.parametrize("value", [
@@ -286,6 +299,8 @@ def test_options_may_stand_on_both_sides_and_the_environment_fills_in(world: Wor
     ("scope = 'a'", ["nonsense"], "invalid choice"),
     ("scope = 'a'", [], "required"),
     ("scope = 'a'", ["list", "-f", "yaml"], "invalid choice"),
+    ("scope = 'a'", ["history", "-f", "yaml"], "invalid choice"),
+    ("scope = 'a'", ["show-config", "-f", "table"], "invalid choice: 'table' (choose from 'toml', 'json')"),
     ("scope = 'a'", ["list", "-w", "soon"], "invalid"),
     ("scope = 'a'", ["list", "-w", "0"], "invalid"),
     ("scope = 'a'", ["list", "-W", "-w", "5"], "not allowed with argument"),
