@@ -109,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     restart.add_argument("--pending", action="store_true", help="only members with a pending restart")
     restart.add_argument("--timeout", metavar="SECONDS", help="how long the start may take")
     flush = command("flush", "take back scheduled restarts, or the scheduled switchover", cluster=False)
+    reinit = command("reinit", "let members throw their data away and copy it anew", cluster=False)
+    reinit.add_argument("members", nargs="*", metavar="MEMBER", help="which replicas (the cluster's own name may stand in front)")
+    reinit.add_argument("--from-leader", action="store_true", help="copy the leader, and no other member")
+    reinit.add_argument("--wait", action="store_true", help="until PostgreSQL runs on the copy, however long that takes")
+    reinit.add_argument("--force", action="store_true", help="do not ask, and cancel what the member is doing")
     for parser in (restart, command("reload", "let agents read their configuration again", cluster=False), flush):
         parser.add_argument("members", nargs="*", metavar="MEMBER", help="default: all (the cluster's own name may stand in front)")
         parser.add_argument("--role", "-r", choices=ROLES, default="any", help="only members that are this; primary: a leader that takes writes")

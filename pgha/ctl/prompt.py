@@ -12,8 +12,13 @@ def confirm(question: str, *, force: bool) -> None:
     if force:
         return
     _need_terminal()
-    if input(f"{question} [y/N]: ").strip().lower() not in ("y", "yes"):
+    if not wanted(question):
         raise End(REFUSED, "aborted: nothing was changed")
+
+
+def wanted(question: str) -> bool:
+    """Yes or no, on a terminal; without one, no."""
+    return sys.stdin.isatty() and input(f"{question} [y/N]: ").strip().lower() in ("y", "yes")
 
 
 def choose(question: str, default: str = "") -> str:
