@@ -105,9 +105,11 @@ def _parser() -> argparse.ArgumentParser:
                           help="you state that the leader of a paused cluster is down and cannot write: its lock does not expire by itself")
 
     restart = command("restart", "restart PostgreSQL on members, the leader last", cluster=False)
-    restart.add_argument("--any", action="store_true", help="only one of the members")
+    restart.add_argument("--any", action="store_true", help="only one of the members, a replica if there is one among them")
     restart.add_argument("--pending", action="store_true", help="only members with a pending restart")
+    restart.add_argument("--pg-version", metavar="VERSION", help="only members that run a lower version of PostgreSQL, as 16.4")
     restart.add_argument("--timeout", metavar="SECONDS", help="how long the start may take")
+    restart.add_argument("--scheduled", metavar="WHEN", help="now, or a moment as 2026-01-31T03:00:00+01:00; conditions count then")
     flush = command("flush", "take back scheduled restarts, or the scheduled switchover", cluster=False)
     reinit = command("reinit", "let members throw their data away and copy it anew", cluster=False)
     reinit.add_argument("members", nargs="*", metavar="MEMBER", help="which replicas (the cluster's own name may stand in front)")
