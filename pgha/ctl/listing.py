@@ -9,7 +9,7 @@ from typing import Any
 
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster
-from pgha.ctl.output import Column, records, table
+from pgha.ctl.output import Column, plain, records, table
 from pgha.ctl.settings import Settings
 from pgha.ctl.watch import repeated
 
@@ -32,7 +32,7 @@ def shown(cluster: Cluster, form: str = "table", *, extended: bool = False, time
     columns = (*COLUMNS, *(c for c in EXTRA if extended or any(row.get(c.name) for row in rows)))
     if form not in ("table", "pretty"):
         return records((Column("Cluster"), *columns), [{"Cluster": cluster.scope, **row} for row in rows], form)
-    title = f"Cluster: {cluster.scope} ({cluster.system_identifier or 'initializing'})"
+    title = plain(f"Cluster: {cluster.scope} ({cluster.system_identifier or 'initializing'})").replace("\n", "\\n")
     parts = [time.strftime("%Y-%m-%d %H:%M:%S")] if timestamp else []
     parts.append(table(columns, rows, title=title))
     parts += _footer(cluster.body)
@@ -42,7 +42,7 @@ def shown(cluster: Cluster, form: str = "table", *, extended: bool = False, time
 def member_rows(cluster: Cluster) -> list[dict[str, Any]]:
     """One row a member, by column names."""
     members: list[dict[str, Any]] = cluster.body["members"]
-    hosts = [m["host"] for m in members if m.get("host")]
+    hosts = [str(m["host"]) for m in members if m.get("host")]
     with_port = len(set(hosts)) < len(hosts) or any(m.get("port", 5432) != 5432 for m in members)
     rows = []
     for member in members:
@@ -65,7 +65,7 @@ def member_rows(cluster: Cluster) -> list[dict[str, Any]]:
 
 
 def _mebibytes(lag: Any) -> int | None:
-    return round(lag / (1 << 20)) if isinstance(lag, int) else None
+    return round(lag / (1 << 20)) if isinstance(lag, int) and abs(lag) < 1 << 64 else None
 
 
 def _reasons(reasons: Any) -> str | None:
@@ -84,7 +84,7 @@ def _scheduled(restart: Any) -> str | None:
 def _footer(body: dict[str, Any]) -> list[str]:
     lines = [" Maintenance mode: on"] if body.get("pause") else []
     scheduled = body.get("scheduled_switchover")
-    if scheduled:
-        lines.append(f" Switchover scheduled at: {scheduled['at']}")
+    if isinstance(scheduled, dict):
+        lines.append(f" Switchover scheduled at: {scheduled.get('at')}")
         lines += [f"{word:>24}: {scheduled[word]}" for word in ("from", "to") if word in scheduled]
-    return lines
+    return [plain(line).replace("\n", "\\n") for line in lines]

@@ -31,10 +31,15 @@ def meant(cluster: Cluster, given: argparse.Namespace) -> list[dict[str, Any]]:
     """Members as GET /cluster has them, each with a host, the most suitable first: who runs before who does not, then by
     name. End if there is none."""
     role = "any" if given.any or given.member is not None else given.role or "leader"
-    known = [m for m in cluster.body["members"] if given.member in (None, m["name"]) and is_role(m, role) and _HOST.fullmatch(m.get("host") or "")]
+    known = [m for m in cluster.body["members"] if given.member in (None, m["name"]) and is_role(m, role) and _has_address(m)]
     if not known:
         raise End(FAILED, f"Can not find a suitable member: {_why(cluster, given.member, role)}")
     return sorted(known, key=lambda m: (m.get("state") not in ("running", "streaming", "in archive recovery"), m["name"]))
+
+
+def _has_address(member: dict[str, Any]) -> bool:
+    host, port = member.get("host"), member.get("port")
+    return isinstance(host, str) and _HOST.fullmatch(host) is not None and isinstance(port, int) and 0 < port < 65536
 
 
 def _why(cluster: Cluster, name: str | None, role: str) -> str:
