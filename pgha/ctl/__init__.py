@@ -19,7 +19,7 @@ from pgha.ctl.watch import options as watch_options
 def main(argv: Sequence[str]) -> int:
     """Run one command of ctl; `argv` without "pgha ctl". Returns the exit code."""
     try:
-        given = _parser().parse_args(list(argv))
+        given = parser().parse_args(list(argv))
     except SystemExit as ended:        # argparse has printed why
         return ended.code if isinstance(ended.code, int) else USAGE
     from pgha.ctl.settings import environment, load
@@ -54,7 +54,7 @@ def _run(given: argparse.Namespace, settings: object) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     def options(parser: argparse.ArgumentParser, *, default: object, short: bool = True) -> argparse.ArgumentParser:
         parser.add_argument(*["-c"] * short, "--config-file", metavar="FILE", default=default, help="pgha.toml of a node, or a file with scope and [etcd3]")
         parser.add_argument("--scope", metavar="NAME", default=default, help="which cluster (default: as configured)")
@@ -136,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     explain = command("explain", "what a node decided last, why, and on which facts", form="table", cluster=False)
     explain.add_argument("node", nargs="?", metavar="NODE", help="default: the configured node, else the leader")
     explain.add_argument("--json", action="store_true", help="the whole decision as JSON")
-    command("version", "of this program; with members, of theirs and PostgreSQL's", cluster=False).add_argument("members", nargs="*", metavar="MEMBER")
+    command("version", "of this program; with members, of theirs and PostgreSQL's", cluster=False).add_argument(
+        "members", nargs="*", metavar="MEMBER", help="whose, too (default: only this program's)")
     return top
 

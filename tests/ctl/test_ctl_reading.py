@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pty
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import pytest
 from ctl_world import World
 from rest_world import app_for, published
 
-from pgha.ctl import main
+from pgha.ctl import main, parser
 from pgha.ctl.ends import UNREACHABLE, End
 from pgha.ctl.output import to_toml
 from pgha.ctl.watch import repeated
@@ -314,6 +316,20 @@ def test_mistakes_in_configuration_and_usage_exit_with_2(tmp_path: Path, capsys:
     assert out == ""
     assert wanted in err
     assert "Traceback" not in err
+
+
+def test_every_option_is_explained_in_help() -> None:
+    def actions(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for inner in action.choices.values():
+                    yield from actions(inner)
+            else:
+                yield parser.prog, action
+
+    found = list(actions(parser()))
+    assert len(found) > 100
+    assert [(where, action.dest) for where, action in found if not action.help] == []
 
 
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
