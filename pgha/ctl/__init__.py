@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
     switchover = command("switchover", "let another member lead, while the leader is well")
     switchover.add_argument("--leader", "--primary", metavar="NAME", help="the leader to replace (default: the present one)")
+    switchover.add_argument("--scheduled", metavar="WHEN", help="now, or a moment as 2026-01-31T03:00:00+01:00")
     failover = command("failover", "let this member lead, also without a leader")
     for parser in (switchover, failover):
         parser.add_argument("--candidate", metavar="NAME", help="who is to lead")

@@ -1,8 +1,9 @@
-"""`ctl flush`: what was scheduled is taken back, what was not is no failure."""
+"""`ctl switchover --scheduled` and `ctl flush`: handed to an agent or not at all; taken back, and what was not there is no failure."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ class Scheduler(App):
 
     async def handle(self, request: Request) -> Response:
         self.asked.append(f"{request.method} {request.path}")
+        self.body = request.body
         return self.answer
 
 
@@ -77,6 +79,44 @@ def test_a_scheduled_switchover_is_flushed_by_an_agent(world: World, start_agent
     world.agent_at("n1", start_agent(app_of(loop)))
     assert world.ctl("flush", "switchover") == (0, "Success: scheduled switchover deleted\n", "")
     assert loop.asked == [("cancel_switchover", {})]
+
+
+WHEN = "2099-01-01T00:00:00+00:00"
+
+
+def test_a_schedule_is_handed_to_the_leaders_agent(world: World, start_agent: Any) -> None:
+    world.load("steady")
+    agent = Scheduler(status=202, text="Switchover scheduled")
+    world.agent_at("n1", start_agent(agent))
+    code, out, err = world.ctl("switchover", "--force", "--candidate", "n2", "--scheduled", WHEN)
+    assert (code, err) == (0, "")
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{5} Switchover scheduled$", out, re.MULTILINE)
+    assert agent.asked == ["POST /switchover"]
+    assert json.loads(agent.body) == {"leader": "n1", "candidate": "n2", "scheduled_at": WHEN}
+
+
+def test_pghas_own_agent_refuses_a_schedule_and_nothing_is_written(world: World, start_agent: Any) -> None:
+    world.load("steady")
+    world.agent_at("n1", start_agent(app_of(Loop(world))))
+    code, _, err = world.ctl("switchover", "--force", "--scheduled", WHEN)
+    assert code == 3
+    assert "Switchover failed, details: 400, scheduled_at is not supported yet by this version of pgha" in err
+    world.agent_at("n1", ("127.0.0.1", 1))
+    code, _, err = world.ctl("switchover", "--force", "--scheduled", WHEN)
+    assert (code, err) == (5, "pgha: http://127.0.0.1:1: Connection refused: nothing was scheduled\n")
+    assert world.get("failover") == b"{}"
+
+
+@pytest.mark.parametrize(("when", "arguments", "code", "err"), [
+    ("paused", ["--scheduled", WHEN], 3, "Can't schedule switchover in the paused state"),
+    ("steady", ["--scheduled", "soon"], 2, "Unable to parse scheduled timestamp (soon)"),
+    ("steady", ["--scheduled", "2001-01-01T00:00Z"], 2, "is past"),
+])
+def test_a_schedule_that_cannot_be_is_refused(world: World, when: str, arguments: list[str], code: int, err: str) -> None:
+    world.load(when)
+    got, _, errors = world.ctl("switchover", "--force", *arguments)
+    assert got == code
+    assert err in errors
 
 
 def test_without_a_scheduled_switchover_there_is_nothing_to_do(world: World) -> None:
