@@ -128,9 +128,12 @@ def parser() -> argparse.ArgumentParser:
 
     command("remove", "take all keys of a cluster out of the store, after three questions; data stays", form="table")
     command("show-config", "the cluster's dynamic configuration", form="toml", forms=("toml", "json"))
-    edit = command("edit-config", "change the cluster's dynamic configuration")
+    edit = command("edit-config", "change the cluster's dynamic configuration; without options in $VISUAL or $EDITOR")
     edit.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="a key, with dots; null takes it away")
     edit.add_argument("-p", "--pg", action="append", default=[], metavar="PARAMETER=VALUE", help="a parameter of PostgreSQL")
+    edit.add_argument("--apply", metavar="FILE", help="change what this file holds (TOML or JSON; - is standard input); null in JSON takes a key away")
+    edit.add_argument("--replace", metavar="FILE", help="let what this file holds (as --apply) be the whole configuration")
+    edit.add_argument("-q", "--quiet", action="store_true", help="do not show what changes")
     edit.add_argument("--force", action="store_true", help="do not ask")
 
     command("history", "each timeline that ended, and who led the next", form="table")
