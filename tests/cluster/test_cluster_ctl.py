@@ -106,6 +106,22 @@ def test_restart_and_reinit_touch_only_who_is_meant(cluster):
     assert {name for name in after if after[name] != before[name]} == {node.name for node in replicas}
 
 
+def test_edit_config_reaches_the_agents(cluster):
+    leader = cluster.wait_healthy(30)
+    change = '{"maximum_lag_on_failover": 2097152, "postgresql": {"parameters": {"log_min_duration_statement": "5s"}}}'
+    assert ctl(cluster, "edit-config", "--force", "--apply", "-", answers=change)[0] == DONE
+    try:
+        cluster.wait(lambda: leader.ask("SELECT current_setting('log_min_duration_statement')") == "5s", 30, "PostgreSQL has it")
+        assert json.loads(ctl(cluster, "show-config", "-f", "json")[1])["maximum_lag_on_failover"] == 2097152
+    finally:
+        undo = '{"maximum_lag_on_failover": 1048576, "postgresql": {"parameters": {"log_min_duration_statement": null}}}'
+        assert ctl(cluster, "edit-config", "-q", "--force", "--apply", "-", answers=undo)[:2] == (DONE, "Configuration changed\n")
+    code, _, err = ctl(cluster, "switchover", "--force", "--scheduled", "2099-01-01T00:00:00Z")
+    assert code == REFUSED
+    assert "scheduled_at is not supported yet" in err
+    assert cluster.wait_healthy(30) is leader
+
+
 def test_remove_takes_the_keys_and_leaves_the_data(beds):
     bed = beds.fresh()
     bed.start()
