@@ -11,6 +11,9 @@ from pgha.ctl.settings import Settings
 from pgha.ctl.store import Key, Store
 from pgha.model.overview import overview
 
+#: what --role takes; "primary": a leader that takes writes
+ROLES = ("leader", "primary", "standby-leader", "replica", "any")
+
 
 class Cluster(NamedTuple):
     """`body`: as GET /cluster shows it. `members`: the member keys' objects. `keys` is empty if it came from an agent."""
@@ -56,12 +59,12 @@ def read_or_ask(settings: Settings) -> Cluster:
                        str(own.get("database_system_identifier", "")), {})
 
 
-def understood(scope: str, keys: dict[str, Key], *, quiet: bool = False) -> Cluster:
+def understood(scope: str, keys: dict[str, Key], *, quiet: bool = False, whatever: bool = False) -> Cluster:
     """A cluster from its raw keys. Values that do not parse count as absent and are named on standard error, unless
-    `quiet`."""
+    `quiet`. End if they are no cluster's, unless `whatever`."""
     reader = _Reader(keys, quiet=quiet)
     members = {name.removeprefix("members/"): reader.member(name) for name in sorted(keys) if name.startswith("members/")}
-    if not members and "initialize" not in keys and "config" not in keys:
+    if not whatever and not members and "initialize" not in keys and "config" not in keys:
         raise End(FAILED, f"there is no cluster {scope!r} in the store")
     lock = reader.object("pgha/lock")
     status = reader.json("status")
@@ -153,3 +156,25 @@ def members_named(cluster: Cluster, names: list[str]) -> list[str]:
     return names or list(cluster.members)
 
 
+
+
+def chosen(cluster: Cluster, names: list[str], *, role: str) -> list[str]:
+    """The members meant, replicas first, those of another role left out."""
+    of_role = {member["name"] for member in cluster.body["members"] if is_role(member, role)}
+    return sorted((name for name in members_named(cluster, names) if name in of_role), key=lambda name: (name == cluster.leader, name))
+
+
+def is_role(member: dict[str, Any], role: str) -> bool:
+    """Is a member (as GET /cluster has it) what --role says?"""
+    own = member.get("role")
+    match role:
+        case "any":
+            return True
+        case "leader":
+            return own in ("leader", "standby_leader")
+        case "primary":
+            return own == "leader"
+        case "standby-leader":
+            return own == "standby_leader"
+        case _:
+            return own not in ("leader", "standby_leader")

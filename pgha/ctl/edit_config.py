@@ -6,14 +6,21 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pgha.ctl import cluster as clusters
 from pgha.ctl.ends import DONE, FAILED, USAGE, End
-from pgha.ctl.output import to_toml
-from pgha.ctl.prompt import confirm
+from pgha.ctl.output import plain, to_toml
+from pgha.ctl.prompt import confirm, wanted
 from pgha.ctl.settings import Settings
 from pgha.ctl.store import Store
+
+#: the largest file that is read
+_FILE_BYTES = 1 << 20
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
@@ -21,34 +28,110 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     from pgha.config.cluster import merge_patch, normalised, validate_change
 
     changes = [change(text, parameter=False) for text in given.set] + [change(text, parameter=True) for text in given.pg]
-    if not changes:
-        raise End(USAGE, "nothing to change; allowed: -s KEY=VALUE, -p PARAMETER=VALUE (null takes a key away)")
+    whole, patch = (None if path is None else _table(_read(path), path) for path in (given.replace, given.apply))
+    by_hand = not changes and whole is None and patch is None
+    if by_hand and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise End(USAGE, "nothing to change, and there is no terminal for an editor; allowed: -s KEY=VALUE, -p PARAMETER=VALUE (null takes a key "
+                         "away), --apply FILE, --replace FILE")
     cluster = clusters.read(settings)
     key = cluster.keys.get("config")
-    if key is not None and cluster.config is None:
-        raise End(FAILED, "the configuration in the store is not a JSON object; it is not changed")
+    if key is not None and cluster.config is None and whole is None:
+        raise End(FAILED, "the configuration in the store is not a JSON object; it is not changed (allowed: --replace)")
     old = cluster.config or {}
-    new: dict[str, Any] = old
-    for path, value in changes:
-        patch: Any = value
-        for part in reversed(path):
-            patch = {part: patch}
-        new = merge_patch(new, patch)
-    problems = validate_change(old, new)
-    if problems:
-        raise End(USAGE, "\n".join(problems))
+    if by_hand:
+        new = edited(old, lambda edit: validate_change(old, edit))
+    else:
+        new = old if whole is None else merge_patch({}, whole)      # without nulls
+        for path, value in ([((), patch)] if patch is not None else []) + changes:
+            for part in reversed(path):
+                value = {part: value}      # noqa: PLW2901  (the same change, seen from further up)
+            new = merge_patch(new, value)
+        problems = validate_change(old, new)
+        if problems:
+            raise End(USAGE, "\n".join(problems))
     new = normalised(new)
     difference = list(difflib.unified_diff(to_toml(old).splitlines(), to_toml(new).splitlines(), lineterm=""))
-    if not difference:
+    if not difference and cluster.config is not None:
         print("Not changed")
         return DONE
-    print("\n".join(difference), flush=True)
+    if not given.quiet:
+        print("\n".join(coloured(difference, colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))), flush=True)
     confirm("Apply these changes?", force=given.force)
     value = json.dumps(new, separators=(",", ":"), ensure_ascii=False).encode()
     if not Store(settings.etcd).write(settings.root + "config", value, if_revision=key.revision if key else 0):
         raise End(FAILED, "Config modification aborted due to concurrent changes")
     print("Configuration changed")
     return DONE
+
+
+def _read(path: str) -> str:
+    """Of a file, or of standard input ("-")."""
+    try:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            content = file.read(_FILE_BYTES + 1)
+        if len(content) > _FILE_BYTES:
+            raise End(USAGE, f"{path}: is longer than {_FILE_BYTES} bytes")
+        return content.decode()
+    except OSError as error:
+        raise End(USAGE, f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise End(USAGE, f"{path}: is not UTF-8") from None
+
+
+def _table(text: str, path: str) -> dict[str, Any]:
+    """TOML, or a JSON object (only JSON can say null, which takes a key away). End(USAGE) says what is wrong."""
+    try:
+        if text.lstrip().startswith("{"):
+            value: Any = json.loads(text)
+        else:
+            value = tomllib.loads(text)
+        json.dumps(value, allow_nan=False)      # TOML has moments and numbers without end, the store has not
+    except (TypeError, ValueError, RecursionError) as error:
+        raise End(USAGE, f"{path}: is neither TOML nor a JSON object that can be stored: {error}") from None
+    assert isinstance(value, dict), "both begin with a table"
+    if not value:
+        raise End(USAGE, f"{path}: holds nothing")      # a file that somebody forgot to write is no wish for defaults
+    return value
+
+
+def edited(old: dict[str, Any], problems_of: Callable[[dict[str, Any]], Sequence[str]]) -> dict[str, Any]:
+    """What the operator makes of it in $VISUAL or $EDITOR: again until it is valid or given up, and then the text is kept."""
+    import shlex
+    import subprocess
+    import tempfile
+
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    descriptor, path = tempfile.mkstemp(prefix="pgha-config-", suffix=".toml")      # mode 0600
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(to_toml(old) + "\n")
+    while True:
+        try:
+            code = subprocess.call([*shlex.split(editor), path])
+        except (OSError, ValueError) as error:
+            os.unlink(path)  # noqa: PTH108  (pathlib takes 10 ms to load)
+            raise End(USAGE, f"the editor {editor!r} does not start: {error}; allowed: VISUAL, EDITOR") from None
+        if code != 0:
+            raise End(FAILED, f"the editor {editor!r} ended with {code}: nothing was changed; the text is in {path}")
+        try:
+            new = _table(_read(path), path)
+            problems = problems_of(new)
+        except End as end:
+            problems = [end.text]
+        if not problems:
+            os.unlink(path)  # noqa: PTH108  (as above)
+            return new
+        print("\n".join(f"pgha: {problem}" for problem in problems), file=sys.stderr)
+        if not wanted("Edit it again?"):
+            raise End(USAGE, f"nothing was changed; the text is in {path}")
+
+
+def coloured(difference: Sequence[str], *, colours: bool) -> list[str]:
+    """The lines of a difference for a terminal: what goes is red, what comes is green."""
+    plain_lines = [plain(line) for line in difference]
+    if not colours:
+        return plain_lines
+    code = {"-": "31", "+": "32", "@": "36"}
+    return [f"\033[{code[line[0]]}m{line}\033[0m" if line[:1] in code and not line.startswith(("---", "+++")) else line for line in plain_lines]
 
 
 def change(text: str, *, parameter: bool) -> tuple[tuple[str, ...], Any]:

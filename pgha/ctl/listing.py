@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from typing import Any
 
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster
-from pgha.ctl.ends import DONE
-from pgha.ctl.output import Column, records, table
+from pgha.ctl.output import Column, plain, records, table
 from pgha.ctl.settings import Settings
+from pgha.ctl.watch import repeated
 
 COLUMNS = (
     Column("Member"), Column("Host"), Column("Role"), Column("State"), Column("TL", right=True), Column("Receive LSN", right=True),
@@ -23,28 +22,17 @@ EXTRA = (Column("Pending restart"), Column("Pending restart reason"), Column("Sc
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
-    watch_s = given.w if given.w is not None else 2.0 if given.W else None
-    while True:
-        text = shown(clusters.read_or_ask(settings), given.format, extended=given.extended, timestamp=given.timestamp)
-        if watch_s is None:
-            print(text)
-            return DONE
-        if sys.stdout.isatty():
-            print("\033[H\033[2J", end="")
-        print(text, flush=True)
-        try:
-            time.sleep(watch_s)      # the interval that was asked for
-        except KeyboardInterrupt:
-            return DONE
+    return repeated(given.watch, lambda: shown(clusters.read_or_ask(settings), given.format, extended=given.extended, timestamp=given.timestamp))
 
 
-def shown(cluster: Cluster, form: str = "table", *, extended: bool = False, timestamp: bool = False) -> str:
-    """The whole output of `list`, without the last newline."""
-    rows = member_rows(cluster)
+def shown(cluster: Cluster, form: str = "table", *, extended: bool = False, timestamp: bool = False,
+          rows: list[dict[str, Any]] | None = None) -> str:
+    """The whole output of `list`, without the last newline. `rows`: as member_rows gives them, in another order."""
+    rows = member_rows(cluster) if rows is None else rows
     columns = (*COLUMNS, *(c for c in EXTRA if extended or any(row.get(c.name) for row in rows)))
     if form not in ("table", "pretty"):
         return records((Column("Cluster"), *columns), [{"Cluster": cluster.scope, **row} for row in rows], form)
-    title = f"Cluster: {cluster.scope} ({cluster.system_identifier or 'initializing'})"
+    title = plain(f"Cluster: {cluster.scope} ({cluster.system_identifier or 'initializing'})").replace("\n", "\\n")
     parts = [time.strftime("%Y-%m-%d %H:%M:%S")] if timestamp else []
     parts.append(table(columns, rows, title=title))
     parts += _footer(cluster.body)
@@ -54,7 +42,7 @@ def shown(cluster: Cluster, form: str = "table", *, extended: bool = False, time
 def member_rows(cluster: Cluster) -> list[dict[str, Any]]:
     """One row a member, by column names."""
     members: list[dict[str, Any]] = cluster.body["members"]
-    hosts = [m["host"] for m in members if m.get("host")]
+    hosts = [str(m["host"]) for m in members if m.get("host")]
     with_port = len(set(hosts)) < len(hosts) or any(m.get("port", 5432) != 5432 for m in members)
     rows = []
     for member in members:
@@ -77,7 +65,7 @@ def member_rows(cluster: Cluster) -> list[dict[str, Any]]:
 
 
 def _mebibytes(lag: Any) -> int | None:
-    return round(lag / (1 << 20)) if isinstance(lag, int) else None
+    return round(lag / (1 << 20)) if isinstance(lag, int) and abs(lag) < 1 << 64 else None
 
 
 def _reasons(reasons: Any) -> str | None:
@@ -96,7 +84,7 @@ def _scheduled(restart: Any) -> str | None:
 def _footer(body: dict[str, Any]) -> list[str]:
     lines = [" Maintenance mode: on"] if body.get("pause") else []
     scheduled = body.get("scheduled_switchover")
-    if scheduled:
-        lines.append(f" Switchover scheduled at: {scheduled['at']}")
+    if isinstance(scheduled, dict):
+        lines.append(f" Switchover scheduled at: {scheduled.get('at')}")
         lines += [f"{word:>24}: {scheduled[word]}" for word in ("from", "to") if word in scheduled]
-    return lines
+    return [plain(line).replace("\n", "\\n") for line in lines]

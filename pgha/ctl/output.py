@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+#: "pretty" is the reference's word for table
 FORMATS = ("table", "pretty", "json", "toml", "tsv")
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -57,11 +58,11 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        return "\n".join(_plain(f"{key}: {json.dumps(item) if isinstance(item, (dict, list, bool)) else item}") for key, item in value.items())
-    return _plain(str(value))
+        return "\n".join(plain(f"{key}: {json.dumps(item) if isinstance(item, (dict, list, bool)) else item}") for key, item in value.items())
+    return plain(str(value))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Names and states come from the store: they are shown to a terminal, and do not speak to it."""
     return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
 

@@ -6,11 +6,11 @@ import argparse
 
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
+from pgha.ctl.cluster import chosen
 from pgha.ctl.ends import DONE, REFUSED, UNKNOWN, UNREACHABLE, End, code_of
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
 from pgha.ctl.prompt import confirm
-from pgha.ctl.restart import chosen
 from pgha.ctl.settings import Settings
 
 

@@ -1,45 +1,89 @@
-"""`ctl restart`: restart PostgreSQL on members, one after the other, the leader last."""
+"""`ctl restart`: restart PostgreSQL on members, one after the other, the leader last.
+
+Which members are meant is found here, when it is to be done at once; what is scheduled takes its conditions along.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
+from typing import Any
 
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
-from pgha.ctl.cluster import Cluster, members_named
-from pgha.ctl.ends import DONE, REFUSED, UNKNOWN, UNREACHABLE, End, code_of
+from pgha.ctl.cluster import Cluster, chosen
+from pgha.ctl.ends import DONE, FAILED, REFUSED, UNKNOWN, UNREACHABLE, USAGE, End, code_of
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
 from pgha.ctl.prompt import confirm
 from pgha.ctl.settings import Settings
+from pgha.model.overview import is_paused
 
 #: longer than the agent's own longest wait, so that its answer arrives
 _TIMEOUT_S = 890.0
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
+    lower_than = None if given.pg_version is None else _version(given.pg_version)
+    schedule = None
+    if given.scheduled not in (None, "now"):
+        from pgha.ctl.when import moment
+
+        schedule = moment(given.scheduled)
     cluster = clusters.read(settings)
     print(shown(cluster), flush=True)
+    if schedule and is_paused(cluster.config or {}):
+        raise End(REFUSED, "Can't schedule restart in the paused state")
+    body: dict[str, Any] = {} if given.timeout is None else {"timeout": given.timeout}
     names = chosen(cluster, given.members, role=given.role)
-    if given.pending:
-        names = [name for name in names if cluster.members[name].get("pending_restart")]
+    codes: list[int] = []
+    if schedule:
+        # What is so at that time only the agent will know.
+        body |= {"schedule": schedule, **({"restart_pending": True} if given.pending else {}), **({"postgres_version": given.pg_version} if given.pg_version else {})}
+    else:
+        if given.pending:
+            names = [name for name in names if cluster.members[name].get("pending_restart")]
+        if lower_than is not None:
+            names, codes = _older(settings, cluster, names, lower_than, given.pg_version)
     if given.any:
         names = names[:1]
     if not names:
-        raise End(REFUSED, "no member is left to restart")
-    confirm(f"Are you sure you want to restart members {', '.join(names)}?", force=given.force)
-    body = {} if given.timeout is None else {"timeout": given.timeout}
-    codes = [_restart(settings, cluster, name, body) for name in names]
+        raise End(max([REFUSED, *codes]), "no member is left to restart")
+    what = f"schedule restart of members {', '.join(names)} at {schedule}" if schedule else f"restart members {', '.join(names)}"
+    confirm(f"Are you sure you want to {what}?", force=given.force)
+    codes += [_restart(settings, cluster, name, body) for name in names]
     return max(codes)
 
 
-def chosen(cluster: Cluster, members: list[str], *, role: str) -> list[str]:
-    """The members meant, replicas first, those of another role left out."""
-    names = [name for name in members_named(cluster, members) if role == "any" or (role == "replica") != (name == cluster.leader)]
-    return sorted(names, key=lambda name: (name == cluster.leader, name))
+def _version(text: str) -> int:
+    """'15.6' → 150006, as the server counts; '16' is 16.0."""
+    match = re.fullmatch(r"([1-9]\d)(?:\.(\d{1,3}))?", text.strip())
+    if match is None:
+        raise End(USAGE, f"--pg-version {text}: is no version of PostgreSQL, as 16 or 16.4")
+    return int(match[1]) * 10000 + int(match[2] or 0)
 
 
-def _restart(settings: Settings, cluster: Cluster, name: str, body: dict[str, str]) -> int:
+def _older(settings: Settings, cluster: Cluster, names: list[str], lower_than: int, named: str) -> tuple[list[str], list[int]]:
+    """Who runs a lower version than that, and the codes of those who cannot be asked."""
+    older, codes = [], []
+    for name in names:
+        try:
+            number = agents.get_json(settings, cluster.api_url(name), "/patroni").get("server_version")
+        except End as end:
+            clusters.warn(f"Failed: restart for member {name}: {end.text}")
+            codes.append(end.code)
+            continue
+        if not isinstance(number, int):
+            clusters.warn(f"Failed: restart for member {name}: it does not say which version it runs")
+            codes.append(FAILED)
+        elif number < lower_than:
+            older.append(name)
+        else:
+            clusters.warn(f"{name} runs {number // 10000}.{number % 10000}, which is not below {named}, and is left out")
+    return older, codes
+
+
+def _restart(settings: Settings, cluster: Cluster, name: str, body: dict[str, Any]) -> int:
     url = cluster.api_url(name)
     if not url:
         clusters.warn(f"Failed: restart for member {name}: it publishes no API address")
@@ -53,5 +97,11 @@ def _restart(settings: Settings, cluster: Cluster, name: str, body: dict[str, st
     if answer.status == 200:
         print(f"Success: restart on member {name}", flush=True)
         return DONE
-    clusters.warn(f"Failed: restart for member {name}, status code={answer.status}, ({text})")
+    if answer.status == 202:
+        print(f"Success: restart scheduled on member {name}", flush=True)
+        return DONE
+    if answer.status == 409:
+        clusters.warn(f"Failed: another restart is already scheduled on member {name}")
+    else:
+        clusters.warn(f"Failed: restart for member {name}, status code={answer.status}, ({text})")
     return code_of(answer.status, text)

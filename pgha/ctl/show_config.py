@@ -6,14 +6,12 @@ import argparse
 import json
 
 from pgha.ctl import cluster as clusters
-from pgha.ctl.ends import DONE, FAILED, USAGE, End
+from pgha.ctl.ends import DONE, FAILED, End
 from pgha.ctl.output import to_toml
 from pgha.ctl.settings import Settings
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
-    if given.format not in ("toml", "json"):
-        raise End(USAGE, f"show-config has no format {given.format!r}; allowed: toml, json")
     config = clusters.read(settings).config
     if config is None:
         raise End(FAILED, "there is no configuration in the store (or it is not a JSON object)")

@@ -62,6 +62,25 @@ class Store:
         answer = self._ask("/kv/txn", {"compare": [compare], "success": [{"request_put": {"key": name, "value": _b64(value)}}]}, write=True)
         return bool(answer.get("succeeded", False))
 
+    def remove(self, prefix: str, *, unchanged: str, value: bytes | None) -> int | None:
+        """Remove all keys below `prefix` if the key `unchanged` of them still has this value (None: is absent). How many it
+        were; None if it has another.
+
+        End(UNKNOWN) if the answer got lost; End(UNREACHABLE) if no endpoint took it.
+        """
+        assert prefix.strip("/"), "never the whole store"
+        start = prefix.encode()
+        guard = {"key": _b64((prefix + unchanged).encode()), "result": "EQUAL"}
+        guard |= {"target": "VERSION", "version": "0"} if value is None else {"target": "VALUE", "value": _b64(value)}
+        everything = {"key": _b64(start), "range_end": _b64(start[:-1] + bytes([start[-1] + 1]))}
+        answer = self._ask("/kv/txn", {"compare": [guard], "success": [{"request_delete_range": everything}]}, write=True)
+        if not answer.get("succeeded", False):
+            return None
+        try:
+            return int(answer["responses"][0]["response_delete_range"].get("deleted", 0))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            raise End(UNKNOWN, "what answers in etcd's place does not answer as etcd does; look before you try again") from None
+
     def _ask(self, path: str, body: dict[str, Any], *, write: bool) -> dict[str, Any]:
         failures = []
         for endpoint in self._etcd.endpoints:

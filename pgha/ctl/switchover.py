@@ -21,10 +21,16 @@ from pgha.ctl.listing import shown
 from pgha.ctl.prompt import choose, confirm
 from pgha.ctl.settings import Settings
 from pgha.ctl.store import Store
+from pgha.model.overview import is_paused
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
     kind: str = given.command
+    schedule = ""
+    if getattr(given, "scheduled", None) not in (None, "now"):
+        from pgha.ctl.when import moment
+
+        schedule = moment(given.scheduled)
     cluster = clusters.read(settings)
     print("Current cluster topology")
     print(shown(cluster), flush=True)
@@ -35,6 +41,8 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
             raise End(REFUSED, "this cluster has no leader; allowed: failover --candidate NAME")
         if leader != cluster.leader:
             raise End(REFUSED, f"member {leader} is not the leader of cluster {settings.scope}; {cluster.leader} is")
+    if schedule and is_paused(cluster.config or {}):
+        raise End(REFUSED, "Can't schedule switchover in the paused state")
     candidates = [name for name, raw in cluster.members.items() if name != cluster.leader and not _nofailover(raw)]
     if not candidate and not given.force:
         candidate = choose(f"Candidate {candidates}")
@@ -50,9 +58,10 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     demoting = f", demoting current leader {cluster.leader}" if cluster.leader else ""
     if down:
         confirm(f"Are you sure that {cluster.leader or 'whoever led last'} is down and that nobody can write to its PostgreSQL any more?", force=given.force)
-    confirm(f"Are you sure you want to {kind} cluster {settings.scope}{demoting}?", force=given.force)
-    body: dict[str, Any] = {key: value for key, value in (("leader", leader), ("candidate", candidate)) if value}
-    status, text = _ask(settings, cluster, kind, body, down=down)
+    what = f"schedule {kind} of cluster {settings.scope} at {schedule}" if schedule else f"{kind} cluster {settings.scope}"
+    confirm(f"Are you sure you want to {what}{demoting}?", force=given.force)
+    body: dict[str, Any] = {key: value for key, value in (("leader", leader), ("candidate", candidate), ("scheduled_at", schedule)) if value}
+    status, text = _schedule(settings, cluster, body) if schedule else _ask(settings, cluster, kind, body, down=down)
     code = code_of(status, text)
     if code != DONE:
         raise End(code, f"{kind.capitalize()} failed, details: {status}, {text}" if code != UNKNOWN else text)
@@ -78,6 +87,17 @@ def _stated_down(cluster: Cluster) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, RecursionError):
         pass
     raise End(REFUSED, "--holder-is-down is for a lock that was paused: any other expires by itself")
+
+
+def _schedule(settings: Settings, cluster: Cluster, body: dict[str, Any]) -> tuple[int, str]:
+    """HTTP status and text. Only an agent can promise to think of it: what is written to the store without one may find
+    nobody who does it."""
+    try:
+        answer = agents.ask(settings, cluster.api_url(cluster.leader), "POST", "/switchover", body=body)
+    except NoAnswer as failure:
+        why = "whether it is scheduled, list shows" if failure.sent else "nothing was scheduled"
+        raise End(UNKNOWN if failure.sent else UNREACHABLE, f"{failure}: {why}") from None
+    return answer.status, answer.body.decode(errors="replace")
 
 
 def _ask(settings: Settings, cluster: Cluster, kind: str, body: dict[str, Any], *, down: bool) -> tuple[int, str]:

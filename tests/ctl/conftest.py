@@ -1,9 +1,14 @@
-"""A real etcd, and real REST servers in a thread where agents are needed."""
+"""A real etcd, real REST servers in a thread where agents are needed, and a real PostgreSQL."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import socket
 import ssl
+import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +37,31 @@ def world(etcd: EtcdCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     for name in ("PGHA_SCOPE", "PGHACTL_CONFIG_FILE", "PGHA_CONFIGURATION"):
         monkeypatch.delenv(name, raising=False)
     return World(etcd, tmp_path, capsys)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[tuple[str, int]]:
+    """The address of a PostgreSQL that asks user postgres for the password "geheim"."""
+    bin_dir = Path(os.environ.get("PGHA_TEST_PG_BIN", "/usr/lib/postgresql/15/bin"))
+    directory = Path(tempfile.mkdtemp(prefix="pgha-ctl-", dir="/dev/shm"))
+    as_postgres: dict[str, Any] = {"cwd": directory, "env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}}
+    if os.getuid() == 0:
+        shutil.chown(directory, "postgres", "postgres")
+        as_postgres |= {"user": "postgres", "group": "postgres", "extra_groups": []}
+    (directory / "password").write_text("geheim\n")
+    (directory / "password").chmod(0o644)
+    data = directory / "data"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    try:
+        subprocess.run([bin_dir / "initdb", "-D", data, "-U", "postgres", "-A", "scram-sha-256", "--pwfile", directory / "password", "--no-sync", "-E", "UTF8", "--locale", "C"],
+                       check=True, capture_output=True, timeout=60, **as_postgres)
+        subprocess.run([bin_dir / "pg_ctl", "start", "-w", "-D", data, "-l", directory / "log", "-o", f"-p {port} -h 127.0.0.1 -k {directory} -F -c max_connections=20"],
+                       check=True, timeout=60, stdout=subprocess.DEVNULL, **as_postgres)
+        yield "127.0.0.1", port
+    finally:
+        subprocess.run([bin_dir / "pg_ctl", "stop", "-m", "immediate", "-D", data], check=False, capture_output=True, timeout=60, **as_postgres)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture

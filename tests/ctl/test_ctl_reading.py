@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import pty
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +20,10 @@ import pytest
 from ctl_world import World
 from rest_world import app_for, published
 
-from pgha.ctl import main
+from pgha.ctl import main, parser
+from pgha.ctl.ends import UNREACHABLE, End
 from pgha.ctl.output import to_toml
+from pgha.ctl.watch import repeated
 from pgha.model.decision import Reason
 
 SITUATIONS = ["steady", "scheduled-switchover", "pending-restart", "paused", "synchronous", "quorum", "after-switchover"]
@@ -33,7 +40,7 @@ def recorded(recording: Any, command: str) -> str:
 
 @pytest.mark.etcd
 @pytest.mark.parametrize("when", SITUATIONS)
-@pytest.mark.parametrize("command", ["list", "list -e -t", "list -f tsv", "history"])
+@pytest.mark.parametrize("command", ["list", "list -e -t", "list -f tsv", "topology", "history", "dsn", "dsn -r replica"])
 def test_output_is_the_reference_s_to_the_letter(world: World, when: str, command: str) -> None:
     recording = world.load(when)
     code, out, err = world.ctl(*command.split())
@@ -60,7 +67,20 @@ def test_toml_holds_what_json_does(world: World) -> None:
     config = json.loads(world.get("config"))
     assert tomllib.loads(world.ctl("show-config")[1]) == config
     assert json.loads(world.ctl("show-config", "-f", "json")[1]) == config
-    assert world.ctl("show-config", "-f", "tsv")[0] == 2
+
+
+@pytest.mark.etcd
+def test_history_has_a_row_for_each_timeline_that_ended(world: World) -> None:
+    world.load("steady")
+    world.put("history", [[1, 67108864, "no recovery target specified", "2026-01-01T10:00:00+00:00", "n2"], [2, 67109000, "x\ty"], [3, 7]])
+    rows = [{"TL": 1, "LSN": 67108864, "Reason": "no recovery target specified", "Timestamp": "2026-01-01T10:00:00+00:00", "New Leader": "n2"},
+            {"TL": 2, "LSN": 67109000, "Reason": "x\ty"}, {"TL": 3, "LSN": 7}]
+    assert json.loads(world.ctl("history", "-f", "json")[1]) == rows
+    assert tomllib.loads(world.ctl("history", "-f", "toml")[1]) == {"history": rows}
+    assert world.ctl("history", "-f", "tsv")[1].splitlines()[2:] == ["2\t67109000\tx\\ty\t\t", "3\t7\t\t\t"]
+    assert world.ctl("history", "-f", "pretty") == world.ctl("history")
+    world.put("history", [])
+    assert world.ctl("history", "-f", "json") == (0, "[]\n", "")
 
 
 @pytest.mark.parametrize("value", [
@@ -131,6 +151,114 @@ def test_the_lock_record_decides_who_is_shown_as_leader(world: World, lock: Any,
 
 
 @pytest.mark.etcd
+def test_the_cluster_may_be_named_after_the_command_too(world: World) -> None:
+    recording = world.load("steady")
+    assert comparable(world.ctl("list", "bench")[1]) == recorded(recording, "list")
+    assert world.ctl("history", "bench", "-f", "json")[0] == 0
+    assert world.ctl("list", "other")[::2] == (1, "pgha: there is no cluster 'other' in the store\n")
+    assert world.ctl("--scope", "bench", "list", "other")[::2] == (2, "pgha: which cluster: other or --scope bench?\n")
+
+
+def test_watching_goes_on_when_nothing_can_be_seen_for_a_while(capsys: pytest.CaptureFixture[str]) -> None:
+    looks: list[str | BaseException] = ["first", End(UNREACHABLE, "no etcd endpoint answers"), "third", KeyboardInterrupt()]
+
+    def look() -> str:
+        outcome = looks.pop(0)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        print("a note", file=sys.stderr)
+        return outcome
+
+    assert repeated(0.001, look) == 0
+    out, err = capsys.readouterr()
+    assert out == "first\nthird\n"
+    assert re.sub(r"\d", "0", err) == "a note\npgha: 0000-00-00 00:00:00 no etcd endpoint answers\na note\n"
+
+
+def test_watching_what_was_never_seen_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    def look() -> str:
+        raise End(UNREACHABLE, "nothing")
+
+    with pytest.raises(End):
+        repeated(0.001, look)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.etcd
+def test_on_a_terminal_the_screen_is_cleared_each_time_and_ctrl_c_is_no_failure(world: World) -> None:
+    world.load("steady")
+    world.put("history", b"{")
+    world.write_config()
+    program = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from pgha.ctl import main; sys.exit(main(sys.argv[1:]))"
+    ours, theirs = pty.openpty()
+    try:
+        with subprocess.Popen([sys.executable, "-c", program, "-c", str(world.config), "list", "-w", "0.01"], stdin=theirs, stdout=theirs, stderr=theirs) as process:
+            shown = b""
+            while shown.count(b"\033[H\033[2J") < 3:
+                shown += os.read(ours, 65536)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    screen = shown.split(b"\033[H\033[2J")[1]
+    assert screen.startswith(b"+ Cluster: bench ")
+    assert b"pgha: history: is not JSON" in screen      # below the table, where the next screen does not hide it at once
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("leader", "tags", "tree"), [
+    ("n1", {}, ["n1", "+ n2", "+ n3", "+ n4"]),
+    ("n1", {"n2": "n3", "n4": "n2"}, ["n1", "+ n3", "  + n2", "    + n4"]),
+    ("n1", {"n2": "gone", "n3": "n1", "n4": 5}, ["n1", "+ n2", "+ n3", "+ n4"]),
+    ("n1", {"n1": "n2"}, ["n1", "+ n2", "+ n3", "+ n4"]),                   # a leader streams from nobody
+    ("n1", {"n2": "n2", "n3": "n2"}, ["n1", "+ n2", "  + n3", "+ n4"]),
+    ("n1", {"n2": "n3", "n3": "n2", "n4": "n3"}, ["n1", "+ n2", "+ n3", "  + n4"]),
+    ("n3", {"n2": "n1"}, ["n3", "+ n1", "  + n2", "+ n4"]),
+    ("", {"n2": "n1"}, ["n1", "+ n2", "n3", "n4"]),
+    ("gone", {"n2": "n1"}, ["n1", "+ n2", "n3", "n4"]),
+])
+def test_the_tree_follows_the_tags(world: World, leader: str, tags: dict[str, Any], tree: list[str]) -> None:
+    world.load("steady")
+    raw = json.loads(world.get("members/n3"))
+    for name in ("n1", "n2", "n3", "n4"):
+        world.put(f"members/{name}", {**raw, "tags": {"replicatefrom": tags[name]}} if name in tags else raw, leased=True)
+    world.delete("leader")
+    if leader:
+        world.put("leader", leader.encode(), leased=True)
+    code, out, _ = world.ctl("topology")
+    assert code == 0
+    assert [line.split("|")[1].rstrip()[1:] for line in out.splitlines()[3:7]] == tree
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("change", "arguments", "code", "out", "err"), [
+    ({}, ["-r", "leader"], 0, "host=127.0.66.11 port=5432", ""),
+    ({}, ["-r", "primary"], 0, "host=127.0.66.11 port=5432", ""),
+    ({}, ["-m", "n3"], 0, "host=127.0.66.13 port=5432", ""),
+    ({}, ["--any"], 0, "host=127.0.66.11 port=5432", ""),
+    ({}, ["-r", "any", "--any"], 0, "host=127.0.66.11 port=5432", ""),
+    ({"n1": {"state": "stopped"}}, ["--any"], 0, "host=127.0.66.12 port=5432", ""),             # who runs comes first
+    ({"n2": {"state": "starting", "replication_state": None}}, ["-r", "replica"], 0, "host=127.0.66.13 port=5432", ""),
+    ({"n2": {"conn_url": "postgres://[fd00::2]:5433/postgres"}}, ["-m", "n2"], 0, "host=fd00::2 port=5433", ""),
+    ({"n2": {"conn_url": 5}}, ["-m", "n2"], 1, "", "Can not find a suitable member: n2 publishes no address"),
+    ({"n2": {"conn_url": "postgres://10.0.0.1 user=x:5432/postgres"}}, ["-m", "n2"], 1, "", "Can not find a suitable member: n2 publishes no address"),
+    ({"n1": {"conn_url": None}}, [], 1, "", "Can not find a suitable member: nobody with an address is leader"),
+    ({}, ["-r", "standby-leader"], 1, "", "Can not find a suitable member: nobody with an address is standby-leader"),
+    ({}, ["-m", "n9"], 1, "", "Can not find a suitable member: no such member: n9; there are n1, n2, n3"),
+    ({}, ["-m", "n1", "-r", "any"], 2, "", "--role and --member are mutually exclusive options"),
+    ({}, ["-m", "n1", "--any"], 2, "", "--any and --member are mutually exclusive options"),
+    ({}, ["-r", "replica", "--any"], 2, "", "--any and --role are mutually exclusive options"),
+])
+def test_dsn_of_a_role_or_a_name(world: World, change: dict[str, Any], arguments: list[str], code: int, out: str, err: str) -> None:  # noqa: PLR0917  (the columns of the table)
+    world.load("steady")
+    for name, changed in change.items():
+        world.put(f"members/{name}", {**json.loads(world.get(f"members/{name}")), **changed}, leased=True)
+    got = world.ctl("dsn", *arguments)
+    assert got == (code, out and out + "\n", err and f"pgha: {err}\n")
+
+
+@pytest.mark.etcd
 def test_tags_and_lags_are_shown(world: World) -> None:
     world.load("steady")
     raw = json.loads(world.get("members/n3"))
@@ -173,7 +301,11 @@ def test_options_may_stand_on_both_sides_and_the_environment_fills_in(world: Wor
     ("scope = 'a'", ["nonsense"], "invalid choice"),
     ("scope = 'a'", [], "required"),
     ("scope = 'a'", ["list", "-f", "yaml"], "invalid choice"),
+    ("scope = 'a'", ["history", "-f", "yaml"], "invalid choice"),
+    ("scope = 'a'", ["show-config", "-f", "table"], "invalid choice: 'table' (choose from 'toml', 'json')"),
     ("scope = 'a'", ["list", "-w", "soon"], "invalid"),
+    ("scope = 'a'", ["list", "-w", "0"], "invalid"),
+    ("scope = 'a'", ["list", "-W", "-w", "5"], "not allowed with argument"),
     ("scope = 'a'", ["lis"], "invalid choice"),
 ])
 def test_mistakes_in_configuration_and_usage_exit_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, arguments: list[str], wanted: str) -> None:
@@ -184,6 +316,20 @@ def test_mistakes_in_configuration_and_usage_exit_with_2(tmp_path: Path, capsys:
     assert out == ""
     assert wanted in err
     assert "Traceback" not in err
+
+
+def test_every_option_is_explained_in_help() -> None:
+    def actions(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for inner in action.choices.values():
+                    yield from actions(inner)
+            else:
+                yield parser.prog, action
+
+    found = list(actions(parser()))
+    assert len(found) > 100
+    assert [(where, action.dest) for where, action in found if not action.help] == []
 
 
 def test_a_configuration_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

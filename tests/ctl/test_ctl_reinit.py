@@ -1,0 +1,130 @@
+"""`ctl reinit`: asked of replicas only, by name; with --wait until PostgreSQL runs on the copy."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from ctl_world import World
+from rest_world import app_for, published
+
+from pgha.ctl.cluster import read
+from pgha.ctl.ends import UNKNOWN
+from pgha.ctl.reinit import State, wait_for
+from pgha.ctl.settings import load
+from pgha.rest.routes import App
+from pgha.rest.wire import Request, Response, json_response, text_response
+
+pytestmark = pytest.mark.etcd
+
+BEFORE, AFTER = "2026-01-01 10:00:00.000000+00:00", "2026-01-01 10:05:00.000000+00:00"
+
+
+class Agent(App):
+    """An agent as the reference's for what reinit asks. `answers`: to POST /reinitialize, the last one again and again;
+    `states`: what GET /patroni says, likewise."""
+
+    def __init__(self, *answers: tuple[int, str], states: tuple[tuple[str, str], ...] = (("running", BEFORE),)) -> None:
+        app, board, inbox, clock = app_for(published(primary=False))
+        del app
+        super().__init__(board, inbox, clock=clock)
+        self.answers, self.states = list(answers), list(states)
+        self.asked: list[Any] = []
+
+    def quick(self, key: bytes, *, keep_alive: bool) -> bytes | None:
+        del key, keep_alive
+        return None
+
+    def refuses(self, request: Request) -> Response | None:
+        del request
+        return None
+
+    async def handle(self, request: Request) -> Response:
+        if request.method == "GET":
+            state, started_at = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+            return json_response({"state": state, **({"postmaster_start_time": started_at} if started_at else {})})
+        self.asked.append((request.path, json.loads(request.body)))
+        return text_response(*(self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]))
+
+
+STARTED = (200, "reinitialize started")
+
+
+def test_a_replica_is_reinitialised(world: World, start_agent: Any) -> None:
+    world.load("steady")
+    agent = Agent(STARTED)
+    world.agent_at("n2", start_agent(agent))
+    code, out, err = world.ctl("reinit", "bench", "n2", "--force")
+    assert (code, err) == (0, "")
+    assert out.startswith("+ Cluster: bench ")
+    assert out.endswith("+\nSuccess: reinitialize for member n2\n")
+    assert agent.asked == [("/reinitialize", {"force": True})]
+    assert world.ctl("reinit", "n2", "--force", "--from-leader")[0] == 0
+    assert agent.asked[1:] == [("/reinitialize", {"force": True, "from_leader": True})]
+
+
+def test_waiting_ends_when_postgresql_runs_on_the_copy(world: World, start_agent: Any) -> None:
+    """Also when the agent has not begun yet, and the old server is what runs."""
+    world.load("steady")
+    for name, states in (("n2", (("running", BEFORE), ("running", BEFORE), ("stopping", ""), ("creating replica", ""), ("starting", ""), ("running", AFTER))),
+                         ("n3", (("running", BEFORE), ("creating replica", ""), ("running", AFTER)))):
+        world.agent_at(name, start_agent(Agent(STARTED, states=states)))
+    code, out, err = world.ctl("reinit", "n2", "n3", "--force", "--wait")
+    assert (code, err) == (0, "")
+    assert out.partition("+\nSuccess")[2] == (": reinitialize for member n2\nSuccess: reinitialize for member n3\n"
+                                              "Waiting for reinitialize to complete on: n2, n3\nReinitialize is completed on: n3\n"
+                                              "Waiting for reinitialize to complete on: n2\nReinitialize is completed on: n2\n")
+
+
+@pytest.mark.parametrize(("before", "now", "copied", "anew"), [
+    (State("running", BEFORE), State("running", AFTER), False, True),
+    (State("running", BEFORE), State("running", BEFORE), False, False),
+    (State("running", BEFORE), State("starting", AFTER), True, False),
+    (State("start failed"), State("running", AFTER), False, True),
+    (State(), State("running", AFTER), False, False),                # nobody knows what ran before
+    (State("unknown"), State("running", AFTER), False, False),
+    (State(), State("running", AFTER), True, True),
+    (State(), State("running"), True, False),                        # it does not answer SQL
+])
+def test_what_is_a_server_anew(before: State, now: State, copied: bool, anew: bool) -> None:  # noqa: FBT001  (the columns of the table)
+    assert now.is_anew(before, copied=copied) is anew
+
+
+@pytest.mark.parametrize("states", [("running", BEFORE), ("stopped", ""), ("", "")])
+def test_when_nothing_happens_any_more_the_outcome_is_unknown(world: World, start_agent: Any, states: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    world.load("steady")
+    world.agent_at("n2", start_agent(Agent(STARTED, states=(states,))))
+    world.write_config()
+    settings = load(config_file=str(world.config), scope=None, dcs_url=None, environ={})
+    assert wait_for(settings, read(settings), ["n2"], {"n2": State("running", BEFORE)}, quiet_s=0.7) == {"n2": UNKNOWN}
+    assert "n2: for 0.7 s it " in capsys.readouterr().err
+
+
+def test_an_action_in_progress_is_cancelled_only_if_somebody_says_so(world: World, start_agent: Any) -> None:
+    world.load("steady")
+    agent = Agent((503, "reinitialize already in progress"), STARTED)
+    world.agent_at("n2", start_agent(agent))
+    assert world.ctl("reinit", "n2")[::2] == (2, "pgha: this asks before it does anything, and there is no terminal to ask on; allowed: --force\n")
+    code, _, err = world.ctl("reinit", "n2", "--force")
+    assert (code, err) == (1, "pgha: Failed: reinitialize for member n2, status code=503, (reinitialize already in progress)\n")
+    assert agent.asked == [("/reinitialize", {"force": True})]
+
+
+@pytest.mark.parametrize(("arguments", "code", "err"), [
+    (["nobody", "--force"], 3, "No replica among provided members; there are n2, n3"),
+    (["n1", "--force"], 3, "No replica among provided members; there are n2, n3"),
+    (["n2", "nobody", "--force"], 2, "no such member: nobody"),
+    (["--force"], 2, "which member? There are n2, n3"),
+    ([], 2, "there is no terminal to ask on"),
+    (["n2", "--force"], 5, "Failed: reinitialize for member n2: http://127.0.0.1:1: Connection refused"),
+    (["n3", "--force"], 3, "Failed: reinitialize for member n3, status code=501, (POST /reinitialize is not supported)"),
+    (["n3", "n2", "n1", "--force"], 5, "n1 is the leader, and is left out"),
+])
+def test_what_is_not_done_is_said(world: World, start_agent: Any, arguments: list[str], code: int, err: str) -> None:
+    world.load("steady")
+    world.agent_at("n2", ("127.0.0.1", 1))
+    world.agent_at("n3", start_agent(app_for(published(primary=False))[0]))      # pgha's own, which does not do it yet
+    got, _, errors = world.ctl("reinit", *arguments)
+    assert got == code
+    assert err in errors

@@ -1,0 +1,113 @@
+"""`ctl restart` with conditions and a time: who is meant, what is asked, what its answer means."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from ctl_world import World
+from rest_world import app_for, published
+
+from pgha.ctl.ends import End
+from pgha.ctl.when import moment
+from pgha.rest.routes import App
+from pgha.rest.wire import Request, Response, json_response, text_response
+
+pytestmark = pytest.mark.etcd
+
+
+class Agent(App):
+    """An agent that says which version its PostgreSQL has, and answers POST /restart as laid ready."""
+
+    def __init__(self, *, version: int | None = 150006, status: int = 200, text: str = "restarted successfully") -> None:
+        _, board, inbox, clock = app_for(published())
+        super().__init__(board, inbox, clock=clock)
+        self.version, self.answer = version, text_response(status, text)
+        self.asked: list[Any] = []
+
+    def quick(self, key: bytes, *, keep_alive: bool) -> bytes | None:
+        del key, keep_alive
+        return None
+
+    async def handle(self, request: Request) -> Response:
+        if request.method == "GET":
+            return json_response({"state": "running"} if self.version is None else {"state": "running", "server_version": self.version})
+        self.asked.append(json.loads(request.body))
+        return self.answer
+
+
+def agents(world: World, start_agent: Any, **by_name: Agent) -> dict[str, Agent]:
+    for name, agent in by_name.items():
+        world.agent_at(name, start_agent(agent))
+    return by_name
+
+
+@pytest.mark.parametrize(("version", "restarted", "code"), [
+    ("15.6", ["n2"], 0), ("15.7", ["n2", "n1"], 0), ("16", ["n2", "n1"], 0), ("15.5", [], 3),
+])
+def test_only_who_runs_a_lower_version(world: World, start_agent: Any, version: str, restarted: list[str], code: int) -> None:
+    world.load("steady")
+    of = agents(world, start_agent, n1=Agent(version=150006), n2=Agent(version=150005), n3=Agent(version=160000))
+    got, _, err = world.ctl("restart", "--force", "--pg-version", version)
+    assert got == code
+    assert sorted(name for name, agent in of.items() if agent.asked) == sorted(restarted)
+    assert f"n3 runs 16.0, which is not below {version}, and is left out" in err
+    assert all(agent.asked in ([], [{}]) for agent in of.values())
+
+
+def test_who_does_not_say_its_version_is_not_restarted(world: World, start_agent: Any) -> None:
+    world.load("steady")
+    of = agents(world, start_agent, n1=Agent(version=None), n2=Agent(version=140000))
+    world.agent_at("n3", ("127.0.0.1", 1))
+    code, out, err = world.ctl("restart", "--force", "--pg-version", "15")
+    assert code == 5
+    assert out.endswith("Success: restart on member n2\n")
+    assert of["n1"].asked == []
+    assert "restart for member n1: it does not say which version it runs" in err
+    assert "restart for member n3: http://127.0.0.1:1: Connection refused" in err
+
+
+def test_a_schedule_takes_its_conditions_along(world: World, start_agent: Any) -> None:
+    world.load("steady")
+    of = agents(world, start_agent, n2=Agent(status=202, text="Restart scheduled"), n3=Agent(status=409, text="Another restart is already scheduled"))
+    code, out, err = world.ctl("restart", "n2", "n3", "--force", "--scheduled", "2099-01-31T03:00:00+01:00", "--pending", "--pg-version", "16.4", "--timeout", "60")
+    assert code == 3
+    assert out.endswith("Success: restart scheduled on member n2\n")
+    assert err == "pgha: Failed: another restart is already scheduled on member n3\n"
+    asked = {"schedule": "2099-01-31T03:00:00+01:00", "restart_pending": True, "postgres_version": "16.4", "timeout": "60"}
+    assert (of["n2"].asked, of["n3"].asked) == ([asked], [asked])
+    assert world.ctl("restart", "n2", "--force", "--scheduled", "now")[0] == 0
+    assert of["n2"].asked[1:] == [{}]
+
+
+def test_pghas_own_agents_refuse_a_schedule(world: World, start_agent: Any) -> None:
+    world.load("steady")
+    world.agent_at("n2", start_agent(app_for(published())[0]))
+    code, _, err = world.ctl("restart", "n2", "--force", "--scheduled", "2099-01-31T03:00:00+01:00")
+    assert code == 3
+    assert "Failed: restart for member n2, status code=400, (schedule is not supported yet by this version of pgha" in err
+
+
+@pytest.mark.parametrize(("when", "arguments", "code", "err"), [
+    ("steady", ["--pg-version", "9.6"], 2, "--pg-version 9.6: is no version of PostgreSQL, as 16 or 16.4"),
+    ("steady", ["--scheduled", "tomorrow"], 2, "Unable to parse scheduled timestamp (tomorrow). It should be in an unambiguous format (e.g. ISO 8601"),
+    ("steady", ["--scheduled", "2001-01-01T00:00:00Z"], 2, "2001-01-01T00:00:00+00:00 is past"),
+    ("paused", ["--scheduled", "2099-01-01"], 3, "Can't schedule restart in the paused state"),
+    ("steady", ["--pending"], 3, "no member is left to restart"),
+    ("steady", ["--role", "standby-leader"], 3, "no member is left to restart"),
+])
+def test_what_cannot_be_is_refused_before_anybody_is_asked(world: World, when: str, arguments: list[str], code: int, err: str) -> None:
+    world.load(when)
+    got, _, errors = world.ctl("restart", "--force", *arguments)
+    assert got == code
+    assert err in errors
+
+
+def test_a_moment_without_its_distance_from_utc_is_this_machines_time() -> None:
+    assert moment("2099-01-31 03:00+05:30") == "2099-01-31T03:00:00+05:30"
+    assert moment("2099-01-31T03:00Z") == "2099-01-31T03:00:00+00:00"
+    assert re.fullmatch(r"2099-01-31T03:00:00[+-]\d\d:\d\d", moment("2099-01-31T03:00"))
+    with pytest.raises(End):
+        moment("0001-01-01T00:00")
