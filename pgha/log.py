@@ -2,6 +2,7 @@
 
     log.info("promoted", timeline=8, took_s=1.2)   →   … INFO promoted timeline=8 took_s=1.2
 
+Where standard error is the journal, each line begins with its priority ("<3>", sd-daemon(3)) and has no time: it has its own.
 Values whose key looks like a secret are never written, whatever they are.
 """
 
@@ -9,9 +10,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 from typing import Any, TextIO
+
+from pgha.systemd import journal_listens, with_priority
 
 _SECRET = re.compile(r"passw|secret|token|private", re.IGNORECASE)
 #: Credentials inside connection strings and URLs, whoever put them into a text.
@@ -106,14 +110,18 @@ class Log:
 
 
 class PlainFormatter(logging.Formatter):
-    """Time, level, event, key=value."""
+    """Time, level, event, key=value. `timed`: False where whoever reads the lines notes their time."""
 
     default_msec_format = "%s.%03d"
+
+    def __init__(self, *, timed: bool = True) -> None:
+        super().__init__()
+        self._timed = timed
 
     def format(self, record: logging.LogRecord) -> str:
         facts: dict[str, Any] = getattr(record, "facts", {})
         tail = "".join(f" {k}={_format_value(v)}" for k, v in facts.items())
-        line = f"{self.formatTime(record)} {record.levelname} {_printable(_bounded(record.getMessage()))}{tail}"
+        line = f"{self.formatTime(record) + ' ' if self._timed else ''}{record.levelname} {_printable(_bounded(record.getMessage()))}{tail}"
         if record.exc_info:
             line += "\n" + _traceback(self.formatException(record.exc_info))
         return line
@@ -135,11 +143,24 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(out, ensure_ascii=False)
 
 
+class JournalFormatter(logging.Formatter):
+    """Another's lines, each with the priority that `journalctl -p` goes by."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        return with_priority(self._inner.format(record), record.levelname)
+
+
 def set_up(*, level: str = "INFO", form: str = "plain", loggers: dict[str, str] | None = None,
            static: dict[str, Any] | None = None, stream: TextIO | None = None) -> None:
-    """Configure the root logger anew. `form`: "plain" or "json"."""
+    """Configure the root logger anew. `form`: "plain" or "json". `stream`: instead of standard error."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter(static) if form == "json" else PlainFormatter())
+    journal = stream is None and journal_listens(os.environ)
+    formatter = JsonFormatter(static) if form == "json" else PlainFormatter(timed=not journal)
+    handler.setFormatter(JournalFormatter(formatter) if journal else formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
