@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return known(rest)
     except PghaError as error:
-        for line in error.problems if isinstance(error, ConfigError) else (str(error),):
-            print(f"pgha: {line}", file=sys.stderr)
+        _complain(*(error.problems if isinstance(error, ConfigError) else (str(error),)))
         return _exit_code(error)
     except KeyboardInterrupt:
         return 130  # what a shell reports for SIGINT
@@ -62,6 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader left (`| head`). What is still buffered must not raise again when Python flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+def _complain(*lines: str) -> None:
+    """To standard error; to the journal as errors."""
+    from pgha.systemd import journal_listens, with_priority
+
+    text = "\n".join(f"pgha: {line}" for line in lines)
+    print(with_priority(text, "ERROR") if journal_listens(os.environ) else text, file=sys.stderr)
 
 
 def _exit_code(error: PghaError) -> int:
@@ -137,7 +144,7 @@ def _guard_places(config: str) -> tuple[str, str, str]:
         data_dir = former_data_dir(runtime_dir) if runtime_dir else None
         if data_dir is None:
             raise
-        print(*(f"pgha: {problem}" for problem in error.problems), f"pgha: guarding {data_dir} as before", sep="\n", file=sys.stderr)
+        _complain(*error.problems, f"guarding {data_dir} as before")
         return data_dir, runtime_dir, f"{runtime_dir}/{AGENT_LOCK}"
 
 
