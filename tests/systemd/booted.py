@@ -21,10 +21,9 @@ _BOOT = """
 set -eu
 bed=$1
 mount --make-rprivate /
-mount -t tmpfs -o mode=755 tmpfs "$bed/run"
-mkdir "$bed/run/bed"
-mount --bind "$bed" "$bed/run/bed"
-mount --move "$bed/run" /run
+mount -t tmpfs -o mode=755 tmpfs /run
+mkdir /run/bed
+mount --bind "$bed" /run/bed
 for place in {private}; do
     [ -d "$place" ] || continue
     mount -t tmpfs -o mode=755 tmpfs "$place"
@@ -64,7 +63,6 @@ class Booted:
             raise CannotBoot("namespaces take root")
         self.directory = Path(tempfile.mkdtemp(prefix="pgha-test-systemd-", dir="/dev/shm"))
         self.directory.chmod(0o755)
-        (self.directory / "run").mkdir()
         (self.directory / "units").mkdir()
         shutil.copy(archive, self.directory / "pgha.pyz")
         for name, text in (_UNITS | units).items():
