@@ -916,7 +916,7 @@ def _own_program() -> list[str]:
 
 
 def _set_up_log(local: LocalConfig) -> None:
-    logging.set_up(level=local.log.level, form=local.log.type, loggers=local.log.loggers, static=dict(local.log.static_fields))
+    logging.set_up(level=local.log.level, form=local.log.type, loggers=local.log.loggers, static=dict(local.log.static_fields), max_lines=local.log.max_queue_size)
 
 
 def main(path: str) -> int:

@@ -115,7 +115,7 @@ def test_means(tmp_path, key, value, attribute, means):
     ("bootstrap.method", "walg", 'FILE: bootstrap.method: is "walg"; allowed: initdb; other methods are not supported yet by this version'),
     ("name", "__patroni_strict_sync_replica_placeholder__", 'FILE: name: is "__patroni_strict_sync_replica_placeholder__"; allowed: text without slashes and spaces, unique in the cluster'),
     *((f"log.{key}", value, f"FILE: log.{key}: not supported yet by this version") for key, value in
-      (("traceback_level", "DEBUG"), ("format", "%(message)s"), ("dateformat", "%H"), ("max_queue_size", 10))),
+      (("traceback_level", "DEBUG"), ("format", "%(message)s"), ("dateformat", "%H"))),
     *((f"log.{key}", value, f"FILE: log.{key}: is not supported, since pgha writes to standard error") for key, value in
       (("dir", "/var/log"), ("mode", "0600"), ("file_num", 4), ("file_size", 1))),
     ("log.deduplicate_heartbeat_logs", True, "FILE: log.deduplicate_heartbeat_logs: has no meaning"),
