@@ -451,10 +451,10 @@ class Agent:
 
     async def _loop(self) -> None:
         while not self.finished:
-            self._passed_at = self.clock.now()
             self._news = trio.Event()
             self._take_configuration()
             seen = self._assemble()
+            self._passed_at = seen.now
             self._doubt(seen)
             self._look_at_protection()
             remembered = self.memory
@@ -887,7 +887,7 @@ _NUMBER = re.compile(r"(?<![\w-])(?:[0-9A-F]+/[0-9A-F]+|-?[0-9]+(?:\.[0-9]+)?)(?
 
 def _what_is_said(decision: Decision) -> tuple[str, ...]:
     """A decision is logged when it changes, not when only its numbers do."""
-    return (decision.situation, _NUMBER.sub("#", decision.summary), *(type(a).__name__ for a in decision.actions if isinstance(a, LongAction)))
+    return ("PAUSE" if decision.paused else "", decision.situation, _NUMBER.sub("#", decision.summary), *(type(a).__name__ for a in decision.actions if isinstance(a, LongAction)))
 
 
 def _effect_is_seen(action: LongAction, facts: PostgresFacts) -> bool:

@@ -289,6 +289,20 @@ def test_the_agent_is_frozen(machine: Booted):
     assert "Fatal Python error: Aborted" in machine.journal("-u", "pgha.service")
 
 
+def test_another_version_is_installed_in_pause(machine: Booted):
+    """The README's way: PostgreSQL runs on meanwhile."""
+    server = postmaster(machine)
+    machine.run("/usr/local/bin/pgha", "ctl", "-c", "/run/bed/pgha.toml", "pause", "--wait")
+    machine.run("systemctl", "stop", "pgha.service")
+    assert postmaster(machine) == server
+    machine.run("kill", "-0", server)
+    machine.run("systemctl", "start", "pgha.service")
+    machine.until(lambda: machine.shows("pgha.service", "StatusText").startswith("PAUSE: no action. I am (n1), the leader"), 20, "adopted")
+    machine.run("/usr/local/bin/pgha", "ctl", "-c", "/run/bed/pgha.toml", "resume", "--wait")
+    machine.until(lambda: leads(machine), 20, "leads on")
+    assert postmaster(machine) == server
+
+
 def test_it_stops(machine: Booted):
     machine.run("systemctl", "stop", "pgha.service")
     assert machine.shows("pgha.service", "Result") == "success"
