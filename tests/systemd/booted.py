@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 #: Where a service of ours may write. Each is empty at first, and gone afterwards.
-_PRIVATE = ("/run", "/tmp", "/var/lib/postgresql", "/var/lib/private", "/var/cache", "/var/log", "/usr/local/bin")
+_PRIVATE = ("/run", "/tmp", "/var/lib/postgresql", "/var/cache", "/var/log")
 _BOOT = """
 set -eu
 bed=$1
@@ -28,11 +28,10 @@ for place in {private}; do
     [ -d "$place" ] || continue
     mount -t tmpfs -o mode=755 tmpfs "$place"
 done
-mount -t tmpfs tmpfs /var/lib/pgha
 umount -R /sys/fs/cgroup
 mount -t cgroup2 none /sys/fs/cgroup
 ip link set lo up
-install -m 755 /run/bed/pgha.pyz /usr/local/bin/pgha
+install -m 755 /run/bed/pgha.pyz /run/pgha.pyz
 export container=pgha-test SYSTEMD_UNIT_PATH=/run/bed/units
 exec /lib/systemd/systemd --system --unit=bed.target --log-target=console --show-status=no
 """
@@ -46,6 +45,10 @@ _UNITS = {
     "systemd-journald.service": "[Unit]\nDefaultDependencies=no\nRequires=systemd-journald.socket\nAfter=systemd-journald.socket\n[Service]\nType=notify\n"
                                 "ExecStart=/lib/systemd/systemd-journald\nStandardOutput=null\n",
 }
+
+
+#: The archive, inside. (A tmpfs over /usr/local/bin might hide etcd.)
+PROGRAM = "/run/pgha.pyz"
 
 
 class CannotBoot(Exception):
@@ -69,9 +72,6 @@ class Booted:
             path = self.directory / "units" / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
-        self._made = [place for place in (Path("/var/lib/pgha"),) if not place.exists()]     # what a tmpfs is mounted upon
-        for place in self._made:
-            place.mkdir()
         self._group = self._own_group()
         with (self.directory / "console").open("wb") as console:
             self._unshare = subprocess.Popen(
@@ -147,6 +147,4 @@ class Booted:
                     break
                 except OSError:
                     time.sleep(0.05)
-        for place in self._made:
-            place.rmdir()
         shutil.rmtree(self.directory)

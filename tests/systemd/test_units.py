@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from pgha.demo.programs import find_postgres
+from pgha.demo.programs import find_etcd, find_postgres
 from tests.cluster.installed import install
-from tests.systemd.booted import Booted, CannotBoot
+from tests.systemd.booted import PROGRAM, Booted, CannotBoot
 
 ROOT = Path(__file__).parents[2]
 UNITS = ("pgha.service", "pgha-guard.service")
@@ -59,7 +59,7 @@ def test_they_are_verified_without_a_warning(tmp_path: Path):
 
 @pytest.mark.parametrize("name", UNITS)
 @pytest.mark.parametrize(("key", "why"), [
-    ("PrivateTmp", "clients find PostgreSQL's socket in /tmp"), ("PrivateIPC", "a second postmaster would not see the first one's shared memory"),
+    ("StateDirectory", "an agent started by hand would not meet the lock of this one"), ("PrivateTmp", "clients find PostgreSQL's socket in /tmp"), ("PrivateIPC", "a second postmaster would not see the first one's shared memory"),
     ("PrivatePIDs", "nor its pid"), ("PrivateUsers", "the guard could not look at it"), ("RemoveIPC", "PostgreSQL outlives the unit"),
     ("AmbientCapabilities", "the guard could not look at whoever has them"), ("ProtectHome", "data directories may be there"), ("MemoryMax", "counts the page cache"),
     ("ProtectClock", "closes /dev/watchdog"), ("PrivateDevices", "closes /dev/watchdog"), ("MemoryDenyWriteExecute", "ends JIT and ctypes"),
@@ -96,7 +96,7 @@ def place() -> Iterator[Path]:
     install(path / "program")
     shutil.copy(path / "program/pgha.pyz", path / "pgha")
     (path / "pgha").chmod(0o755)
-    for name in ("run", "cache", "state"):
+    for name in ("run", "cache"):
         (path / name).mkdir(mode=0o700)
         shutil.chown(path / name, "postgres", "postgres")
     yield path
@@ -134,7 +134,7 @@ def started(name: str, place: Path, configuration: Path, **more: str) -> subproc
     unit = Unit(name)
     words = [word.replace("/usr/local/bin/pgha", str(place / "pgha")).replace(CONFIG, str(configuration)) for word in shlex.split(unit.values["Service", "ExecStart"][0])]
     environ = dict(pair.split("=", 1) for pair in unit.words("Environment"))
-    environ |= {"PATH": os.defpath, "RUNTIME_DIRECTORY": str(place / "run"), "CACHE_DIRECTORY": str(place / "cache"), "STATE_DIRECTORY": str(place / "state"), **more}
+    environ |= {"PATH": os.defpath, "RUNTIME_DIRECTORY": str(place / "run"), "CACHE_DIRECTORY": str(place / "cache"), **more}
     return subprocess.Popen(words, env=environ, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                             user="postgres", group="postgres", extra_groups=[], umask=0o077)
 
@@ -201,8 +201,8 @@ def test_the_agents_command_line(place: Path):
 
 @pytest.fixture(scope="module")
 def machine(place: Path) -> Iterator[Booted]:
-    etcd = "/usr/bin/etcd --data-dir /run/etcd --listen-client-urls http://127.0.0.1:2379 --advertise-client-urls http://127.0.0.1:2379"
-    units = {name: Unit(name).text.replace(CONFIG, "/run/bed/pgha.toml") for name in UNITS}
+    etcd = f"{find_etcd()} --data-dir /run/etcd --listen-client-urls http://127.0.0.1:2379 --advertise-client-urls http://127.0.0.1:2379"
+    units = {name: Unit(name).text.replace(CONFIG, "/run/bed/pgha.toml").replace("/usr/local/bin/pgha", PROGRAM) for name in UNITS}
     units["pgha.service.d/test.conf"] = "[Service]\nWatchdogSec=4s\n"      # a frozen agent is noticed sooner than an installation needs
     units["etcd.service"] = f"[Service]\nType=notify\nEnvironment=ETCD_UNSUPPORTED_ARCH=arm64\nExecStart={etcd}\n"
     try:
@@ -248,7 +248,24 @@ def test_it_starts(machine: Booted):
     assert "PG_OOM_ADJUST_VALUE=0" in environment
     assert "NOTIFY_SOCKET" not in environment
     assert "WATCHDOG_USEC" not in environment
-    assert machine.run("stat", "-c", "%U %a", "/run/pgha", "/var/lib/pgha", "/var/cache/pgha").splitlines() == ["postgres 700"] * 3
+    assert machine.run("stat", "-c", "%U %a", "/run/pgha", f"{DATA}.pgha", "/var/cache/pgha").splitlines() == ["postgres 700"] * 3
+
+
+def test_an_agent_by_hand_beside_it_is_refused(machine: Booted):
+    said = machine.run("runuser", "-u", "postgres", "--", "env", "CACHE_DIRECTORY=/var/cache/pgha", PROGRAM, "run", "/run/bed/pgha.toml", check=False)
+    assert f"another agent runs on {DATA}" in said
+    assert leads(machine)
+
+
+def test_who_is_spared_when_memory_is_out(machine: Booted):
+    if subprocess.run(["bash", "-c", "echo -1 >/proc/self/oom_score_adj"], stderr=subprocess.DEVNULL, check=False).returncode != 0:
+        pytest.skip("root may not lower oom_score_adj here (no CAP_SYS_RESOURCE)")
+    server = postmaster(machine)
+    backend = machine.run("pgrep", "-P", server, "-n")
+    pids = (machine.shows("pgha-guard.service", "MainPID"), machine.shows("pgha.service", "MainPID"), server, backend)
+    assert [machine.run("cat", f"/proc/{pid}/oom_score_adj") for pid in pids] == ["-1000", "-900", "-900", "0"]
+    assert "spared_by_oom=True" in machine.journal("-u", "pgha-guard.service")
+    assert "locked_in_memory=True" in machine.journal("-u", "pgha-guard.service")
 
 
 def test_it_reloads(machine: Booted):
@@ -275,6 +292,7 @@ def test_the_guard_is_killed_while_the_configuration_is_broken(machine: Booted):
     machine.until(lambda: "guard_runs" in machine.journal("-u", "pgha-guard.service").rpartition(f"guarding {DATA} as before")[2], 10, "it knows what to guard")
     machine.run("systemctl", "reload", "pgha.service")
     machine.until(lambda: "configuration not reloaded" in machine.journal("-p", "err", "-u", "pgha.service"), 10, "said, with its priority")
+    machine.until(lambda: machine.shows("pgha.service", "SubState") == "running", 10, "a reload that failed is over, too")
     file.write_text(text)
     machine.run("systemctl", "restart", "pgha-guard.service")      # 5 s: the old one ends by itself only without a server
     machine.until(lambda: leads(machine), 20, "still leading")
@@ -292,13 +310,13 @@ def test_the_agent_is_frozen(machine: Booted):
 def test_another_version_is_installed_in_pause(machine: Booted):
     """The README's way: PostgreSQL runs on meanwhile."""
     server = postmaster(machine)
-    machine.run("/usr/local/bin/pgha", "ctl", "-c", "/run/bed/pgha.toml", "pause", "--wait")
+    machine.run(PROGRAM, "ctl", "-c", "/run/bed/pgha.toml", "pause", "--wait")
     machine.run("systemctl", "stop", "pgha.service")
     assert postmaster(machine) == server
     machine.run("kill", "-0", server)
     machine.run("systemctl", "start", "pgha.service")
     machine.until(lambda: machine.shows("pgha.service", "StatusText").startswith("PAUSE: no action. I am (n1), the leader"), 20, "adopted")
-    machine.run("/usr/local/bin/pgha", "ctl", "-c", "/run/bed/pgha.toml", "resume", "--wait")
+    machine.run(PROGRAM, "ctl", "-c", "/run/bed/pgha.toml", "resume", "--wait")
     machine.until(lambda: leads(machine), 20, "leads on")
     assert postmaster(machine) == server
 
