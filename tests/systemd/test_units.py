@@ -93,14 +93,16 @@ def place() -> Iterator[Path]:
         pytest.skip("the units' user is postgres, which takes root")
     path = Path(tempfile.mkdtemp(prefix="pgha-test-units-", dir="/dev/shm"))
     path.chmod(0o755)
-    install(path / "program")
-    shutil.copy(path / "program/pgha.pyz", path / "pgha")
-    (path / "pgha").chmod(0o755)
-    for name in ("run", "cache"):
-        (path / name).mkdir(mode=0o700)
-        shutil.chown(path / name, "postgres", "postgres")
-    yield path
-    shutil.rmtree(path)
+    try:
+        install(path / "program")
+        shutil.copy(path / "program/pgha.pyz", path / "pgha")
+        (path / "pgha").chmod(0o755)
+        for name in ("run", "cache"):
+            (path / name).mkdir(mode=0o700)
+            shutil.chown(path / name, "postgres", "postgres")
+        yield path
+    finally:
+        shutil.rmtree(path)
 
 
 CONFIGURATION = """\
