@@ -13,7 +13,7 @@ Who may import whom (kept by tests/test_architecture.py):
     config/    model, errors
     dcs/       model, errors, clock
     postgres/  model, errors, clock
-    lock/      model, dcs (interface), errors, clock; `guard`, `recipe` and `protocol`: standard library and clock only
+    lock/      model, dcs (interface), errors, clock; `guard` and all it reaches: standard library, clock and systemd only
     machine.py lock, postgres, rest, systemd: this machine as the agent uses it, the seam for the simulation
     observe/   machine, dcs, postgres, lock, model, and config.state (what outlives the agent)
     act/       machine, dcs, postgres, lock, model, and config's values (how PostgreSQL is to be configured)

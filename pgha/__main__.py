@@ -23,7 +23,7 @@ _USAGE = """\
 usage: pgha COMMAND …
 
   run CONFIG                         the agent of one node: keep PostgreSQL running and the lock honest
-  guard CONFIG --data-dir DIR        the process that fences when the agent cannot (started by the agent)
+  guard CONFIG …                     the process that fences when the agent cannot (the agent starts it, or systemd)
   config check CONFIG                every mistake of a configuration file, in one run
   config sample                      print a configuration to start from
   config import [PATRONI_YML] …      make pgha.toml from a Patroni configuration, and say what becomes of each key
@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return known(rest)
     except PghaError as error:
-        for line in error.problems if isinstance(error, ConfigError) else (str(error),):
-            print(f"pgha: {line}", file=sys.stderr)
+        _complain(*(error.problems if isinstance(error, ConfigError) else (str(error),)))
         return _exit_code(error)
     except KeyboardInterrupt:
         return 130  # what a shell reports for SIGINT
@@ -63,6 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader left (`| head`). What is still buffered must not raise again when Python flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+def _complain(*lines: str) -> None:
+    """To standard error; to the journal as errors."""
+    from pgha.systemd import journal_listens, with_priority
+
+    text = "\n".join(f"pgha: {line}" for line in lines)
+    print(with_priority(text, "ERROR") if journal_listens(os.environ) else text, file=sys.stderr)
 
 
 def _exit_code(error: PghaError) -> int:
@@ -91,11 +98,14 @@ def _run(arguments: list[str]) -> int:
 
 
 _GUARD_USAGE = """\
-usage: pgha guard CONFIG --data-dir DIR [--runtime-dir DIR] [--agent-lock FILE] [--cgroup DIR]
+usage: pgha guard CONFIG [--data-dir DIR] [--runtime-dir DIR] [--agent-lock FILE] [--cgroup DIR] [--alone-s SECONDS]
 
-Fences one data directory when its agent cannot. The agent starts it. It ends when the agent says so, or when for 60 s
-no agent has been there and no server. --runtime-dir and --agent-lock: as CONFIG says, if they are not given.
+Fences one data directory when its agent cannot. Started by the agent, or by systemd as a service of its own (pgha.guard
+is "service"). It ends when the agent says so, or when for --alone-s (60 s; infinity: never) no agent has been there and
+no server. --data-dir, --runtime-dir and --agent-lock: as CONFIG says, if they are not given.
 """
+
+_GUARD_PLACES = ("--data-dir", "--runtime-dir", "--agent-lock")
 
 
 def _guard(arguments: list[str]) -> int:
@@ -106,16 +116,37 @@ def _guard(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         print(_GUARD_USAGE, end="", file=sys.stderr)
         return USAGE
-    from pgha.lock import guard
-
     config, options = arguments[0], arguments[1:]
     given = {option.partition("=")[0] for option in options}
-    if "--data-dir" in given and not {"--runtime-dir", "--agent-lock"} <= given:
-        from pgha.config.directories import guard_places
+    missing = [name for name in _GUARD_PLACES if name not in given]
+    if missing:
+        # Read here, said to a successor in this very process: what reading has taken up is given back.
+        found = dict(zip(_GUARD_PLACES, _guard_places(config), strict=True))
+        ourselves = sys.orig_argv[1:len(sys.orig_argv) - len(sys.argv[1:])]
+        os.execv(sys.executable, [sys.executable, *ourselves, "guard", *arguments, *(f"{name}={found[name]}" for name in missing)])  # noqa: S606  (no shell is the point)
+    from pgha.lock import guard
 
-        runtime_dir, agent_lock = guard_places(config, os.environ)
-        options = [f"--runtime-dir={runtime_dir}", f"--agent-lock={agent_lock}", *options]  # what is given comes later, and wins
     return guard.main(options)
+
+
+def _guard_places(config: str) -> tuple[str, str, str]:
+    """Data directory, runtime directory, agent's lock.
+
+    A mistake in the configuration, which a running agent refuses to load, must not keep its guard from coming back: then
+    the guard before it in $RUNTIME_DIRECTORY says where it worked.
+    """
+    from pgha.config.directories import AGENT_LOCK, guard_places
+    from pgha.lock.guard_system import former_data_dir
+
+    try:
+        return guard_places(config, os.environ)
+    except ConfigError as error:
+        runtime_dir = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
+        data_dir = former_data_dir(runtime_dir) if runtime_dir else None
+        if data_dir is None:
+            raise
+        _complain(*error.problems, f"guarding {data_dir} as before")
+        return data_dir, runtime_dir, f"{runtime_dir}/{AGENT_LOCK}"
 
 
 def _config(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ that a decision asks for, each with a deadline; renewer, fence, REST and watchdo
 from __future__ import annotations
 
 import base64
+import faulthandler
 import os
 import re
 import signal
@@ -101,6 +102,7 @@ from pgha.rest.requests import Answer
 from pgha.rest.routes import App
 from pgha.rest.server import Listen
 from pgha.rest.tls import load_certificate, make_context, server_headers
+from pgha.systemd import status, watchdog_every_s
 
 log = logging.Log("pgha")
 
@@ -118,6 +120,8 @@ GUARD_SERVICE_S = 30.0
 WATCHDOG_LOOK_S = 10.0
 #: Once the agent has settled, what starting it has used up goes back to the system.
 SETTLED_AFTER_S = 20.0
+#: systemd hears no more that the agent lives when its loop has not decided for so long (or three times loop_wait).
+LOOP_STUCK_S = 60.0
 #: A long operation says how far it is this often.
 PROGRESS_EVERY_S = 10.0
 #: What operations and quick actions may end with; anything else is our own mistake, and ends the agent loudly.
@@ -198,6 +202,8 @@ class Agent:
         self._applied: Any = None
         self._before_limit: tuple[PostgresFacts, float] | None = None   # what was known, and the limit, when the hang timeout changed
         self._said: tuple[str, ...] = ()
+        self._summary = ""          # what was said last
+        self._passed_at = clock.now()
         self._refusal = ""
         self._upstream: Upstream | None = None
         self._cloned = True         # a former agent may have left a replaced directory: only what the swap has marked is deleted
@@ -300,6 +306,8 @@ class Agent:
             nursery.start_soon(self._keep_directory_facts)
             nursery.start_soon(self._keep_guard)
             nursery.start_soon(self._give_memory_back)
+            if (every_s := watchdog_every_s(self.environ)) is not None:
+                nursery.start_soon(self._show_life, every_s)
             nursery.start_soon(self.cluster.keep_capacity, lambda: self.renewer.licence.state is LicenceState.HELD, lambda: self.settings.store_quota_bytes)
             await self._loop()
             nursery.cancel_scope.cancel()
@@ -325,6 +333,7 @@ class Agent:
         """The guard's status; one that systemd starts is waited for, any other is started. GuardError if there is none."""
         if self.local.pgha.guard == "agent":
             return await ensure_running(self.guard, self._guard_command(), log=str(self.runtime_dir / "guard.log"), spawn=self.machine.spawn)
+        self.machine.notify(status("waiting for the guard's service"))
         with trio.move_on_after(GUARD_SERVICE_S):
             while True:
                 try:
@@ -400,7 +409,6 @@ class Agent:
                 else:
                     log.info("told to stop", signal=signal.Signals(number).name)
                     self.shutting_down = True
-                    self.machine.notify("STOPPING=1")
                 self.wake()
 
     async def _pet_watchdog(self) -> None:
@@ -442,11 +450,11 @@ class Agent:
     # --- the loop ------------------------------------------------------------------------------------------------------
 
     async def _loop(self) -> None:
-        self.machine.notify("READY=1")
         while not self.finished:
             self._news = trio.Event()
             self._take_configuration()
             seen = self._assemble()
+            self._passed_at = seen.now
             self._doubt(seen)
             self._look_at_protection()
             remembered = self.memory
@@ -459,6 +467,7 @@ class Agent:
             if decision.ask_peers.names:
                 self.postgres.position_asked()      # theirs are compared with this node's own
             self._publish(seen, decision, remembered)
+            self._tell_systemd()
             self._discard_replaced(seen)
             failed = await self._carry_out(decision)
             if self._done(decision):
@@ -541,12 +550,26 @@ class Agent:
         said = _what_is_said(decision)
         if said != self._said and (decision.situation != "busy" or decision.actions):
             self._said = said
-            log.info(f"PAUSE: {decision.summary}" if decision.paused else decision.summary, situation=decision.situation, **({"pass": self.number}))
-            self.machine.notify(f"STATUS={decision.summary}")
+            self._summary = f"PAUSE: {decision.summary}" if decision.paused else decision.summary
+            log.info(self._summary, situation=decision.situation, **({"pass": self.number}))
         view = seen.dcs.view
         if view is not None and self.me.name not in view.members:
             self.announcer.gone()
         self._announce(seen, decision)
+
+    def _tell_systemd(self) -> None:
+        """Ready from the first pass on, whether or not the store or PostgreSQL answers: nobody is to end an agent that waits."""
+        operation = self._operation
+        progress = f" ({operation.progress})" if operation is not None and operation.progress else ""
+        self.machine.notify(f"{'STOPPING' if self.shutting_down else 'READY'}=1\n{status(self._summary + progress)}")
+
+    async def _show_life(self, every_s: float) -> None:
+        """WatchdogSec=. An agent that is frozen, or whose loop no longer decides, endangers nobody: mandate, fence and guard
+        see to that. But its node would stay out of the cluster until somebody looks; killed and started again, it comes back."""
+        while True:
+            if candidate_age_s(self._passed_at, self.clock.now()) < max(LOOP_STUCK_S, 3 * self.settings.loop_wait_s):
+                self.machine.notify("WATCHDOG=1")
+            await trio.sleep(every_s)
 
     def _announce(self, seen: Observation, decision: Decision) -> None:
         proxy = self.local.postgresql.proxy_address
@@ -730,6 +753,8 @@ class Agent:
 
     def _reload(self) -> None:
         """SIGHUP: read the files again; a mistake in them changes nothing."""
+        if not self.shutting_down:
+            self.machine.notify("RELOADING=1")      # until the next pass says READY=1 again
         try:
             loaded = load(self.path, self.environ)
         except ConfigError as error:
@@ -862,7 +887,7 @@ _NUMBER = re.compile(r"(?<![\w-])(?:[0-9A-F]+/[0-9A-F]+|-?[0-9]+(?:\.[0-9]+)?)(?
 
 def _what_is_said(decision: Decision) -> tuple[str, ...]:
     """A decision is logged when it changes, not when only its numbers do."""
-    return (decision.situation, _NUMBER.sub("#", decision.summary), *(type(a).__name__ for a in decision.actions if isinstance(a, LongAction)))
+    return ("PAUSE" if decision.paused else "", decision.situation, _NUMBER.sub("#", decision.summary), *(type(a).__name__ for a in decision.actions if isinstance(a, LongAction)))
 
 
 def _effect_is_seen(action: LongAction, facts: PostgresFacts) -> bool:
@@ -891,12 +916,13 @@ def _own_program() -> list[str]:
 
 
 def _set_up_log(local: LocalConfig) -> None:
-    logging.set_up(level=local.log.level, form=local.log.type, loggers=local.log.loggers, static=dict(local.log.static_fields))
+    logging.set_up(level=local.log.level, form=local.log.type, loggers=local.log.loggers, static=dict(local.log.static_fields), max_lines=local.log.max_queue_size)
 
 
 def main(path: str) -> int:
     """`pgha run CONFIG`: exit code 0 after a clean stop; 1 if it could not go on; ConfigError before anything was begun."""
     environ = dict(os.environ)
+    faulthandler.enable()       # systemd's watchdog ends us by SIGABRT: where we were belongs into the log
     loaded = load(path, environ)
     for name in loaded.consumed_env:
         os.environ.pop(name, None)

@@ -1,7 +1,8 @@
-"""Logging: an event and its facts, one line each, to standard error (or the configured file).
+"""Logging: an event and its facts, one line each, to standard error.
 
     log.info("promoted", timeline=8, took_s=1.2)   →   … INFO promoted timeline=8 took_s=1.2
 
+Where standard error is the journal, each line begins with its priority ("<3>", sd-daemon(3)) and has no time: it has its own.
 Values whose key looks like a secret are never written, whatever they are.
 """
 
@@ -9,9 +10,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import queue
 import re
 import sys
+import threading
 from typing import Any, TextIO
+
+from pgha.systemd import journal_listens, with_priority
 
 _SECRET = re.compile(r"passw|secret|token|private", re.IGNORECASE)
 #: Credentials inside connection strings and URLs, whoever put them into a text.
@@ -106,14 +112,18 @@ class Log:
 
 
 class PlainFormatter(logging.Formatter):
-    """Time, level, event, key=value."""
+    """Time, level, event, key=value. `timed`: False where whoever reads the lines notes their time."""
 
     default_msec_format = "%s.%03d"
+
+    def __init__(self, *, timed: bool = True) -> None:
+        super().__init__()
+        self._timed = timed
 
     def format(self, record: logging.LogRecord) -> str:
         facts: dict[str, Any] = getattr(record, "facts", {})
         tail = "".join(f" {k}={_format_value(v)}" for k, v in facts.items())
-        line = f"{self.formatTime(record)} {record.levelname} {_printable(_bounded(record.getMessage()))}{tail}"
+        line = f"{self.formatTime(record) + ' ' if self._timed else ''}{record.levelname} {_printable(_bounded(record.getMessage()))}{tail}"
         if record.exc_info:
             line += "\n" + _traceback(self.formatException(record.exc_info))
         return line
@@ -135,11 +145,85 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(out, ensure_ascii=False)
 
 
+class JournalFormatter(logging.Formatter):
+    """Another's lines, each with the priority that `journalctl -p` goes by."""
+
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self._inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        return with_priority(self._inner.format(record), record.levelname)
+
+
+class Writer(logging.Handler):
+    """Lines to a descriptor by a thread of its own: a journal that hangs or a pipe that nobody reads loses lines, no time.
+
+    (The loop and the lock's renewal log, too: a write that blocks would end a healthy primary.)
+    """
+
+    #: What is queued at the process's end has this long to be written.
+    FLUSH_S = 1.0
+
+    def __init__(self, descriptor: int, *, max_lines: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._lines: queue.Queue[str] = queue.Queue(max_lines)
+        self._lost = 0
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if self._lost:
+                self._lines.put_nowait(self._said_lost())
+                self._lost = 0
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._lost += 1
+
+    def _said_lost(self) -> str:
+        return self.format(logging.makeLogRecord({"levelno": logging.WARNING, "levelname": "WARNING", "msg": "lines of the log were lost", "facts": {"lines": self._lost}}))
+
+    def resize(self, max_lines: int) -> None:
+        with self._lines.mutex:
+            self._lines.maxsize = max_lines
+
+    def flush(self) -> None:
+        """Called at the process's end (logging.shutdown)."""
+        with self._lines.all_tasks_done:
+            self._lines.all_tasks_done.wait_for(lambda: not self._lines.unfinished_tasks, self.FLUSH_S)
+
+    def _write(self) -> None:
+        while True:
+            left = (self._lines.get() + "\n").encode(errors="backslashreplace")
+            try:
+                while left:
+                    left = left[os.write(self._descriptor, left):]
+            except OSError:
+                pass        # nobody reads it, or no space: there is nowhere to say so
+            self._lines.task_done()
+
+
+_writers: list[Writer] = []     # one a process: a reload goes on with it
+
+
+def _writer(max_lines: int) -> Writer:
+    if not _writers:
+        _writers.append(Writer(2, max_lines=max_lines))
+    _writers[0].resize(max_lines)
+    return _writers[0]
+
+
 def set_up(*, level: str = "INFO", form: str = "plain", loggers: dict[str, str] | None = None,
-           static: dict[str, Any] | None = None, stream: TextIO | None = None) -> None:
-    """Configure the root logger anew. `form`: "plain" or "json"."""
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter(static) if form == "json" else PlainFormatter())
+           static: dict[str, Any] | None = None, stream: TextIO | None = None, max_lines: int | None = None) -> None:
+    """Configure the root logger anew. `form`: "plain" or "json". `stream`: instead of standard error.
+
+    `max_lines`: the caller must not wait for whoever reads the log; so many lines are kept for them, more are counted.
+    """
+    handler: logging.Handler = logging.StreamHandler(stream or sys.stderr) if max_lines is None else _writer(max_lines)
+    journal = stream is None and journal_listens(os.environ)
+    formatter = JsonFormatter(static) if form == "json" else PlainFormatter(timed=not journal)
+    handler.setFormatter(JournalFormatter(formatter) if journal else formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)

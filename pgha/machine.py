@@ -38,7 +38,7 @@ from pgha.postgres.processes import Postmaster
 from pgha.postgres.programs import Completed
 from pgha.postgres.wal_files import ShutdownPositions
 from pgha.rest.server import Application, Listen, serve
-from pgha.systemd import notify
+from pgha.systemd import Notifier
 
 log = Log("pgha")
 
@@ -214,6 +214,7 @@ class LocalMachine:
     def __init__(self, data_dir: Path, bin_dir: Path | str, *, directory: recipe.DataDirectory | None = None) -> None:
         self._data_dir = data_dir
         self._bin_dir = bin_dir
+        self._notifier = Notifier(os.environ)
         self.directory: Processes = recipe.DataDirectory(data_dir) if directory is None else directory
 
     def adopt(self) -> Postmaster | None:
@@ -291,7 +292,7 @@ class LocalMachine:
         return trio.open_signal_receiver(*numbers)
 
     def notify(self, state: str) -> None:
-        notify(state)
+        self._notifier.say(state)
 
     def token(self) -> str:
         return secrets.token_hex(8)

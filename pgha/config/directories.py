@@ -15,6 +15,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from pgha.config.load import load
 from pgha.config.local import LocalConfig
@@ -24,6 +25,7 @@ from pgha.errors import ConfigError
 SOCKET_PATH_LIMIT_BYTES = 107
 #: The default runtime directory's parent: tmpfs on every Linux that PostgreSQL itself runs on (dynamic shared memory).
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  (private directories are made below it, and checked)
+AGENT_LOCK = "agent.lock"
 
 
 def state_dir(local: LocalConfig, environ: Mapping[str, str]) -> Path:
@@ -47,18 +49,26 @@ def _of_systemd(environ: Mapping[str, str], variable: str) -> str:
 
 def agent_lock(local: LocalConfig, environ: Mapping[str, str]) -> Path:
     """The file that a living agent holds locked (flock), by which the guard sees it; on tmpfs, like all that it reads."""
-    return runtime_dir(local, environ) / "agent.lock"
+    return runtime_dir(local, environ) / AGENT_LOCK
 
 
 def data_directory_lock(local: LocalConfig, environ: Mapping[str, str]) -> Path:
     """The file that keeps a second agent from one data directory, also one of another name (safety model 3)."""
-    return state_dir(local, environ) / "agent.lock"
+    return state_dir(local, environ) / AGENT_LOCK
 
 
-def guard_places(where: str | os.PathLike[str], environ: Mapping[str, str]) -> tuple[str, str]:
-    """Runtime directory and agent's lock file, for a guard that was told neither."""
+class GuardPlaces(NamedTuple):
+    """What a guard works on."""
+
+    data_dir: str
+    runtime_dir: str
+    agent_lock: str
+
+
+def guard_places(where: str | os.PathLike[str], environ: Mapping[str, str]) -> GuardPlaces:
+    """For a guard that was not told all of it: as the configuration says."""
     local = load(where, environ).local
-    return str(runtime_dir(local, environ)), str(agent_lock(local, environ))
+    return GuardPlaces(local.postgresql.data_dir, str(runtime_dir(local, environ)), str(agent_lock(local, environ)))
 
 
 def pgpass(local: LocalConfig, environ: Mapping[str, str]) -> Path:

@@ -204,13 +204,17 @@ def _loggers(value: Any) -> dict[str, str]:
 
 
 class LogConfig(Section, frozen=True, kw_only=True):
-    """[log]: to standard error."""
+    """[log]: to standard error, which systemd hands to the journal. `static_fields`: of JSON lines."""
 
-    REFUSED: ClassVar = dict.fromkeys(
-        ("traceback_level", "format", "dateformat", "max_queue_size", "dir", "mode", "file_num", "file_size", "deduplicate_heartbeat_logs"), LATER)
+    REFUSED: ClassVar = {
+        **dict.fromkeys(("traceback_level", "format", "dateformat"), LATER),
+        **dict.fromkeys(("dir", "mode", "file_num", "file_size"), "is not supported, since pgha writes to standard error; allowed: leave it out (systemd: StandardError=append:FILE)"),
+        "deduplicate_heartbeat_logs": "has no meaning, since pgha logs no heartbeats; allowed: leave it out",
+    }
 
     type: Annotated[Literal["plain", "json"], Key(choice("plain", "json"))] = "plain"
     level: Annotated[str, Key(choice(*_LEVELS))] = "INFO"
+    max_queue_size: Annotated[int, Key(integer(1))] = 1000      # lines that whoever reads them has not taken yet
     loggers: Annotated[dict[str, str], Key(Kind(_loggers, f"a table of logger = level, levels {', '.join(_LEVELS)}", shape="table"))] = field(default_factory=dict)
     static_fields: Annotated[dict[str, str], Key(mapping())] = field(default_factory=dict)
 

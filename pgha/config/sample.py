@@ -98,7 +98,7 @@ level = "INFO"
 [pgha]
 # state_dir = "/var/lib/pgha/demo"      # default: $STATE_DIRECTORY, else <data_dir>.pgha
 # runtime_dir = "/run/pgha/demo"        # default: $RUNTIME_DIRECTORY, else below /dev/shm; must be tmpfs
-guard = "agent"                         # who starts the guard process: agent, or service (a systemd unit of its own)
+guard = "agent"                         # who starts the guard: agent, or service (pgha-guard.service; pgha.service sets this itself)
 """
 
 

@@ -1,6 +1,6 @@
 """The guard: from its deadline on, no process of this data directory lives, whatever has become of the agent.
 
-    python -m pgha.lock.guard --data-dir DIR --runtime-dir DIR --agent-lock FILE [--cgroup PATH]
+    python -m pgha.lock.guard --data-dir DIR --runtime-dir DIR --agent-lock FILE [--cgroup PATH] [--alone-s SECONDS]
 
 A process of its own, outside the agent's process tree. What may run, and who may change that, is guard_state.py; how
 killing is done, recipe.py; the words, protocol.py; the look at the directory, guard_look.py. This file is the loop.
@@ -573,7 +573,8 @@ def run(*, data_dir: str, runtime_dir: str, agent_lock: str, cgroup: str | None 
 
 def main(argv: list[str]) -> int:
     """`argv` without the program's name. (argparse alone would take a tenth of the guard's memory.)"""
-    names = {"--data-dir": "data_dir", "--runtime-dir": "runtime_dir", "--agent-lock": "agent_lock", "--cgroup": "cgroup"}
+    names = {"--data-dir": "data_dir", "--runtime-dir": "runtime_dir", "--agent-lock": "agent_lock", "--cgroup": "cgroup",
+             "--alone-s": "alone_s"}
     given: dict[str, str] = {}
     words = iter(argv)
     for word in words:
@@ -585,8 +586,12 @@ def main(argv: list[str]) -> int:
     if not {"data_dir", "runtime_dir", "agent_lock"} <= given.keys():
         sys.stderr.write("guard: --data-dir, --runtime-dir and --agent-lock are needed\n")
         return USAGE
+    alone_s = given.get("alone_s", str(ALONE_S))
+    if alone_s != "infinity" and not alone_s.removesuffix(".0").isdecimal():
+        sys.stderr.write("guard: --alone-s: whole seconds, or infinity\n")
+        return USAGE
     return run(data_dir=given["data_dir"], runtime_dir=given["runtime_dir"], agent_lock=given["agent_lock"],
-               cgroup=given.get("cgroup"))
+               cgroup=given.get("cgroup"), alone_s=float(alone_s))
 
 
 if __name__ == "__main__":

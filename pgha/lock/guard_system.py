@@ -22,6 +22,7 @@ from pgha.clock import Deadline, boot_id
 from pgha.lock.guard_state import Held
 from pgha.lock.protocol import FILE_NAME, LOCK_NAME, SOCKET_NAME, Agent, ProtocolError, State, instant_of
 from pgha.lock.recipe import Identity
+from pgha.systemd import journal_listens, with_priority
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _TMPFS, _RAMFS = 0x01021994, 0x858458F6
@@ -105,6 +106,18 @@ class Memory:
                 or (held.state is State.OFFLINE) != (held.until is not None):
             return None
         return held, identities
+
+
+def former_data_dir(runtime_dir: str) -> str | None:
+    """The data directory of the last guard of this boot; None if there was none, or if its file cannot be understood."""
+    try:
+        if os.lstat(runtime_dir).st_uid != os.geteuid():
+            return None
+        with open(f"{runtime_dir}/{FILE_NAME}", "rb") as f:
+            was = json.loads(f.read(_LARGEST_FILE_BYTES))
+        return str(was["data_dir"]) if was["boot_id"] == boot_id() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _number(value: object) -> int:
@@ -205,6 +218,7 @@ class Log:
     def __init__(self) -> None:
         self._lines: queue.Queue[str] = queue.Queue(self.QUEUE_LINES)
         self._dropped = 0
+        self._journal = journal_listens(os.environ)
         threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def __call__(self, level: str, event: str, /, **facts: object) -> None:
@@ -212,9 +226,10 @@ class Log:
         tail = "".join(f" {key}={_value(value)}" for key, value in facts.items())
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now_s))
         lost, self._dropped = self._dropped, 0
-        line = f"{stamp}.{int(now_s % 1 * 1000):03d} {level} {event}{tail}{f' lines_lost_before={lost}' if lost else ''}\n"
+        line = f"{level} {event}{tail}{f' lines_lost_before={lost}' if lost else ''}"
+        line = with_priority(line, level) if self._journal else f"{stamp}.{int(now_s % 1 * 1000):03d} {line}"
         try:
-            self._lines.put_nowait(line)
+            self._lines.put_nowait(line + "\n")
         except queue.Full:
             self._dropped = lost + 1
 

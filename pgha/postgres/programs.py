@@ -43,15 +43,18 @@ _LIBPQ_VARIABLE = re.compile(
     "|LOADBALANCEHOSTS|M(IN|AX)PROTOCOLVERSION|SYSCONFDIR|LOCALEDIR|OAUTH[A-Z]+)")
 
 
+_OF_SYSTEMD = frozenset({"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "JOURNAL_STREAM", "MAINPID", "CREDENTIALS_DIRECTORY"})
+
+
 def clean_environment(extra: Mapping[str, str] | None = None, *, messages_in_english: bool = False) -> dict[str, str]:
     """Our environment without what is the agent's own or libpq's, plus `extra`.
 
-    PostgreSQL must not see NOTIFY_SOCKET (it would speak to systemd in the agent's name) nor any secret of ours.
+    PostgreSQL must not see what systemd gave the agent alone (it would speak in the agent's name) nor any secret of ours.
     `messages_in_english` is for programs whose output is parsed.
     """
     env = {
         name: value for name, value in os.environ.items()
-        if not name.startswith(("PGHA_", "PATRONI_")) and name != "NOTIFY_SOCKET" and not _LIBPQ_VARIABLE.fullmatch(name)
+        if not name.startswith(("PGHA_", "PATRONI_")) and name not in _OF_SYSTEMD and not _LIBPQ_VARIABLE.fullmatch(name)
     }
     if messages_in_english:
         env.pop("LANGUAGE", None)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from pgha.log import Log, scrub, set_up
 
+ROOT = Path(__file__).parents[2]
 SECRET = "geheim"
 
 
@@ -123,3 +127,46 @@ def test_levels():
     out = logged(act, loggers={"pgha.other": "DEBUG"})
     logging.getLogger("pgha.other").setLevel(logging.NOTSET)
     assert [word for word in ("d\n", " i\n", "noise", "wanted") if word in out.replace("wanted\n", "wanted ")] == [" i\n", "wanted"]
+
+
+# --- who does not read ------------------------------------------------------------------------------------------------
+
+STUCK = """
+import sys, time
+from pgha.log import Log, set_up
+for _ in range(2):
+    set_up(max_lines=1000)      # a reload goes on with the same thread
+log = Log("pgha.test")
+begun = time.monotonic()
+for number in range(5000):
+    log.info("a line", number=number, filling="x" * 100)
+print(time.monotonic() - begun, flush=True)
+sys.stdin.readline()
+import logging, threading
+logging.getLogger().handlers[0].flush()
+log.warning("read again")
+print([t.name for t in threading.enumerate()], flush=True)
+"""
+
+
+def test_a_log_that_nobody_reads_delays_nobody():
+    """A pipe holds 64 KiB: what follows is kept up to a bound, then counted."""
+    process = subprocess.Popen([sys.executable, "-c", STUCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={"PYTHONPATH": str(ROOT)})
+    assert process.stdout is not None
+    assert float(process.stdout.readline()) < 5
+    out, err = process.communicate("\n", timeout=30)
+    lines = err.splitlines()
+    numbers = [int(line.split("number=")[1].split()[0]) for line in lines if "number=" in line]
+    assert numbers == sorted(numbers)
+    assert numbers[:1000] == list(range(1000))
+    assert lines[-1].endswith("WARNING read again"), "also what was said just before the end"
+    lost = [int(line.split("lines=")[1]) for line in lines if "lines of the log were lost" in line]
+    assert len(numbers) + sum(lost) == 5000
+    assert lost
+    assert out.strip() == "['MainThread', 'log']"
+
+
+def test_a_standard_error_that_is_closed_ends_nobody():
+    script = "import os\nfrom pgha.log import Log, set_up\nset_up(max_lines=10)\nos.close(2)\nfor _ in range(20): Log('a').info('a')\nprint('on')"
+    assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=30, env={"PYTHONPATH": str(ROOT)}, check=True).stdout == "on\n"

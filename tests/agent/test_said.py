@@ -29,3 +29,8 @@ def test_other_numbers_are_no_change(one: str, other: str):
 ])
 def test_another_name_is_a_change(one: str, other: str):
     assert said(one) != said(other)
+
+
+def test_the_beginning_and_end_of_pause_is_a_change():
+    one, other = (_what_is_said(Decision(situation="leading", summary="no action. I am (n1), the leader with the lock", paused=paused)) for paused in (True, False))
+    assert one != other

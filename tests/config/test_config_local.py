@@ -114,7 +114,11 @@ def test_means(tmp_path, key, value, attribute, means):
     ("postgresql.create_replica_methods", ["walg", "basebackup"], 'FILE: postgresql.create_replica_methods: has something else than basebackup; allowed: ["basebackup"]; other methods are not supported yet by this version'),
     ("bootstrap.method", "walg", 'FILE: bootstrap.method: is "walg"; allowed: initdb; other methods are not supported yet by this version'),
     ("name", "__patroni_strict_sync_replica_placeholder__", 'FILE: name: is "__patroni_strict_sync_replica_placeholder__"; allowed: text without slashes and spaces, unique in the cluster'),
-    ("log.dir", "/var/log", "FILE: log.dir: not supported yet by this version"),
+    *((f"log.{key}", value, f"FILE: log.{key}: not supported yet by this version") for key, value in
+      (("traceback_level", "DEBUG"), ("format", "%(message)s"), ("dateformat", "%H"))),
+    *((f"log.{key}", value, f"FILE: log.{key}: is not supported, since pgha writes to standard error") for key, value in
+      (("dir", "/var/log"), ("mode", "0600"), ("file_num", 4), ("file_size", 1))),
+    ("log.deduplicate_heartbeat_logs", True, "FILE: log.deduplicate_heartbeat_logs: has no meaning"),
 ])
 def test_is_refused(tmp_path, key, value, line):
     found = problems(tmp_path, changed(key, None if value is MISSING else value))

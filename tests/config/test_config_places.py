@@ -43,7 +43,7 @@ def test_where_they_are(tmp_path):
     assert directories.agent_lock(configured, {}) == Path("/r/agent.lock")
     assert directories.data_directory_lock(configured, {}) == Path("/s/agent.lock")
     assert directories.pgpass(configured, {}) == Path("/s/pgpass")
-    assert directories.guard_places(write(tmp_path / "g.toml", changed("pgha.runtime_dir", "/r")), {}) == ("/r", "/r/agent.lock")
+    assert directories.guard_places(write(tmp_path / "g.toml", changed("pgha.runtime_dir", "/r")), {}) == ("/srv/pg/data", "/r", "/r/agent.lock")
 
 
 def test_they_are_made_private_and_found_again(tmp_path, on_tmpfs):

@@ -17,6 +17,7 @@ from guard_world import AS_POSTGRES, CLOCK, ROOT, GuardProcess, Node, Writer, la
 
 from pgha.clock import Instant, remaining_s
 from pgha.lock import recipe
+from pgha.lock.guard import main
 from pgha.lock.protocol import MAX_BYTES
 from pgha.model.lock import fence_budget_s
 
@@ -628,6 +629,13 @@ def test_with_all_privileges(node: Node, guard: GuardProcess):
     memory = Path(f"/proc/{guard.process.pid}/status").read_text()
     print(status, [line for line in memory.splitlines() if line.startswith(("VmRSS", "VmLck"))])
     assert int(memory.split("VmRSS:")[1].split()[0]) < 20_000
+
+
+@pytest.mark.parametrize(("given", "code"), [("infinity", 4), ("60", 4), ("0.5", 2), ("never", 2), ("nan", 2), ("-1", 2)])
+def test_how_long_it_stays_alone_is_said_in_whole_seconds(tmp_path: Path, given: str, code: int):
+    """4: it went on, and found the runtime directory not to be on tmpfs, or another's."""
+    (tmp_path / "file").touch()
+    assert main(["--data-dir", "/nowhere", "--runtime-dir", str(tmp_path / "file"), "--agent-lock", "/nowhere", "--alone-s", given]) == code
 
 
 def test_it_ends_after_bye(node: Node, guard: GuardProcess):

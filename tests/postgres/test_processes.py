@@ -145,12 +145,13 @@ def test_the_server_outlives_the_agent(make_node, base):
         "trio.run(main)\n")
     agent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True,
                              env={**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(processes.__file__)) + "/..",
-                                  "PGHA_RESTAPI_PASSWORD": "secret", "NOTIFY_SOCKET": "/nowhere", "PGPASSWORD": "secret",
+                                  "PGHA_RESTAPI_PASSWORD": "secret", "NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "1", "PGPASSWORD": "secret",
                                   "PGBACKREST_STANZA": "kept"})
     pid = int(agent.stdout.readline())
     environment = Path(f"/proc/{pid}/environ").read_text()
     assert "secret" not in environment
     assert "NOTIFY_SOCKET" not in environment
+    assert "WATCHDOG_USEC" not in environment
     assert "PGBACKREST_STANZA=kept" in environment
     os.killpg(agent.pid, signal.SIGKILL)  # the agent with its whole group, as a terminal or systemd might
     agent.wait()
