@@ -32,6 +32,7 @@ UNREACHABLE: dict[tuple[str, str], str] = {
     ("switchover.names_this_leader", "refuses"): "leading clears a request that names another leader before it asks the conditions",
     ("broken.no_orphans", "refuses"): "the observer ends orphans before it tells of them; what is left would be processes that SIGKILL does not end",
     ("broken.control_is_readable", "refuses"): "the model's pg_control is readable or its whole disk is not",
+    ("paused.server_answers", "refuses"): "needs a server that is replaced between two looks at it; the model's observer is woken by every exit, and the holder then stands down",
     ("capacity.history_is_compacted", "refuses"): "needs two days without compaction; runs last for an hour, and the model's store compacts itself",
 }
 
