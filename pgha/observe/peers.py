@@ -99,7 +99,7 @@ class PeersObserver:
                 own = body.get("patroni")
                 return _from_patroni(name, _of_whom_was_asked(name, own.get("name", name) if isinstance(own, dict) else name, body), asked_at)
             except OSError as error:
-                why = str(error) or type(error).__name__
+                why = str(error)[:200] or type(error).__name__      # an HTTP library's may quote the answer
             except (ValueError, TypeError, OverflowError, RecursionError) as error:     # msgspec's own are ValueErrors
                 why = f"its answer does not parse: {str(error)[:200]}"
         return Peer(name=name, asked_at=asked_at, answered=False, why=why)

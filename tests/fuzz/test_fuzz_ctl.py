@@ -30,7 +30,7 @@ def test_no_behaviour_is_more_than_an_exit_code(what_is_asked: str, good: dict[s
     ends: dict[str, int] = {}
 
     async def main() -> None:
-        limit = trio.CapacityLimiter(100)
+        limit, turn = trio.CapacityLimiter(100), trio.CapacityLimiter(100)
 
         async def one(what: str, behave: Any) -> None:
             async def answer(_path: bytes, _body: bytes, stream: trio.SocketStream) -> None:
@@ -40,12 +40,13 @@ def test_no_behaviour_is_more_than_an_exit_code(what_is_asked: str, good: dict[s
                 store = Store(Etcd(endpoints=(f"http://127.0.0.1:{port}",)))
                 call: Any = {"read": partial(store.read, "/service/demo/"), "write": partial(store.write, "/service/demo/config", b"{}", if_revision=7),
                              "remove": partial(store.remove, "/service/demo/", unchanged="leader", value=b"a")}[what_is_asked]
-                began = trio.current_time()
-                try:
-                    await trio.to_thread.run_sync(call, limiter=limit)
-                except End as end:
-                    ends[what] = end.code
-                assert trio.current_time() - began < 3 * ENDPOINT_S + 10, what
+                async with turn:        # the time until there is a thread is not the program's
+                    began = trio.current_time()
+                    try:
+                        await trio.to_thread.run_sync(call, limiter=limit)
+                    except End as end:
+                        ends[what] = end.code
+                    assert trio.current_time() - began < 3 * ENDPOINT_S + 10, what
 
         async with trio.open_nursery() as nursery:
             for what, behave in (behaviours(dumped(good)) | by_chance(f"ctl {what_is_asked} {times}", dumped(good), good, 40 * times)).items():

@@ -79,6 +79,12 @@ def test_no_behaviour_is_an_answer() -> None:
     assert ANSWER_S < 1
 
 
+def test_what_an_answer_is_not_read_for_is_quoted_in_part() -> None:
+    (peer,) = observe({"a status line without end": says(b"9" * 2000 + b" 200 OK\r\n\r\n")}).values()
+    assert whole(peer)
+    assert "status line" in peer.why
+
+
 def test_what_is_packed_is_not_unpacked() -> None:
     bomb = gzip.compress(b" " * 50_000_000)
     peers = observe({"a bomb": says(http(bomb, headers=b"Content-Encoding: gzip\r\n")), "a packed vote": says(http(gzip.compress(dumped(VOTE)), headers=b"Content-Encoding: gzip\r\n"))})
