@@ -24,7 +24,8 @@ SHARED: dict[str, Any] = {
 }
 
 
-def judged(path: Path, environ: dict[str, str]) -> None:
+def judged(path: Path, environ: dict[str, str], *, moved: frozenset[str] = frozenset()) -> None:
+    """`moved`: passwords that damage has made part of something else, a user's name: who is to know?"""
     try:
         loaded = load(path, environ)
     except ConfigError as error:
@@ -34,7 +35,7 @@ def judged(path: Path, environ: dict[str, str]) -> None:
     else:
         effective(loaded.local, loaded.local.bootstrap.dcs)
         text = repr(loaded)
-    assert not any(password in text for password in PASSWORDS.values()), text
+    assert not any(password in text for password in set(PASSWORDS.values()) - moved), text
 
 
 def test_a_file(tmp_path: Path, times: int) -> None:
@@ -43,7 +44,7 @@ def test_a_file(tmp_path: Path, times: int) -> None:
         path.write_bytes(content)
         path.chmod(0o600)
         began = time.process_time()
-        judged(path, {})
+        judged(path, {}, moved=frozenset(p for p in PASSWORDS.values() if content.count(p.encode()) != content.count(f'password = "{p}"'.encode())))
         assert time.process_time() - began < 5, "also a slow machine reads any file in this time"
 
 
