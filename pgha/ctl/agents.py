@@ -6,7 +6,8 @@ import base64
 import json
 from typing import Any
 
-from pgha.ctl.ends import FAILED, UNREACHABLE, End
+from pgha.ctl.cluster import warn
+from pgha.ctl.ends import FAILED, UNKNOWN, UNREACHABLE, End, code_of
 from pgha.ctl.exchange import Answer, NoAnswer, request, tls_context
 from pgha.ctl.settings import Settings
 
@@ -27,6 +28,19 @@ def ask(settings: Settings, base_url: str, method: str, path: str, *, body: Any 
         data = json.dumps(body).encode()
         headers["Content-Type"] = "application/json"
     return request(method, base_url + path, body=data, headers=headers, timeout_s=timeout_s, tls=tls)
+
+
+def unheard(what: str, failure: NoAnswer) -> int:
+    """Says that `what` ("restart for member n1") got no answer; the exit code."""
+    warn(f"Failed: {what}: {failure}")
+    return UNKNOWN if failure.sent else UNREACHABLE
+
+
+def refused(what: str, answer: Answer) -> int:
+    """Says that the answer to `what` is no success, in the reference's words; the exit code."""
+    text = answer.body.decode(errors="replace")
+    warn(f"Failed: {what}, status code={answer.status}, ({text})")
+    return code_of(answer.status, text)
 
 
 def get_json(settings: Settings, base_url: str, path: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import argparse
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster, chosen
-from pgha.ctl.ends import DONE, FAILED, REFUSED, UNKNOWN, UNREACHABLE, End, code_of
+from pgha.ctl.ends import DONE, FAILED, REFUSED, End
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.prompt import confirm
 from pgha.ctl.settings import Settings
@@ -39,17 +39,15 @@ def _restarts(settings: Settings, cluster: Cluster, names: list[str], *, force: 
 
 
 def _flush(settings: Settings, cluster: Cluster, name: str) -> int:
+    what = f"flush scheduled restart for member {name}"
     try:
         answer = agents.ask(settings, cluster.api_url(name), "DELETE", "/restart")
     except NoAnswer as failure:
-        clusters.warn(f"Failed: flush scheduled restart for member {name}: {failure}")
-        return UNKNOWN if failure.sent else UNREACHABLE
-    text = answer.body.decode(errors="replace")
+        return agents.unheard(what, failure)
     if answer.status == 200:
-        print(f"Success: flush scheduled restart for member {name}", flush=True)
+        print(f"Success: {what}", flush=True)
         return DONE
-    clusters.warn(f"Failed: flush scheduled restart for member {name}, status code={answer.status}, ({text})")
-    return code_of(answer.status, text)
+    return agents.refused(what, answer)
 
 
 def _switchover(settings: Settings, cluster: Cluster) -> int:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster, chosen, members_named
-from pgha.ctl.ends import DONE, REFUSED, UNKNOWN, UNREACHABLE, USAGE, End, code_of
+from pgha.ctl.ends import DONE, REFUSED, UNKNOWN, USAGE, End
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
 from pgha.ctl.prompt import choose, confirm, wanted
@@ -78,20 +78,19 @@ def _state(settings: Settings, cluster: Cluster, name: str) -> State:
 
 
 def _ask(settings: Settings, cluster: Cluster, name: str, *, force: bool, from_leader: bool) -> int:
+    what = f"reinitialize for member {name}"
     body: dict[str, Any] = {"force": force, **({"from_leader": True} if from_leader else {})}
     while True:
         try:
             answer = agents.ask(settings, cluster.api_url(name), "POST", "/reinitialize", body=body)
         except NoAnswer as failure:
-            clusters.warn(f"Failed: reinitialize for member {name}: {failure}")
-            return UNKNOWN if failure.sent else UNREACHABLE
-        text = answer.body.decode(errors="replace")
+            return agents.unheard(what, failure)
         if answer.status == 200:
-            print(f"Success: reinitialize for member {name}", flush=True)
+            print(f"Success: {what}", flush=True)
             return DONE
-        clusters.warn(f"Failed: reinitialize for member {name}, status code={answer.status}, ({text})")
-        if not text.endswith(_BUSY) or body["force"] or not wanted("Do you want to cancel it and reinitialize anyway?"):
-            return code_of(answer.status, text)
+        code = agents.refused(what, answer)
+        if not answer.body.decode(errors="replace").endswith(_BUSY) or body["force"] or not wanted("Do you want to cancel it and reinitialize anyway?"):
+            return code
         body["force"] = True
 
 

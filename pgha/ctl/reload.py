@@ -7,7 +7,7 @@ import argparse
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import chosen
-from pgha.ctl.ends import DONE, REFUSED, UNKNOWN, UNREACHABLE, End, code_of
+from pgha.ctl.ends import DONE, REFUSED, End
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
 from pgha.ctl.prompt import confirm
@@ -27,13 +27,10 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
         try:
             answer = agents.ask(settings, cluster.api_url(name), "POST", "/reload")
         except NoAnswer as failure:
-            clusters.warn(f"Failed: reload for member {name}: {failure}")
-            code = max(code, UNKNOWN if failure.sent else UNREACHABLE)
+            code = max(code, agents.unheard(f"reload for member {name}", failure))
             continue
-        text = answer.body.decode(errors="replace")
         if answer.status in (200, 202):
             print(f"Reload request received for member {name} and will be processed within {loop_wait} seconds", flush=True)
         else:
-            clusters.warn(f"Failed: reload for member {name}, status code={answer.status}, ({text})")
-            code = max(code, code_of(answer.status, text))
+            code = max(code, agents.refused(f"reload for member {name}", answer))
     return code

@@ -12,7 +12,7 @@ from typing import Any
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster, chosen
-from pgha.ctl.ends import DONE, FAILED, REFUSED, UNKNOWN, UNREACHABLE, USAGE, End, code_of
+from pgha.ctl.ends import DONE, FAILED, REFUSED, UNREACHABLE, USAGE, End, code_of
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
 from pgha.ctl.prompt import confirm
@@ -91,9 +91,7 @@ def _restart(settings: Settings, cluster: Cluster, name: str, body: dict[str, An
     try:
         answer = agents.ask(settings, url, "POST", "/restart", body=body, timeout_s=_TIMEOUT_S)
     except NoAnswer as failure:
-        clusters.warn(f"Failed: restart for member {name}: {failure}")
-        return UNKNOWN if failure.sent else UNREACHABLE
-    text = answer.body.decode(errors="replace")
+        return agents.unheard(f"restart for member {name}", failure)
     if answer.status == 200:
         print(f"Success: restart on member {name}", flush=True)
         return DONE
@@ -102,6 +100,5 @@ def _restart(settings: Settings, cluster: Cluster, name: str, body: dict[str, An
         return DONE
     if answer.status == 409:
         clusters.warn(f"Failed: another restart is already scheduled on member {name}")
-    else:
-        clusters.warn(f"Failed: restart for member {name}, status code={answer.status}, ({text})")
-    return code_of(answer.status, text)
+        return code_of(answer.status, answer.body.decode(errors="replace"))
+    return agents.refused(f"restart for member {name}", answer)
