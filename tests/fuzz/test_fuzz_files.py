@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 import msgspec
+import observe_world
 import pytest
 import trio
 from hostile import broken, corpus, dumped, inputs
@@ -46,31 +47,7 @@ from pgha.postgres.processes import adopt, read_postmaster_pid, remove_dead_pid_
 
 PID = b"12345\n/srv/pg/data\n1764100000\n5432\n/run/postgresql\n*\n  5432001    163840\nready   \n"
 HISTORY = b"# pgha: claim: timeline 2 by a, 1f/3, epoch 2\n1\t0/3000000\tno recovery target specified\n\n2\t0/5000060\tbefore 2026-11-25\n# a comment\n"
-CONTROL = b"""pg_control version number:            1300
-Catalog version number:               202209061
-Database system identifier:           7711161683783831200
-Database cluster state:               shut down
-pg_control last modified:             Wed Nov 25 22:00:00 2026
-Latest checkpoint location:           0/3000028
-Latest checkpoint's REDO location:    0/3000028
-Latest checkpoint's TimeLineID:       2
-Latest checkpoint's PrevTimeLineID:   2
-Minimum recovery ending location:     0/0
-Min recovery ending loc's timeline:   0
-Backup start location:                0/0
-End-of-backup record required:        no
-wal_level setting:                    replica
-wal_log_hints setting:                on
-max_connections setting:              100
-max_worker_processes setting:         8
-max_wal_senders setting:              10
-max_prepared_xacts setting:           0
-max_locks_per_xact setting:           64
-track_commit_timestamp setting:       off
-WAL block size:                       8192
-Bytes per WAL segment:                16777216
-Data page checksum version:           0
-"""
+CONTROL = observe_world.CONTROL.encode()
 
 
 def contents(good: bytes, value: Any = None, *, count: int, seed: object) -> Iterator[bytes]:

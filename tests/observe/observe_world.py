@@ -18,6 +18,32 @@ from pgha.model.lock import LockRecord
 from pgha.observe.cluster import ClusterObserver
 
 KEYS = Keys("service", "demo")
+#: What pg_controldata says of a server that was shut down on timeline 3.
+CONTROL = """pg_control version number:            1300
+Catalog version number:               202209061
+Database system identifier:           7711161683783831200
+Database cluster state:               shut down
+pg_control last modified:             Wed Nov 25 22:00:00 2026
+Latest checkpoint location:           0/3000028
+Latest checkpoint's REDO location:    0/3000028
+Latest checkpoint's TimeLineID:       3
+Latest checkpoint's PrevTimeLineID:   2
+Minimum recovery ending location:     0/0
+Min recovery ending loc's timeline:   0
+Backup start location:                0/0
+End-of-backup record required:        no
+wal_level setting:                    replica
+wal_log_hints setting:                on
+max_connections setting:              100
+max_worker_processes setting:         8
+max_wal_senders setting:              10
+max_prepared_xacts setting:           0
+max_locks_per_xact setting:           64
+track_commit_timestamp setting:       off
+WAL block size:                       8192
+Bytes per WAL segment:                16777216
+Data page checksum version:           0
+"""
 
 
 class TrioClock:

@@ -17,6 +17,16 @@ OLD, NEW = {"leader": "a", "quorum": 0, "sync_standby": "c"}, {"leader": "b", "q
 FORMER = Sync(leader="b", members=("A", "d"))
 
 
+async def saved_between(scene: Scene) -> object:
+    """/sync is written, the store is saved, /sync is written anew; all of it was seen."""
+    scene.put("sync", OLD)
+    await scene.seen()
+    saved = scene.world.save()
+    scene.put("sync", NEW)
+    await scene.seen()
+    return saved
+
+
 async def went_back(scene: Scene, saved: object) -> None:
     """The observer has noticed it."""
     await scene.observer.read()
@@ -27,12 +37,8 @@ async def went_back(scene: Scene, saved: object) -> None:
 
 def test_what_it_said_before_the_store_went_back_counts_until_it_is_written_again(tmp_path: Path):
     async def main(scene: Scene) -> None:
-        scene.put("sync", OLD)
         scene.renew(1)
-        await scene.seen()
-        saved = scene.world.save()
-        scene.put("sync", NEW)
-        await scene.seen()
+        saved = await saved_between(scene)
         assert scene.facts.remembered_sync is None
         await went_back(scene, saved)
         assert (scene.facts.view.sync.leader, scene.facts.remembered_sync) == ("a", FORMER)
@@ -57,11 +63,7 @@ def test_what_it_said_before_the_store_went_back_counts_until_it_is_written_agai
 
 def test_a_write_during_the_distrust_is_a_living_leaders(tmp_path: Path):
     async def main(scene: Scene) -> None:
-        scene.put("sync", OLD)
-        await scene.seen()
-        saved = scene.world.save()
-        scene.put("sync", NEW)
-        await scene.seen()
+        saved = await saved_between(scene)
         await went_back(scene, saved)
         scene.put("sync", OLD)
         await scene.seen()
@@ -73,11 +75,7 @@ def test_a_write_during_the_distrust_is_a_living_leaders(tmp_path: Path):
 
 def test_an_empty_store_and_a_second_restore_forget_nothing(tmp_path: Path):
     async def main(scene: Scene) -> None:
-        scene.put("sync", OLD)
-        await scene.seen()
-        saved = scene.world.save()
-        scene.put("sync", NEW)
-        await scene.seen()
+        saved = await saved_between(scene)
         await went_back(scene, None)
         assert (scene.facts.view.sync.leader, scene.facts.remembered_sync) == ("", FORMER)
         scene.put("status", {"optime": 1})
