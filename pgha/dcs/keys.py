@@ -182,7 +182,7 @@ class _Reader:
         self.problems: list[str] = []
 
     def _problem(self, key: str, why: str) -> None:
-        self.problems.append(f"{key}: {why}; treated as absent")
+        self.problems.append(f"{key}: {why}; {'what it said before counts, until a leader writes it again' if key == 'sync' else 'treated as absent'}")
 
     def text(self, key: str) -> str | None:
         """Never absent when it is there: an `initialize` that makes no sense is no invitation to bootstrap."""
