@@ -147,7 +147,7 @@ class Agent:
         cached = _cached_config(data_dir)
         self.dynamic: dict[str, Any] | None = cached
         self.effective: Effective = effective(local, cached if cached is not None else normalised(dict(local.bootstrap.dcs)))
-        self._config_revision = -1
+        self._config_revision = -2      # twice the revision, and 1 if the cluster is mixed
         self._news = trio.Event()
 
         self.outage = Outage(clock)
@@ -268,7 +268,7 @@ class Agent:
         return Answer(status=verdict.status, text=verdict.text), row.position if row is not None else 0
 
     def _timing(self) -> Timing:
-        return Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause)
+        return Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause, mixed=self.settings.mixed)
 
     def _longest_ttl_s(self) -> float:
         """Of all that anybody may have meant who did not say."""
@@ -496,6 +496,8 @@ class Agent:
     def _doubt(self, seen: Observation) -> None:
         """Another's record in the view while this node holds: the renewer, which knows better, is asked to make sure."""
         view = seen.dcs.view
+        if view is not None:
+            self.renewer.saw(view)
         if (view is not None and view.lock is not None and view.lock.incarnation != self.me.incarnation and seen.licence.state is LicenceState.HELD
                 and view.lock_revision != self._doubted_revision):
             self._doubted_revision = view.lock_revision
@@ -724,7 +726,7 @@ class Agent:
             self._applied = self._to_apply()
         if view is None or view.config is None:
             return
-        mixed = any(not m.is_pgha for m in view.members.values() if m.name != self.me.name and m.version)
+        mixed = view.is_mixed or self.renewer.licence.mixed
         mark = view.revision_of("config") * 2 + mixed
         if mark == self._config_revision:
             return
@@ -767,7 +769,8 @@ class Agent:
             return
         self.local = loaded.local
         _set_up_log(self.local)
-        self.effective = effective(self.local, self.dynamic if self.dynamic is not None else normalised(dict(self.local.bootstrap.dcs)))
+        self.effective = effective(self.local, self.dynamic if self.dynamic is not None else normalised(dict(self.local.bootstrap.dcs)),
+                                   patroni_member_present=self._config_revision % 2 == 1)
         if self._nursery is not None:
             self._nursery.start_soon(self._reload_rest)
         self._applied = ()      # differs from anything: written and reloaded in the next pass

@@ -170,7 +170,7 @@ def effective(local: LocalConfig, dynamic: Any, *, patroni_member_present: bool 
         use_pg_rewind=postgresql.use_pg_rewind, use_slots=cluster.postgresql.use_slots,
         remove_data_directory_on_rewind_failure=postgresql.remove_data_directory_on_rewind_failure,
         remove_data_directory_on_diverged_timelines=postgresql.remove_data_directory_on_diverged_timelines,
-        has_bootstrap_section="bootstrap" in local.given, tags=local.tags,
+        has_bootstrap_section="bootstrap" in local.given, tags=local.tags, mixed=patroni_member_present and cluster.pgha.mixed != "off",
         may_compact_store=cluster.pgha.compaction, store_quota_bytes=cluster.pgha.store_quota_bytes,
         # `slots` and `ignore_slots` are carried out by a later version; until then at least nothing that they name is dropped.
         ignored_slots=tuple(sorted({*cluster.slots, *(str(m["name"]) for m in cluster.ignore_slots if "name" in m)})),

@@ -144,7 +144,7 @@ def _acquire(o: Observation) -> AcquireLock:
         claims = (*claims, (view.epoch.timeline, view.epoch.holder))[-20:]
     return AcquireLock(
         lock_revision=view.lock_revision, lock_value=view.lock_value, epoch_revision=view.revision_of("pgha/epoch"), epoch_number=view.epoch.number,
-        also_unchanged={key: view.revision_of(key) for key in ("sync", "failsafe", "config")},
+        also_unchanged={key: view.revision_of(key) for key in ("sync", "failsafe", "config", "leader")}, mixed=o.settings.mixed,
         claim_timeline=highest + 1, claims=claims, lsn=own.lsn, timeline=own.timeline,
     )
 

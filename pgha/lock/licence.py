@@ -44,7 +44,7 @@ class LicenceBook:
 
     # --- what to send --------------------------------------------------------------------------------------------------
 
-    def compose(self, now: Instant, *, ttl_s: float, mode: LockMode, lsn: int, timeline: int, onto_revision: int) -> Sent:
+    def compose(self, now: Instant, *, ttl_s: float, mode: LockMode, lsn: int, timeline: int, onto_revision: int, mixed: bool = False) -> Sent:
         """The record to send next; call immediately before sending.
 
         An unsettled record for the same compare is sent again as it is, so that its validity goes on counting from
@@ -53,14 +53,14 @@ class LicenceBook:
         last = self._sent.get(self._composed)
         if (
             last is not None and last.onto_revision == onto_revision and self._composed != self._committed
-            and last.record.mode == mode and last.record.ttl_s == ttl_s
+            and last.record.mode == mode and last.record.ttl_s == ttl_s and last.record.mixed == mixed
         ):
             return last
         self._sequence += 1
         self._composed = self._sequence
         record = LockRecord(
             holder=self.me.name, node_id=self.me.node_id, incarnation=self.me.incarnation, sequence=self._sequence,
-            ttl_s=ttl_s, mode=mode, lsn=lsn, timeline=timeline,
+            ttl_s=ttl_s, mode=mode, lsn=lsn, timeline=timeline, mixed=mixed,
         )
         sent = Sent(record=record, at=now, onto_revision=onto_revision)
         self._sent[self._sequence] = sent
@@ -87,7 +87,7 @@ class LicenceBook:
 
     # --- what came back ------------------------------------------------------------------------------------------------
 
-    def committed(self, sent: Sent, *, revision: int, value: bytes, epoch: int, epoch_revision: int, acquired_pass: int) -> None:
+    def committed(self, sent: Sent, *, revision: int, value: bytes, epoch: int, epoch_revision: int, acquired_pass: int, leader_revision: int = 0) -> None:
         """`sent` is known to be in the store at `revision`."""
         record = sent.record
         self._sent = {n: s for n, s in self._sent.items() if n >= record.sequence}
@@ -105,6 +105,7 @@ class LicenceBook:
             valid_until=None if released else licensed_until(record, sent.at),
             revision=revision, epoch=epoch, epoch_revision=epoch_revision, acquired_pass=acquired_pass,
             failing_since=None, failing_why="", lost_to="", by_failsafe=False, shortened_at=None,
+            mixed=record.mixed, leader_revision=leader_revision if record.mixed else 0,
         )
         if before.by_failsafe and record.sequence < before.sequence and not released:
             # A send of before the round has arrived at last. What all members promised since stands beside it.

@@ -185,6 +185,12 @@ class ClusterView(Struct, frozen=True, kw_only=True):
         return self.history[-1].timeline + 1 if self.history else 1
 
     @property
+    def is_mixed(self) -> bool:
+        """Do members of another make take part, or have they since pgha's holder first saw one? The record says so for as long as
+        no operator says otherwise: absent keys prove nothing (safety model 14)."""
+        return bool(self.leader_lease or (self.lock is not None and self.lock.mixed) or any(m.version and not m.is_pgha for m in self.members.values()))
+
+    @property
     def initialized(self) -> bool:
         """Does `initialize` hold a system identifier?"""
         return is_system_identifier(self.initialize)

@@ -41,6 +41,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     permanent_slots: tuple[str, ...] = ()    # physical slots that every node keeps (`slots`)
     ignored_slots: tuple[str, ...] = ()      # never dropped (`ignore_slots`)
     has_bootstrap_section: bool = True
+    mixed: bool = False                      # members of another make take part (safety model 14)
     tags: Tags = Tags()
     watchdog_required: bool = False
     may_compact_store: bool = True

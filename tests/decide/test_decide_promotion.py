@@ -191,7 +191,7 @@ def test_of_two_frozen_standbys_exactly_one_goes_first():
 
 def test_exactly_the_record_that_was_judged_is_taken_with_what_it_was_judged_on():
     action = only(CANDIDATE.decide(), AcquireLock)
-    assert action == AcquireLock(lock_revision=100, lock_value=b"record", epoch_revision=50, epoch_number=5, also_unchanged={"sync": 0, "failsafe": 0, "config": 3},
+    assert action == AcquireLock(lock_revision=100, lock_value=b"record", epoch_revision=50, epoch_number=5, also_unchanged={"sync": 0, "failsafe": 0, "config": 3, "leader": 0},
                                  readopt=False, claim_timeline=4, claims=(), lsn=LSN, timeline=TIMELINE)
 
 

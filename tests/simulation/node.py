@@ -86,7 +86,7 @@ KEYS = Keys("service", "sim")
 #: How long a peer's answer is waited for, and may be held back (observe/peers.py).
 ANSWER_S, WAIT_S = 0.6, 0.25
 
-_EFFECTIVE: dict[tuple[str, bytes], Any] = {}
+_EFFECTIVE: dict[tuple[str, bytes, bool], Any] = {}
 
 
 def local_config(name: str, tags: dict[str, Any] | None = None, *, watchdog: str = "automatic", bootstraps: bool = True) -> LocalConfig:
@@ -104,12 +104,12 @@ def local_config(name: str, tags: dict[str, Any] | None = None, *, watchdog: str
     return local
 
 
-def effective_of(name: str, local: LocalConfig, config: dict[str, Any]) -> Any:
+def effective_of(name: str, local: LocalConfig, config: dict[str, Any], *, mixed: bool = False) -> Any:
     """`effective`, once for each configuration: it is a pure function."""
     text = encode(config)
-    found = _EFFECTIVE.get((name, text))
+    found = _EFFECTIVE.get((name, text, mixed))
     if found is None or found.local is not local:
-        found = _EFFECTIVE[name, text] = effective(local, config)
+        found = _EFFECTIVE[name, text, mixed] = effective(local, config, patroni_member_present=mixed)
         if len(_EFFECTIVE) > 500:
             _EFFECTIVE.clear()
     return found
@@ -546,7 +546,8 @@ class AgentProcess:
         self._news.set()
 
     def _timing(self) -> Any:
-        return stepped.sources().lock_renewer.Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause)
+        return stepped.sources().lock_renewer.Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause,
+                                                      mixed=self.settings.mixed)
 
     def _longest_ttl_s(self) -> float:
         return max(self.settings.ttl_s, self.cluster.facts.remembered_ttl_s, 30.0)
@@ -779,6 +780,8 @@ class AgentProcess:
 
     def _doubt(self, seen: Observation) -> None:
         view = seen.dcs.view
+        if view is not None:
+            self.renewer.saw(view)
         if (view is not None and view.lock is not None and view.lock.incarnation != self.me.incarnation and seen.licence.state is LicenceState.HELD
                 and view.lock_revision != self._doubted_revision):
             self._doubted_revision = view.lock_revision
@@ -983,14 +986,15 @@ class AgentProcess:
         view = self.cluster.facts.view
         if view is None or view.config is None:
             return
-        mark = view.revision_of("config")
+        mixed = view.is_mixed or self.renewer.licence.mixed
+        mark = view.revision_of("config") * 2 + mixed
         if mark == self._config_revision:
             return
         self._config_revision = mark
         self._before_limit = (self.postgres.facts, self.settings.primary_hang_timeout_s)
         self.postgres.kick()
         self.dynamic = view.config
-        self.effective = effective_of(self.host.name, self.local, view.config)
+        self.effective = effective_of(self.host.name, self.local, view.config, mixed=mixed)
         self.fence.changed()
         if self.instance.dir.content == "valid" and not self.instance.disk_full:
             self.host.cached_config = view.config
