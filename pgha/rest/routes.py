@@ -26,6 +26,7 @@ from pgha.rest.bodies import cluster_body, history_body, patroni_body
 from pgha.rest.health import HealthFacts, Verdict
 from pgha.rest.metrics import metrics_text
 from pgha.rest.published import Board, Published
+from pgha.rest.refusals import Refusals
 from pgha.rest.requests import Changes, Requests
 from pgha.rest.wire import (
     JSON,
@@ -66,6 +67,7 @@ class App:
         self.clock = clock
         self.access = access or Access()      # replaced on reload
         self.headers = dict(headers or {})
+        self.refusals = Refusals()
         self.changes = Changes(board, requests)
         self._kept: dict[bytes, _Kept] = {}
         self._kept_of: Published | None = None
@@ -133,7 +135,10 @@ class App:
             return None
         if not self.changes.knows(request.method, _first(request.path)):
             return text_response(501, f"{request.method} {request.path} is not supported")
-        return self.access.refuses(request)
+        refusal = self.access.refuses(request)
+        if refusal is not None:
+            self.refusals.note(request.peer, refusal.body.decode(), method=request.method, path=request.path[:200], status=refusal.status)
+        return refusal
 
     async def handle(self, request: Request) -> Response:
         """See server.Application."""
