@@ -188,6 +188,9 @@ def _absent(o: Observation, untrusted_s: float) -> Standing:
     if never and not any(p.answered and p.system_identifier for p in o.peers.values()):
         return Standing(whose=Whose.NEVER, because="the cluster was never initialised")
     needed_s = wait_s(max(o.dcs.remembered_ttl_s, o.settings.ttl_s, ABSENCE_S))
+    outsider = o.dcs.outsider
+    if outsider is not None and outsider.alone and not view.leader and untrusted_s <= 0 and _another_may_be_paused(o) is None:
+        return Standing(whose=Whose.FREE, because=f"{outsider.name}, of another make, led by the key leader alone, and has it no more")
     since = o.dcs.lock_seen.absent_since
     age_s = candidate_age_s(since, o.now) if since else 0.0
     left = max(needed_s - age_s, untrusted_s)

@@ -16,7 +16,17 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from pgha.clock import Deadline, Instant, earlier, remaining_s
-from pgha.model.lock import Identity, Licence, LicenceState, LockMode, LockRecord, fence_at, licence_s, licensed_until
+from pgha.model.lock import (
+    LEASE_DOUBT_S,
+    Identity,
+    Licence,
+    LicenceState,
+    LockMode,
+    LockRecord,
+    fence_at,
+    licence_s,
+    licensed_until,
+)
 
 
 class Sent(Struct, frozen=True, kw_only=True):
@@ -130,7 +140,7 @@ class LicenceBook:
             return False
         if self._cap is not None or remaining_s(fence_at(licence.valid_until, licence.ttl_s), now) <= 0:
             return False        # a shorter one may have been committed; or the killing has begun, and nothing is revived
-        end = began.plus_s(licence_s(min(ttl_s, licence.ttl_s)))
+        end = began.plus_s(licence_s(min(ttl_s, licence.ttl_s)) - (LEASE_DOUBT_S if licence.mixed else 0.0))     # as a renewal's would be
         for number, sent in self._sent.items():
             end = earlier(end, licensed_until(sent.record, sent.at)) if number > sequence else end
         if sequence <= licence.sequence or remaining_s(end, licence.valid_until) <= 0:

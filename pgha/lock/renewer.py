@@ -251,7 +251,7 @@ class Renewer:
     async def _send_release(self, lsn: int, timeline: int, deadline_s: float, *, endless: bool) -> None:
         for _ in range(2):          # the second time only if the first found a later renewal of ours in the store
             onto = self.licence.revision
-            sent = self._book.compose(self._clock.now(), ttl_s=self.licence.ttl_s, mode="released", lsn=lsn, timeline=timeline, onto_revision=onto)
+            sent = self._book.compose(self._clock.now(), ttl_s=self.licence.ttl_s, mode="released", lsn=lsn, timeline=timeline, onto_revision=onto, mixed=self.licence.mixed)
             end = self._book.shortened(sent)
             if end is not None:
                 if endless and self.narrower is not None:

@@ -147,6 +147,18 @@ class LockSeen(Struct, frozen=True, kw_only=True):
     absent_since: Instant | None = None
 
 
+class Outsider(Struct, frozen=True, kw_only=True):
+    """The member of another make that led last, as far as this process saw, by the leased key `leader`, and where its PostgreSQL is.
+
+    `alone`: no lock record stood beside it, nor has since: nobody of ours led, so nobody of ours is to be waited for.
+    """
+
+    name: str
+    host: str = ""
+    port: int = 5432
+    alone: bool = False
+
+
 class PausedHolder(Struct, frozen=True, kw_only=True):
     """Who held the lock in pause when a record that can be believed was last seen: its server may write without an end."""
 
