@@ -30,6 +30,7 @@ class Guc(Struct, frozen=True, kw_only=True):
     source: str = ""
     file: str = ""
     line: int = 0
+    default: str = ""
     pending: bool = False
 
 

@@ -26,7 +26,7 @@ from pgha.postgres.programs import Run, binary, run, run_checked
 
 #: $1: the names asked for, in lower case; an empty array: all
 SETTINGS_SQL = """SELECT name, setting, unit, vartype, context, pending_restart, current_setting(name, true), min_val, max_val,
-  array_to_string(enumvals, chr(10)), source, sourcefile, sourceline
+  array_to_string(enumvals, chr(10)), source, sourcefile, sourceline, boot_val
 FROM pg_settings WHERE pending_restart OR lower(name) = ANY ($1::text[]) OR $1::text[] = '{}'"""
 
 #: The entry of each parameter that is read last, and so wins. For superusers only.
@@ -55,12 +55,12 @@ def settings_argument(names: Iterable[str]) -> str:
 def running_settings(rows: Iterable[tuple[str | None, ...]]) -> dict[str, Guc]:
     """Rows of SETTINGS_SQL, by name in lower case."""
     settings = {}
-    for name, value, unit, vartype, context, pending, shown, least, most, choices, source, file, line in rows:
+    for name, value, unit, vartype, context, pending, shown, least, most, choices, source, file, line, default in rows:
         assert name is not None
         settings[name.lower()] = Guc(
             name=name, value=value or "", unit=unit or "", vartype=vartype or "string", context=context or "", pending=pending == "t",
             shown=shown or "", minimum=least or "", maximum=most or "", choices=tuple((choices or "").split("\n")) if choices else (),
-            source=source or "", file=file or "", line=int(line or 0))
+            source=source or "", file=file or "", line=int(line or 0), default=default or "")
     return settings
 
 

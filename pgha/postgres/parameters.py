@@ -129,6 +129,8 @@ def pending_restart(wanted: Mapping[str, str], running: Mapping[str, Guc], files
             then = entry.value if setting.pending or ours is not None else None
         elif ours is not None and not (setting.pending and same_value(ours, setting.value, vartype=setting.vartype, unit=setting.unit or None)):
             then = ours
+        elif entries:       # taken out of the files again, which PostgreSQL forgets to notice until it is restarted
+            then = setting.default if setting.pending else None
         else:
             then = "?" if setting.pending else None
         if then is not None and setting.context == "postmaster" and not same_value(then, setting.value, vartype=setting.vartype, unit=setting.unit or None):

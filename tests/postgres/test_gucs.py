@@ -7,7 +7,15 @@ from functools import partial
 import pytest
 import trio
 
-from pgha.postgres.gucs import SETTINGS_SQL, described, parse_described, refused, running_settings, settings_argument, told
+from pgha.postgres.gucs import (
+    SETTINGS_SQL,
+    described,
+    parse_described,
+    refused,
+    running_settings,
+    settings_argument,
+    told,
+)
 
 SAID = """\
 2026-11-26 05:18:25.546 GMT [10461] LOG:  skipping missing configuration file "/x/postgresql.auto.conf"

@@ -112,6 +112,9 @@ def entry(value, file=AUTO):
     # ALTER SYSTEM of what nobody has configured: the file tells the value
     ({}, [setting("shared_preload_libraries", "", vartype="string", pending=True)], {"shared_preload_libraries": entry("auto_explain")},
      {"shared_preload_libraries": ("", "auto_explain")}),
+    # … and taken back: PostgreSQL 15 goes on to say that it is pending
+    ({}, [setting("shared_preload_libraries", "", vartype="string", pending=True)], {"port": entry("5432")}, {}),
+    ({}, [setting("shared_preload_libraries", "auto_explain", vartype="string", pending=True)], {"port": entry("5432")}, {"shared_preload_libraries": ("auto_explain", "")}),
     # … which wins over our file, at the restart and after it
     ({"max_files_per_process": "1000"}, [setting("max_files_per_process", "1000", pending=True)], {"max_files_per_process": entry("2000")},
      {"max_files_per_process": ("1000", "2000")}),
@@ -124,6 +127,7 @@ def entry(value, file=AUTO):
      {"max_files_per_process": ("1000", "2000")}),
     # pending by PostgreSQL's own word, and nobody knows why
     ({"max_files_per_process": "1000"}, [setting("max_files_per_process", "1000", pending=True)], {}, {"max_files_per_process": ("1000", "?")}),
+    ({}, [setting("max_files_per_process", "1000", pending=True)], {}, {"max_files_per_process": ("1000", "?")}),
     # a reload is enough
     ({"work_mem": "8MB"}, [setting("work_mem", "4096", unit="kB", context="user")], {"work_mem": entry("1MB")}, {}),
 ])
