@@ -101,7 +101,7 @@ class Postgresql(SharedPostgresql, frozen=True, kw_only=True):
 
 
 class RestApi(Section, frozen=True, kw_only=True):
-    REFUSED: ClassVar = {"thread_pool_size": NO_THREADS, "allowlist_include_members": LATER}
+    REFUSED: ClassVar = {"thread_pool_size": NO_THREADS}
 
     listen: Annotated[Listen, Key(listen(8008), required=True)] = Listen()
     connect_address: Annotated[Address, Key(address(8008))] = Address()
@@ -113,6 +113,7 @@ class RestApi(Section, frozen=True, kw_only=True):
     ciphers: Annotated[str, Key(text("an OpenSSL cipher list"))] = ""
     verify_client: Annotated[str, Key(choice("none", "optional", "required"))] = "none"
     allowlist: Annotated[tuple[str, ...], Key(texts("a list of addresses, networks (CIDR) and host names"))] = ()
+    allowlist_include_members: Annotated[bool, Key(flag())] = False
     http_extra_headers: Annotated[dict[str, str], Key(mapping())] = field(default_factory=dict)
     https_extra_headers: Annotated[dict[str, str], Key(mapping())] = field(default_factory=dict)
     request_queue_size: Annotated[int, Key(integer(0, 4096))] = 128      # the reference's 5 is a single thread's

@@ -13,6 +13,12 @@ name = "node1"                  # (*) this node's name, unique in the cluster
 [restapi]
 listen = "0.0.0.0:8008"
 connect_address = "10.0.0.1:8008"       # (*) where the other nodes reach it
+# certfile = "/etc/pgha/rest.crt"       # with them the API speaks https
+# keyfile = "/etc/pgha/rest.key"
+# cafile = "/etc/pgha/ca.crt"           # who may issue clients' certificates
+# verify_client = "optional"            # changes need one; "required": every request does
+# allowlist = ["10.0.0.0/24"]           # changes only from here
+# allowlist_include_members = true      # and from the members
 
 # Changing requests (switchover, restart, configuration) need this user:
 # [restapi.authentication]

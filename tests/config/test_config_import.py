@@ -91,7 +91,7 @@ def test_a_file_that_has_grown(capfd, tmp_path):
     missing = {key for key, fate in got.items() if fate == "missing"}
     supported = {".".join(path) for path, _, _ in every_key(LocalConfig)} - {"bootstrap.method", "postgresql.create_replica_methods"}   # these by their value
     assert missing == {key for key in keys(yaml.safe_load(GROWN)) if key not in supported and key.startswith((
-        "log.dir", "log.file_", "log.format", "restapi.allowlist_include_members", "bootstrap.method", "bootstrap.pgbackrest", "bootstrap.dcs.slots",
+        "log.dir", "log.file_", "log.format", "bootstrap.method", "bootstrap.pgbackrest", "bootstrap.dcs.slots",
         "bootstrap.dcs.ignore_slots", "postgresql.bin_name", "postgresql.create_replica_methods", "postgresql.pgbackrest"))}
     for key in missing:
         assert f"missing  {key}: " in run.out
