@@ -20,7 +20,7 @@ import trio
 
 from pgha.clock import Clock, Deadline, holder_age_s, remaining_s
 from pgha.log import scrub
-from pgha.rest import health
+from pgha.rest import etcd_v2, health
 from pgha.rest.access import SAFE_METHODS, Access
 from pgha.rest.bodies import cluster_body, history_body, patroni_body
 from pgha.rest.health import HealthFacts, Verdict
@@ -170,6 +170,8 @@ class App:
                 return Response(status=200, body=text.encode(), content_type=METRICS)
             case "pgha":
                 return await self._own(request, published)
+            case "v2":
+                return etcd_v2.answer(request, published, facts)
             case _:
                 self.quick(b"GET /", keep_alive=False)      # makes the body of this publication
                 return self._health_response(request.path, name, request.query, facts, published)
@@ -215,7 +217,7 @@ class App:
         })
 
 
-_GET = frozenset({"cluster", "history", "config", "failsafe", "metrics", "pgha", "patroni"})
+_GET = frozenset({"cluster", "history", "config", "failsafe", "metrics", "pgha", "patroni", "v2"})
 
 
 def _first(path: str) -> str:
