@@ -55,6 +55,7 @@ async def apply_configuration(ctx: Context, action: ApplyConfiguration) -> None:
         if changed or action.force:
             ctx.server.reload(server)
             log.info("configuration written and reloaded", changed=changed)
+            ctx.told.reloaded()
         ctx.configuration_changed()     # a standby may wait for a restart whose files say what they said, for its primary's sake
 
 
