@@ -17,7 +17,7 @@ from pgha.clock import DRIFT, NEVER
 from pgha.decide import promotion
 from pgha.decide.standing import Whose, standing
 from pgha.foresee.hypothesis import Hypothesis
-from pgha.foresee.world import Node, Said, Seen, Supposed, World
+from pgha.foresee.world import Said, Seen, Supposed, World
 from pgha.model.decision import Reason
 from pgha.model.lock import wait_s
 from pgha.model.observation import Observation
@@ -41,7 +41,7 @@ class Then(Struct, frozen=True, kw_only=True):
 
 
 class Forecast(Struct, frozen=True, kw_only=True):
-    """`leader`: who leads now, "" nobody. `winners`: who may lead in the end, the present leader too; empty: nobody will.
+    """`leader`: who leads now, "" nobody; `writes_now`: and accepts writes. `winners`: who may lead in the end, the present leader too; empty: nobody will.
 
     `demotes`: who stops accepting writes, with the first and the last second at which it may begin; `writes_back_s`: when
     writes are possible again, at the earliest and the latest, None if they never stop or never come back. All in seconds
@@ -51,6 +51,7 @@ class Forecast(Struct, frozen=True, kw_only=True):
 
     hypotheses: tuple[str, ...]
     leader: str = ""
+    writes_now: bool = False
     likely: str = ""
     winners: tuple[str, ...] = ()
     nobody_possible: bool = False
@@ -92,7 +93,7 @@ def foresee(seen: Mapping[str, Seen], hypotheses: Sequence[Hypothesis], *, unhea
     first = _run(base, leader)
     outcomes = [first]
     worlds = [base]
-    for supposed in _ways(base, tuple(hypotheses), leader):
+    for supposed in _ways(seen, base, tuple(hypotheses), leader):
         world = World(seen, supposed)
         outcomes.append(_run(world, leader))
         worlds.append(world)
@@ -101,7 +102,7 @@ def foresee(seen: Mapping[str, Seen], hypotheses: Sequence[Hypothesis], *, unhea
     back = [o.at_s for o in outcomes if o.at_s is not None]
     stops = any(o.interrupted for o in outcomes)
     return Forecast(
-        hypotheses=tuple(str(h) for h in hypotheses), leader=leader, likely=first.leader, winners=tuple(sorted({*winners, *may_join})),
+        hypotheses=tuple(str(h) for h in hypotheses), leader=leader, writes_now=leader != "" and seen[leader].observation.postgres.is_primary, likely=first.leader, winners=tuple(sorted({*winners, *may_join})),
         nobody_possible=any(not o.leader for o in outcomes), writes_stop=stops,
         writes_back_s=(round(min(back), 2), round(max(back) + PROMOTION_S[1] + _unseen_s(seen), 2)) if stops and back else None,
         lock_free_s=_lock_free_s(seen, hypotheses), demotes=_demotions(worlds, seen), why_demoted={name: why for world in worlds for _, name, why in world.demoted},
@@ -138,7 +139,7 @@ def _run(world: World, leader: str) -> _Outcome:
 
     world.run(horizon_s, stop=settled)
     now = world.leader()
-    outcome.interrupted = leader == "" or not world.nodes[leader].up or any(name == leader for _, name, _ in world.demoted) or not world.nodes[leader].writes
+    outcome.interrupted = leader != "" and (not world.nodes[leader].up or any(name == leader for _, name, _ in world.demoted) or not world.nodes[leader].writes)
     if now is not None and now.writes:
         outcome.leader = now.name
         if world.promoted:
@@ -148,7 +149,7 @@ def _run(world: World, leader: str) -> _Outcome:
     return outcome
 
 
-def _ways(base: World, hypotheses: tuple[Hypothesis, ...], leader: str) -> list[Supposed]:
+def _ways(seen: Mapping[str, Seen], base: World, hypotheses: tuple[Hypothesis, ...], leader: str) -> list[Supposed]:
     """What may go another way than in the plainest case, where there is an election at all."""
     if not base.taken and leader and base.nodes[leader].up and not base.demoted:
         return []
@@ -156,28 +157,22 @@ def _ways(base: World, hypotheses: tuple[Hypothesis, ...], leader: str) -> list[
         return []
     standbys = [n for n in base.nodes.values() if n.up and n.o.postgres.row is not None]
     ways = [Supposed(hypotheses=hypotheses, first=n.name, drift=DRIFT) for n in standbys]
-    if _moves(base, hypotheses):
+    if _moves(World(seen, Supposed(hypotheses=hypotheses)), hypotheses):
         lags = {h.node for h in hypotheses if h.what == "lag"}
-        moving = [n.name for n in standbys if _streams(n) and n.name not in lags]
+        moving = [n.name for n in standbys if n.name not in lags]
         ways += [Supposed(hypotheses=hypotheses, most=name) for name in moving]
         ways += [Supposed(hypotheses=hypotheses, most=name, first=other.name, drift=DRIFT) for name in moving for other in standbys if other.name != name]
     return ways
 
 
-def _streams(node: Node) -> bool:
-    before = node.decision
-    row = node.o.postgres.row
-    return row is not None and before is not None
-
-
 def _moves(world: World, hypotheses: tuple[Hypothesis, ...]) -> bool:
-    """Is WAL on its way? If everybody who streams has what the leader has, it stands still; else who gets how much is open."""
-    ends = set()
+    """Is WAL on its way? It stands still if everybody has what the leader has, and that has not grown since it was last
+    published; else who gets how much of what comes is open."""
     lags = {h.node for h in hypotheses if h.what == "lag"}
-    for node in world.nodes.values():
-        row = node.o.postgres.row
-        if row is not None and node.name not in lags:
-            ends.add(row.position)
+    ends = {row.position for n in world.nodes.values() if (row := n.o.postgres.row) is not None and n.name not in lags}
+    writing = world.holder()
+    if writing is not None and writing.o.postgres.is_primary:
+        ends.add(world.view.published_position.lsn)
     return len(ends) > 1
 
 
@@ -279,7 +274,7 @@ def _unknown(world: World, unheard: Mapping[str, str], *, leader_lost: bool) -> 
             may_join.append(name)
     for name, node in world.nodes.items():
         operation = node.o.operation
-        if node.up and operation is not None and operation.kind not in ("InspectUpstream",) and node.action is None:
+        if node.up and operation is not None and operation.kind != "InspectUpstream" and node.action is None:
             said.append(f"{name}: how long its {operation.kind.lower()} takes is not known")
     return tuple(said), tuple(may_join)
 

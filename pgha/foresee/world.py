@@ -242,7 +242,7 @@ class World:
         """Who holds a licence now."""
         return next((n for n in self.nodes.values() if n.up and self.holds(n)), None)
 
-    def _holder(self) -> Node | None:
+    def holder(self) -> Node | None:
         """Whose record stands, down or not."""
         lock = self.view.lock
         return next((n for n in self.nodes.values() if lock is not None and n.o.me.node_id == lock.node_id), None)
@@ -253,7 +253,7 @@ class World:
         lags = {h.node: h.lag_bytes for h in self.supposed.hypotheses if h.what == "lag"}
         if not lags:
             return
-        holder = self._holder()
+        holder = self.holder()
         behind = {name: self._lag_of(name) for name in lags}
         more = max((lags[name] - behind[name] for name in lags), default=0)
         base = holder.o.postgres.row.position if holder is not None and holder.o.postgres.row is not None else self.view.published_position.lsn
@@ -275,13 +275,13 @@ class World:
         self.view = replace(self.view, status=replace(status, optime=max(status.optime, end), raw={**status.raw, "optime": max(status.optime, end)}))
 
     def _lag_of(self, name: str) -> int:
-        node, holder = self.nodes.get(name), self._holder()
+        node, holder = self.nodes.get(name), self.holder()
         row = node.o.postgres.row if node is not None else None
         end = holder.o.postgres.row.position if holder is not None and holder.o.postgres.row is not None else self.view.published_position.lsn
         return max(0, end - row.position) if row is not None else 0
 
     def _got_more(self, node: Node) -> None:
-        row, holder = node.o.postgres.row, self._holder()
+        row, holder = node.o.postgres.row, self.holder()
         if row is None or not row.in_recovery:
             return
         last = holder.o.postgres.row.position if holder is not None and holder.o.postgres.row is not None else 0
@@ -396,7 +396,7 @@ class World:
         if node is None or not node.up or node.decision is None:
             return Peer(name=name, asked_at=now, answered=False, why="it is down, or is taken to be")
         seen, decision = node.o, node.decision
-        if 0 <= epoch and decision.vote.epoch < epoch and seen.dcs.view is not None and epoch >= seen.dcs.view.epoch.number and node.epoch_asked != epoch:
+        if epoch >= 0 and decision.vote.epoch < epoch and seen.dcs.view is not None and epoch >= seen.dcs.view.epoch.number and node.epoch_asked != epoch:
             node.epoch_asked = epoch
             self._wake(node, self.at_s + SHORT_S)
         row, control, vote = seen.postgres.row, seen.directory.control, decision.vote

@@ -50,7 +50,9 @@ class Story(Struct, kw_only=True):
 
     @property
     def interrupted_s(self) -> float | None:
-        """When writes stopped; None: they did not."""
+        """When writes stopped; None: they did not, or were not possible before either."""
+        if not self.forecast.writes_now:
+            return None
         return next((at_s for at_s, name in self.leaders if name != self.forecast.leader), None)
 
     @property
@@ -184,7 +186,7 @@ def mistakes(story: Story) -> list[str]:
     lost_s = story.interrupted_s
     if lost_s is not None and not forecast.writes_stop:
         said.append(f"writes stop after {lost_s:.2f} s, foretold was that they go on")
-    if lost_s is None and forecast.writes_stop and forecast.leader:
+    if lost_s is None and forecast.writes_stop and forecast.writes_now:
         said.append("writes go on, foretold was that they stop")
     bounds = forecast.demotes.get(forecast.leader)
     if bounds is not None and lost_s is not None and not bounds[0] - SOONER_S <= lost_s <= bounds[1] + LATER_S:
