@@ -61,26 +61,18 @@ def observations(settings: Settings, cluster: Cluster) -> tuple[dict[str, Seen],
     now_s = time.monotonic()
     seen, unheard = {}, {}
     for name, answer in zip(names, answers, strict=True):
-        if isinstance(answer, str):
-            unheard[name] = answer
+        # Read here and not in the threads: msgspec prepares a type at its first use, and two threads at once end the process.
+        found = answer if isinstance(answer, str) else _read(name, answer[0], now_s - answer[1])
+        if isinstance(found, str):
+            unheard[name] = found
         else:
-            pass_seen, at_s = answer
-            seen[name] = _older(pass_seen, now_s - at_s)
+            seen[name] = found
     return seen, unheard
 
 
-def _older(seen: Seen, by_s: float) -> Seen:
-    from msgspec.structs import replace
-
-    return replace(seen, age_s=seen.age_s + by_s)
-
-
-def _ask(settings: Settings, cluster: Cluster, name: str) -> tuple[Seen, float] | str:
-    """The pass, and when it was told; or why not."""
-    import msgspec
-
+def _ask(settings: Settings, cluster: Cluster, name: str) -> tuple[bytes, float] | str:
+    """The answer, and when it came; or why there is none."""
     from pgha.ctl.exchange import NoAnswer
-    from pgha.foresee.world import Seen
 
     try:
         answer = agents.ask(settings, cluster.api_url(name), "GET", "/pgha/observation?fresh=1", timeout_s=_ANSWER_S)
@@ -88,15 +80,21 @@ def _ask(settings: Settings, cluster: Cluster, name: str) -> tuple[Seen, float] 
         return str(failure)
     except End as end:
         return end.text
-    if answer.status != 200:
-        return f"status {answer.status}"
+    return (answer.body, time.monotonic()) if answer.status == 200 else f"status {answer.status}"
+
+
+def _read(name: str, body: bytes, age_s: float) -> Seen | str:
+    import msgspec
+
+    from pgha.foresee.world import Seen
+
     try:
-        found = msgspec.json.decode(answer.body, type=Seen)
+        found = msgspec.json.decode(body, type=Seen)
     except msgspec.DecodeError as error:
         return f"its answer is no observation of this version: {str(error)[:200]}"
     if found.observation.me.name != name:
         return f"{found.observation.me.name} answers at its address"
-    return found, time.monotonic()
+    return msgspec.structs.replace(found, age_s=found.age_s + age_s)
 
 
 def words(forecast: Forecast, node: str | None = None) -> list[str]:

@@ -17,7 +17,7 @@ from pgha.clock import DRIFT, NEVER
 from pgha.decide import promotion
 from pgha.decide.standing import Whose, standing
 from pgha.foresee.hypothesis import Hypothesis
-from pgha.foresee.world import Said, Seen, Supposed, World
+from pgha.foresee.world import PASSING, TAKES_S, Said, Seen, Supposed, World
 from pgha.model.decision import Reason
 from pgha.model.lock import wait_s
 from pgha.model.observation import Observation
@@ -162,7 +162,14 @@ def _ways(seen: Mapping[str, Seen], base: World, hypotheses: tuple[Hypothesis, .
         moving = [n.name for n in standbys if n.name not in lags]
         ways += [Supposed(hypotheses=hypotheses, most=name) for name in moving]
         ways += [Supposed(hypotheses=hypotheses, most=name, first=other.name, drift=DRIFT) for name in moving for other in standbys if other.name != name]
+    ways += [Supposed(hypotheses=hypotheses, done=n.name) for n in base.nodes.values() if _is_being_made(seen[n.name]) and n.up]
     return ways
+
+
+def _is_being_made(seen: Seen) -> bool:
+    """Its data is being copied or rewound: nobody knows for how long."""
+    operation = seen.observation.operation
+    return operation is not None and operation.kind not in TAKES_S
 
 
 def _moves(world: World, hypotheses: tuple[Hypothesis, ...]) -> bool:
@@ -223,16 +230,12 @@ def _obstacles(world: World, outcome: _Outcome) -> dict[str, tuple[Reason, ...]]
         last = world.refused.get(name)
         reasons = {r.rule: r for r in promotion.conditions(node.o, node.memory) if not r.holds}
         if last is not None:
-            reasons |= {r.rule: r for r in last.reasons if not r.holds and r.rule not in _PASSING}
+            reasons |= {r.rule: r for r in last.reasons if not r.holds and r.rule not in PASSING}
         now = standing(node.o)
         if not world.taken and now.whose in (Whose.LIVE, Whose.ABSENT, Whose.IMPOSTOR, Whose.UNKNOWN):
             reasons[f"standing.{now.whose}"] = Reason(rule=f"standing.{now.whose}", holds=False, because=now.because)
         found[name] = tuple(reasons.values())
     return found
-
-
-#: Failing for a moment in every election: no obstacle.
-_PASSING = ("restart.read_in_this_pass", "leaderless.position_is_final")
 
 
 def _sync(world: World) -> tuple[str, ...] | None:
@@ -274,7 +277,7 @@ def _unknown(world: World, unheard: Mapping[str, str], *, leader_lost: bool) -> 
             may_join.append(name)
     for name, node in world.nodes.items():
         operation = node.o.operation
-        if node.up and operation is not None and operation.kind != "InspectUpstream" and node.action is None:
+        if node.up and operation is not None and operation.kind not in TAKES_S:
             said.append(f"{name}: how long its {operation.kind.lower()} takes is not known")
     return tuple(said), tuple(may_join)
 

@@ -58,6 +58,8 @@ SHORT_S = 0.01
 #: How long operations take that are a matter of moments; any other does not end within a forecast.
 TAKES_S = {"Promote": 0.1, "Demote": 0.3, "Stop": 0.3, "StartStandby": 0.3, "StartPrimary": 0.5, "Restart": 0.8, "InspectUpstream": 0.1,
            "InspectEndOfWal": 0.2, "Sweep": 0.05}
+#: Those that do not end, where it is supposed that they do.
+DONE_S = 1.0
 #: A run ends with so many passes, whatever is still to come.
 PASSES_AT_MOST = 3000
 _KEYS = Keys("foreseen", "cluster")
@@ -75,11 +77,13 @@ class Seen(Struct, frozen=True, kw_only=True):
 
 class Supposed(Struct, frozen=True, kw_only=True):
     """One of the ways in which a future may go that is open. `first`: this node's clock runs as fast as it may, all others'
-    as slow; `most`: of what was on its way, this node got it and no other did."""
+    as slow; `most`: of what was on its way, this node got it and no other did; `done`: the copy or rewind that this node is
+    about ends well, in a moment."""
 
     hypotheses: tuple[Hypothesis, ...] = ()
     first: str = ""
     most: str = ""
+    done: str = ""
     drift: float = 0.0
 
 
@@ -109,7 +113,7 @@ class Node:
         self.epoch_asked = -1
         self.renews_s = float("inf")
         self.round_s = float("inf")
-        self.frozen = False
+        self.said: tuple[object, ...] = ()
 
     def clock(self, at_s: float) -> Instant:
         return self._began.plus_s(self._age_s + at_s * self._rate)
@@ -205,8 +209,8 @@ class World:
         elif node.hears:
             node.dcs(unreachable_since=node.clock(0.0), why="it is supposed to be down")
         operation = node.o.operation
-        if operation is not None and operation.kind in TAKES_S:
-            node.ends_s = TAKES_S[operation.kind]
+        if operation is not None and (operation.kind in TAKES_S or self.supposed.done == node.name):
+            node.ends_s = TAKES_S.get(operation.kind, DONE_S)
             self._later(node.ends_s, "ends", node.name)
         licence = node.o.licence
         if licence.state is LicenceState.HELD and licence.since is not None:
@@ -337,8 +341,8 @@ class World:
         self._look(node, now)
         decision = decide(node.o, node.memory)
         before, node.decision, node.memory = node.decision, decision, decision.memory
-        if before is None or (before.situation, [type(a) for a in before.actions if isinstance(a, LongAction)], [r.rule for r in before.reasons if not r.holds]) != (
-                decision.situation, [type(a) for a in decision.actions if isinstance(a, LongAction)], [r.rule for r in decision.reasons if not r.holds]):
+        if (what := _what_is_said(decision)) != node.said:
+            node.said = what
             self.said.append(Said(at_s=self.at_s, node=node.name, decision=decision))
         if decision.situation == "leaderless":
             self.refused[node.name] = decision
@@ -545,7 +549,6 @@ class World:
             case Freeze():
                 node.row(primary_conninfo="", restore_command="", receiver=None)
                 node.change(configured_upstream="")
-                node.frozen = True
                 self._wake(node, self.at_s + 0.06)
             case Follow():
                 self._follow(node, action)
@@ -574,7 +577,6 @@ class World:
         conninfo = f"host={upstream.host} port={upstream.port}" if upstream is not None else ""
         node.row(primary_conninfo=conninfo, primary_slot_name=action.slot_name, receiver=receiver)
         node.change(configured_upstream=upstream.name if upstream is not None else "")
-        node.frozen = False
         self._wake(node, self.at_s + 0.05)
 
     def _set_names(self, node: Node, names: str | None) -> None:
@@ -638,9 +640,23 @@ class World:
             case "InspectEndOfWal":
                 lsn, timeline = self._end_of(node)
                 node.change(directory=replace(node.o.directory, end_of_wal=lsn, end_of_wal_timeline=timeline))
+            case "Clone" | "Rewind" | "Bootstrap":
+                self._copied(node)
             case _:
                 node.postgres(orphans=False)
         return {}
+
+    def _copied(self, node: Node) -> None:
+        """It has what the leader had, or else anybody."""
+        holder = self.holder()
+        sources = [n for n in (holder, *self.nodes.values()) if n is not None and n is not node and n.o.postgres.row is not None and n.o.directory.control is not None]
+        if not sources:
+            return
+        row, directory = sources[0].o.postgres.row, sources[0].o.directory
+        assert row is not None
+        assert directory.control is not None
+        control = replace(directory.control, state="in archive recovery", timeline=row.timeline, checkpoint_lsn=row.position, min_recovery_lsn=row.position, min_recovery_timeline=row.timeline)
+        node.change(directory=replace(directory, state="valid", control=control, standby_signal=True, end_of_wal=0, rewind_interrupted=False))
 
     def _end_of(self, node: Node) -> tuple[int, int]:
         control, lock = node.o.directory.control, self.view.lock
@@ -740,6 +756,15 @@ class World:
 
 def _shape(peer: Peer) -> tuple[object, ...]:
     return (peer.answered, peer.in_recovery, peer.timeline, peer.lsn, peer.frozen_epoch, peer.running, peer.candidate, peer.watchdog_failed)
+
+
+#: What fails for a moment in every election: no obstacle.
+PASSING = frozenset({"restart.read_in_this_pass", "leaderless.position_is_final"})
+
+
+def _what_is_said(decision: Decision) -> tuple[object, ...]:
+    return (decision.situation, *(type(a).__name__ for a in decision.actions if isinstance(a, LongAction | AcquireLock | Freeze)),
+            *(r.rule for r in decision.reasons if not r.holds and r.rule not in PASSING))
 
 
 def _vote_differs(before: Decision | None, after: Decision) -> bool:
