@@ -17,7 +17,7 @@ from pgha.clock import DRIFT, NEVER
 from pgha.decide import promotion
 from pgha.decide.standing import Whose, standing
 from pgha.foresee.hypothesis import Hypothesis
-from pgha.foresee.world import PASSING, TAKES_S, Said, Seen, Supposed, World
+from pgha.foresee.world import TAKES_S, Said, Seen, Supposed, World
 from pgha.model.decision import Reason
 from pgha.model.lock import wait_s
 from pgha.model.observation import Observation
@@ -228,9 +228,7 @@ def _obstacles(world: World, outcome: _Outcome) -> dict[str, tuple[Reason, ...]]
         if not node.up or name == outcome.leader or node.o.dcs.view is None:
             continue
         last = world.refused.get(name)
-        reasons = {r.rule: r for r in promotion.conditions(node.o, node.memory) if not r.holds}
-        if last is not None:
-            reasons |= {r.rule: r for r in last.reasons if not r.holds and r.rule not in PASSING}
+        reasons = {r.rule: r for r in (promotion.conditions(node.o, node.memory) if last is None else last) if not r.holds}
         now = standing(node.o)
         if not world.taken and now.whose in (Whose.LIVE, Whose.ABSENT, Whose.IMPOSTOR, Whose.UNKNOWN):
             reasons[f"standing.{now.whose}"] = Reason(rule=f"standing.{now.whose}", holds=False, because=now.because)

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from pgha.clock import NEVER, Deadline, Instant, candidate_age_s, remaining_s
 from pgha.dcs import Entry, Generation, Snapshot
 from pgha.dcs.keys import Keys, parse
-from pgha.decide import decide
+from pgha.decide import decide, promotion
 from pgha.foresee.hypothesis import Hypothesis
 from pgha.model.action import (
     AcquireLock,
@@ -45,7 +45,7 @@ from pgha.model.action import (
     WriteKey,
 )
 from pgha.model.cluster import ClusterView, LockSeen
-from pgha.model.decision import Decision, Memory, PeerQuestion
+from pgha.model.decision import Decision, Memory, PeerQuestion, Reason
 from pgha.model.failsafe import FailsafeOrder, Promise
 from pgha.model.lock import Epoch, Licence, LicenceState, LockRecord, demote_at, licence_s
 from pgha.model.node import PostgresFacts, Row, Slot, WalReceiver
@@ -151,7 +151,7 @@ class World:
         self.taken: list[tuple[float, str]] = []            # who acquired the lock, and when
         self.promoted: list[tuple[float, str]] = []
         self.demoted: list[tuple[float, str, str]] = []     # why, too
-        self.refused: dict[str, Decision] = {}              # the last decision of each that could not take the lock, while it was free
+        self.refused: dict[str, tuple[Reason, ...]] = {}    # what last kept each from taking the lock, while it was free
         self.failsafe_rounds: list[tuple[float, str, dict[str, str]]] = []
         self.passes = 0
         self._sequence = 0
@@ -275,8 +275,9 @@ class World:
                 node.row(lsn=row.lsn + max(0, more), replication=tuple(
                     {**line, **{key: places.get(str(line.get("application_name")), int(line.get(key) or 0) + max(0, more)) for key in ("sent_lsn", "write_lsn", "flush_lsn", "replay_lsn")}}
                     for line in row.replication))
+        members = {name: replace(m, xlog_location=places.get(name, m.lsn + max(0, more)), receive_lsn=0, replay_lsn=0) if m.lsn else m for name, m in self.view.members.items()}
         status = self.view.status
-        self.view = replace(self.view, status=replace(status, optime=max(status.optime, end), raw={**status.raw, "optime": max(status.optime, end)}))
+        self.view = replace(self.view, members=members, status=replace(status, optime=max(status.optime, end), raw={**status.raw, "optime": max(status.optime, end)}))
 
     def _lag_of(self, name: str) -> int:
         node, holder = self.nodes.get(name), self.holder()
@@ -345,7 +346,7 @@ class World:
             node.said = what
             self.said.append(Said(at_s=self.at_s, node=node.name, decision=decision))
         if decision.situation == "leaderless":
-            self.refused[node.name] = decision
+            self.refused[node.name] = tuple(r for r in decision.reasons if not r.holds and r.rule not in PASSING)
         self._plan_round(node, decision.failsafe)
         if decision.ask_peers.names:
             self._ask(node, decision.ask_peers)
@@ -489,8 +490,20 @@ class World:
             revision=revision, epoch=number, epoch_revision=action.epoch_revision if action.readopt else revision, mode=record.mode, acquired_pass=node.o.number))
         self._plan_renewal(node)
         self.taken.append((self.at_s, node.name))
+        self._note_losers(node)
         self._wake_all()
         return True
+
+    def _note_losers(self, winner: Node) -> None:
+        """What spoke against the others at this moment, by the votes that there are now."""
+        for node in self.nodes.values():
+            election = node.memory.election
+            if node is winner or not node.up or election is None or node.decision is None:
+                continue
+            now = node.clock(self.at_s)
+            o = replace(node.o, now=now, peers={name: self._answer(name, now, -1) for name in node.decision.ask_peers.names})
+            asked = (*promotion.conditions(o, node.memory), *promotion.peer_conditions(o, election))
+            self.refused[node.name] = tuple(r for r in asked if not r.holds and r.rule not in PASSING)
 
     def _release(self, node: Node, lsn: int, timeline: int) -> bool:
         licence = node.o.licence
@@ -656,7 +669,7 @@ class World:
         assert row is not None
         assert directory.control is not None
         control = replace(directory.control, state="in archive recovery", timeline=row.timeline, checkpoint_lsn=row.position, min_recovery_lsn=row.position, min_recovery_timeline=row.timeline)
-        node.change(directory=replace(directory, state="valid", control=control, standby_signal=True, end_of_wal=0, rewind_interrupted=False))
+        node.change(directory=replace(directory, state="valid", control=control, standby_signal=True, end_of_wal=0, rewind_interrupted=False), upstream=None)
 
     def _end_of(self, node: Node) -> tuple[int, int]:
         control, lock = node.o.directory.control, self.view.lock

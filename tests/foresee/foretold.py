@@ -7,6 +7,7 @@ The forecast sees what the agents' observations say, and nothing of the world; t
 
 from __future__ import annotations
 
+import time
 from random import Random
 from typing import Any, TextIO
 
@@ -195,3 +196,48 @@ def mistakes(story: Story) -> list[str]:
     if back is not None and story.back_s is not None and not back[0] - SOONER_S <= story.back_s <= back[1] + LATER_S:
         said.append(f"writes are back after {story.back_s:.2f} s, foretold was {back[0]} to {back[1]} s")
     return said
+
+
+class Tally:
+    """How good forecasts were, over many stories."""
+
+    def __init__(self) -> None:
+        self.stories = self.certain = self.likely = self.interrupted = 0
+        self.wrong: list[Story] = []
+
+    def add(self, story: Story) -> None:
+        self.stories += 1
+        self.certain += story.forecast.certain
+        self.interrupted += story.forecast.writes_stop
+        self.likely += story.forecast.likely == story.winner
+        if story.mistakes or story.violations:
+            self.wrong.append(story)
+
+    def report(self) -> str:
+        number = max(1, self.stories)
+        return (f"{self.stories} forecasts, of which {self.interrupted} of an interruption: {self.stories - len(self.wrong)} came true; in {self.certain} ({100 * self.certain / number:.0f} %) "
+                f"the foretold outcome was a single one, in {self.likely} ({100 * self.likely / number:.0f} %) the likeliest was the real one")
+
+
+def failure(story: Story) -> str:
+    what = "; ".join([*story.mistakes, *(f"{v.checker}: {v.text.splitlines()[0]}" for v in story.violations)])
+    forecast = story.forecast
+    return (f"seed {story.seed}: {story.nodes} nodes, ttl {story.ttl_s:g}, if {' and '.join(map(str, story.hypotheses))}: {what}\n"
+            f"  foretold: {forecast.leader or 'nobody'} leads, then {', '.join(forecast.winners) or 'nobody'}, likeliest {forecast.likely or 'nobody'}; "
+            f"writes back {forecast.writes_back_s}, demotions {forecast.demotes} {forecast.failsafe}\n"
+            f"  happened: {', '.join(f'{at_s:.2f} s {name or chr(45)}' for at_s, name in story.leaders)}\n"
+            f"  replay: build/simulate --explain --seed {story.seed} --trace")
+
+
+def main(seeds: Any, *, seconds: float | None, trace: TextIO | None = None) -> int:
+    """For build/simulate --explain. Exit code 1 if a forecast was wrong."""
+    tally, began_s = Tally(), time.monotonic()
+    for seed in seeds:
+        if seconds is not None and time.monotonic() - began_s >= seconds:
+            break
+        story = tell(seed, out=trace)
+        tally.add(story)
+        if story.mistakes or story.violations:
+            print(failure(story), flush=True)
+    print(tally.report())
+    return int(bool(tally.wrong))
