@@ -57,6 +57,7 @@ LOOSE = {
     "pgha.announce": COMMON | {"pgha.model", "pgha.dcs"},
     "pgha.inbox": COMMON | {"pgha.model", "pgha.dcs", "pgha.config", "pgha.rest"},
     "pgha.systemd": set[str](),
+    "pgha.surface": COMMON | {"pgha.model", "pgha.config", "pgha.dcs", "pgha.machine", "pgha.rest"},
     "pgha.machine": COMMON | {"pgha.postgres", "pgha.lock", "pgha.rest", "pgha.systemd"},
 }
 

@@ -56,7 +56,7 @@ from pgha.model.wal import HistoryRow
 #: A renewal, a read, an answer of a peer: so long, for lack of a better number.
 SHORT_S = 0.01
 #: How long operations take that are a matter of moments; any other does not end within a forecast.
-TAKES_S = {"Promote": 0.1, "Demote": 0.3, "Stop": 0.3, "StartStandby": 0.3, "StartPrimary": 0.5, "Restart": 0.8, "InspectUpstream": 0.1,
+TAKES_S = {"PrePromote": 0.2, "Promote": 0.1, "Demote": 0.3, "Stop": 0.3, "StartStandby": 0.3, "StartPrimary": 0.5, "Restart": 0.8, "InspectUpstream": 0.1,
            "InspectEndOfWal": 0.2, "Sweep": 0.05}
 #: Those that do not end, where it is supposed that they do.
 DONE_S = 1.0
