@@ -162,6 +162,7 @@ def _ways(seen: Mapping[str, Seen], base: World, hypotheses: tuple[Hypothesis, .
         moving = [n.name for n in standbys if n.name not in lags]
         ways += [Supposed(hypotheses=hypotheses, most=name) for name in moving]
         ways += [Supposed(hypotheses=hypotheses, most=name, first=other.name, drift=DRIFT) for name in moving for other in standbys if other.name != name]
+    ways += [Supposed(hypotheses=hypotheses, vetoes=n.name) for n in standbys if n.o.settings.pre_promote_s]
     ways += [Supposed(hypotheses=hypotheses, done=n.name) for n in base.nodes.values() if _is_being_made(seen[n.name]) and n.up]
     return ways
 
@@ -275,6 +276,8 @@ def _unknown(world: World, unheard: Mapping[str, str], *, leader_lost: bool) -> 
             may_join.append(name)
     for name, node in world.nodes.items():
         operation = node.o.operation
+        if node.up and leader_lost and node.o.settings.pre_promote_s:
+            said.append(f"{name}: its pre_promote may refuse, or take up to {node.o.settings.pre_promote_s:g} s")
         if node.up and operation is not None and operation.kind not in TAKES_S:
             said.append(f"{name}: how long its {operation.kind.lower()} takes is not known")
     return tuple(said), tuple(may_join)

@@ -78,12 +78,13 @@ class Seen(Struct, frozen=True, kw_only=True):
 class Supposed(Struct, frozen=True, kw_only=True):
     """One of the ways in which a future may go that is open. `first`: this node's clock runs as fast as it may, all others'
     as slow; `most`: of what was on its way, this node got it and no other did; `done`: the copy or rewind that this node is
-    about ends well, in a moment."""
+    about ends well, in a moment; `vetoes`: this node's pre_promote refuses."""
 
     hypotheses: tuple[Hypothesis, ...] = ()
     first: str = ""
     most: str = ""
     done: str = ""
+    vetoes: str = ""
     drift: float = 0.0
 
 
@@ -638,6 +639,8 @@ class World:
                 self._tell_role(node, "primary", timeline)
                 self.promoted.append((self.at_s, node.name))
                 return {"timeline": timeline, "lsn": row.position}
+            case "PrePromote":
+                return {"agrees": self.supposed.vetoes != node.name, "epoch": self.view.epoch.number, "said": "it is supposed to refuse"}
             case "Demote" | "Stop":
                 released = self._stopped(node, now, release=kind == "Demote" and (not isinstance(action, Demote) or action.release))
                 return {"released": released}

@@ -4,7 +4,6 @@ then really happens."""
 import json
 import re
 import signal
-
 import time
 
 import pytest

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import pytest
-from decide_world import CANDIDATE, CRASHED, EMPTY, LEADER, LSN, NOW, REPLICA, WINNER, ago, ahead, check, names, only, peer, row
+from decide_world import (
+    CANDIDATE,
+    CRASHED,
+    EMPTY,
+    LEADER,
+    LSN,
+    NOW,
+    REPLICA,
+    WINNER,
+    ago,
+    ahead,
+    check,
+    names,
+    only,
+    peer,
+    row,
+)
 from msgspec.structs import replace
 
 from pgha.decide.ended import note_ended

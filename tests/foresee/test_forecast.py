@@ -164,6 +164,14 @@ def test_in_pause_nobody_takes_over():
     assert any("pause" in because for because in rules(said, "n2").values())
 
 
+def test_a_program_that_is_asked_before_the_promotion_may_refuse():
+    whole = cluster(config={"ttl": 5, "loop_wait": 1, "retry_timeout": 2})
+    seen = {n: replace(one, observation=replace(one.observation, settings=replace(one.observation.settings, pre_promote_s=60.0 if n == "n2" else 0.0))) for n, one in whole.seen().items()}
+    said = foresee(seen, parse_all(LEADER_DOWN, whole.stage.hosts))
+    assert (said.likely, said.winners) == ("n2", ("n2", "n3"))
+    assert said.unknown == ("n2: its pre_promote may refuse, or take up to 60 s",)
+
+
 def test_what_is_not_known_is_said(healthy):
     seen = healthy.seen()
     del seen["n3"]
