@@ -47,6 +47,18 @@ class Check:
         self.bed.wait(lambda: self(name, *options, at=at) == wanted, 20, f"{name} says {wanted}", every_s=0.3)
 
 
+def run(node, command):
+    with node.connect() as connection:
+        connection.execute(command)
+
+
+def set_tags(nodes, tags):
+    for node in nodes:
+        node.tags = tags
+        node.write_configuration()
+        node.signal_agent(signal.SIGHUP)
+
+
 def test_every_check_of_check_patroni_says_ok_and_fails_where_it_should(cluster):
     leader = cluster.wait_healthy(30)
     check, patronictl = Check(cluster), PatroniCtl(cluster)
@@ -55,7 +67,7 @@ def test_every_check_of_check_patroni_says_ok_and_fails_where_it_should(cluster)
 
     # a healthy cluster
     assert check("cluster_has_leader") == OK
-    assert check("cluster_has_replica", "--warning", "@1", "--critical", "@0", "--max-lag", "1MB") == OK
+    check.becomes(OK, "cluster_has_replica", "--warning", "@1", "--critical", "@0", "--max-lag", "1MB")     # by member keys, a pass old
     assert check("cluster_has_scheduled_action") == OK
     assert check("cluster_is_in_maintenance") == OK
     assert check("cluster_node_count", "--warning", "@2", "--critical", "@1", "--healthy-warning", "@2", "--healthy-critical", "@1") == OK
@@ -73,7 +85,7 @@ def test_every_check_of_check_patroni_says_ok_and_fails_where_it_should(cluster)
     # the configuration: its hash, kept between calls
     assert check("cluster_config_has_changed", "--save", "--state-file", state) in (OK, CRITICAL), "there was none to compare with"
     assert check("cluster_config_has_changed", "--state-file", state) == OK
-    patronictl("edit-config", "--force", "-q", "-p", "max_connections=90", "-s", "synchronous_mode=true")
+    patronictl("edit-config", "--force", "-q", "-p", "max_connections=120", "-s", "synchronous_mode=true")
     try:
         check.becomes(CRITICAL, "cluster_config_has_changed", "--state-file", state)
         for node in cluster.nodes:
@@ -120,12 +132,12 @@ def test_every_check_of_check_patroni_says_ok_and_fails_where_it_should(cluster)
     lagging, gone = (node for node in cluster.nodes if node is not leader)
     lagging.ask("SELECT pg_wal_replay_pause()")
     try:
-        leader.ask("CREATE TABLE ballast AS SELECT repeat('x', 100) FROM generate_series(1, 20000)")
+        run(leader, "CREATE TABLE ballast AS SELECT repeat('x', 100) FROM generate_series(1, 20000)")
         check.becomes(CRITICAL, "node_is_replica", "--max-lag", "1kB", at=lagging)
         check.becomes(CRITICAL, "cluster_has_replica", "--critical", "@1", "--max-lag", "1kB")
     finally:
         lagging.ask("SELECT pg_wal_replay_resume()")
-        leader.ask("DROP TABLE IF EXISTS ballast")
+        run(leader, "DROP TABLE IF EXISTS ballast")
     gone.kill_agent()
     try:
         assert check("node_is_alive", at=gone) in (CRITICAL, UNKNOWN), "check_patroni gives either, by its version"
@@ -135,9 +147,28 @@ def test_every_check_of_check_patroni_says_ok_and_fails_where_it_should(cluster)
         gone.start_agent()
     cluster.wait_healthy(30)
 
-    # nobody leads
-    for node in cluster.nodes:
-        node.signal_agent(signal.SIGSTOP if node is leader else signal.SIGCONT)
+    # something is scheduled
+    scheduled = {"leader": leader.name, "scheduled_at": "2099-01-01T00:00:00+00:00"}
+    assert cluster.etcd.put(cluster.key("failover"), json.dumps(scheduled).encode())
+    try:
+        check.becomes(CRITICAL, "cluster_has_scheduled_action")
+    finally:
+        assert "scheduled switchover deleted" in patronictl("flush", cluster.settings.scope, "switchover")
+    check.becomes(OK, "cluster_has_scheduled_action")
+
+    # nobody leads, and nobody may
+    tagged = [node for node in cluster.nodes if node is not leader]
+    set_tags(tagged, {"nofailover": True})
+    cluster.wait(lambda: all(node.patroni().get("tags") == {"nofailover": True} for node in tagged), 20, "both are tagged")
+    try:
+        assert leader.stop_agent() == 0
+        check.becomes(CRITICAL, "cluster_has_leader")
+        leader.start_agent()
+        check.becomes(OK, "cluster_has_leader")
+    finally:
+        set_tags(tagged, {})
+    cluster.wait_healthy(30)
+
     assert {name for name, _ in check.asked} == set(CHECKS)
     help_text = subprocess.run([str(check_patroni()), "--help"], capture_output=True, text=True, timeout=30, check=True).stdout
     assert re.findall(r"^  ((?:cluster|node)_\w+)", help_text, re.MULTILINE) == list(CHECKS)
@@ -145,3 +176,35 @@ def test_every_check_of_check_patroni_says_ok_and_fails_where_it_should(cluster)
         results = {code for asked, code in check.asked if asked == name}
         assert OK in results, f"{name} has never said OK"
         assert results - {OK}, f"{name} has never failed"
+
+
+# -- /metrics
+
+
+def exposition(text):
+    """name → type, and name → labels, of what begins with patroni_."""
+    types = dict(re.findall(r"^# TYPE (patroni_\w+) (\w+)$", text, re.MULTILINE))
+    labels = dict(re.findall(r"^(patroni_\w+)\{([^}]*)\} \S+$", text, re.MULTILINE))
+    return types, labels
+
+
+def judged(text):
+    """What promtool has to say of it, line by line."""
+    done = subprocess.run([PROMTOOL, "check", "metrics"], input=text, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode in (0, 3), done.stderr
+    return done.stderr.splitlines()
+
+
+def test_promtool_finds_nothing_in_the_metrics_but_names_that_the_reference_has(cluster):
+    assert PROMTOOL, "promtool is missing: run build/setup"
+    leader = cluster.wait_healthy(30)
+    replica = next(node for node in cluster.nodes if node is not leader)
+    for node, which in ((leader, "primary"), (replica, "replica")):
+        text = node.get("/metrics").body
+        recorded = next(answer["body"] for answer in json.loads((GOLDEN / "steady.json").read_text())[which] if answer["request"] == "GET /metrics")
+        types, labels = exposition(text)
+        assert types == exposition(recorded)[0]
+        assert {name for name, kind in types.items() if kind == "counter"} == COUNTERS
+        assert set(types.values()) == {"gauge", "counter"}
+        assert labels == dict.fromkeys(types, f'scope="{cluster.settings.scope}",name="{node.name}"')
+        assert set(judged(text)) == {f'{name} counter metrics should have "_total" suffix' for name in COUNTERS} == set(judged(recorded))

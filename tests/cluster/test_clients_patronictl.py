@@ -7,7 +7,6 @@ scripts know. Nobody tells patronictl that these are not Patroni's agents.
 import itertools
 import json
 import subprocess
-
 from datetime import UTC, datetime, timedelta
 
 import pytest
