@@ -26,6 +26,7 @@ from msgspec.structs import replace
 from pgha import __version__
 from pgha import log as logging
 from pgha.act import Actor
+from pgha.act.callbacks import EVENTS, Callbacks
 from pgha.act.context import Context
 from pgha.act.wanted import Wanted
 from pgha.announce import Announcer, member_value
@@ -177,12 +178,16 @@ class Agent:
                                asker=HttpAsker(self.surface.peers(machine), authorization=self.surface.authorization))
         self.inbox.accept = self._accept_failsafe
         self.board = Board(nothing_yet(name=self.me.name, scope=local.scope, at=clock.now(), wall_s=clock.wall_s()))
+        self.callbacks = Callbacks(
+            run=machine.run, scope=local.scope, limit_s=lambda: self.local.pgha.callback_timeout_s,
+            commands=lambda: {event: getattr(self.effective.postgresql.callbacks, event) for event in EVENTS})
         context = Context(
             clock=clock, me=self.me, store=self.store, keys=self.keys, renewer=self.renewer, fence=self.fence,
             server=Server(data_dir, bin_dir, config_file=Path(local.postgresql.config_dir) / "postgresql.conf" if local.postgresql.config_dir else None,
                           run=machine.run, launch=machine.launch),
             machine=machine, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.configuration_changed,
-            last_position=self._last_position, bootstrap_config=self._bootstrap_config, private_dir=self.runtime_dir)
+            last_position=self._last_position, bootstrap_config=self._bootstrap_config, private_dir=self.runtime_dir,
+            beside=self.callbacks.beside, told=self.callbacks)
         self.actor = Actor(context)
 
         self.memory = Memory()
@@ -281,6 +286,10 @@ class Agent:
 
     async def run(self) -> None:
         """Until the agent has been told to stop, and has. Raises what a task cannot go on from."""
+        async with self.callbacks.running():        # they outlive the rest, for a bounded time
+            await self._run()
+
+    async def _run(self) -> None:
         await self._meet_guard()
         await self._rest_as_standby()
         listen = await self.surface.listen()
@@ -463,6 +472,7 @@ class Agent:
                 self.postgres.position_asked()      # theirs are compared with this node's own
             self._publish(seen, decision, remembered)
             self._tell_systemd()
+            self._tell_callbacks(seen)
             self._discard_replaced(seen)
             failed = await self._carry_out(decision)
             if self._done(decision):
@@ -560,6 +570,12 @@ class Agent:
         progress = f" ({operation.progress})" if operation is not None and operation.progress else ""
         self.machine.notify(f"{'STOPPING' if self.shutting_down else 'READY'}=1\n{status(self._summary + progress)}")
 
+    def _tell_callbacks(self, seen: Observation) -> None:
+        """Operations tell what they do; what is so without one is seen here: at the agent's start, or by somebody's hand."""
+        row = seen.postgres.row
+        if row is not None and seen.postgres.alive and self._operation is None:
+            self.callbacks.seen("replica" if row.in_recovery else "primary")
+
     async def _show_life(self, every_s: float) -> None:
         """WatchdogSec=. An agent that is frozen, or whose loop no longer decides, endangers nobody: mandate, fence and guard
         see to that. But its node would stay out of the cluster until somebody looks; killed and started again, it comes back."""
@@ -628,6 +644,8 @@ class Agent:
         else:
             assert not isinstance(action, LongAction), action
             if isinstance(action, ApplyConfiguration):
+                if self._applied == ():
+                    action = replace(action, force=True)       # SIGHUP: PostgreSQL reads its files again in any case, as certificates
                 self._applied = self._to_apply()
             await self.actor.quick(action, deadline_s)
 

@@ -7,6 +7,7 @@ import trio
 from pgha.act.context import Context, log
 from pgha.act.start import forget_blocked_timelines
 from pgha.act.steps import SQL_DEADLINE_S, be_standby_at_rest, closing, connect, postmaster
+from pgha.act.vet import vet
 from pgha.errors import OperationFailed, PostgresError, QueryFailed
 from pgha.model.action import ApplyConfiguration, Follow, Freeze, MaintainSlots, SetSynchronousNames
 from pgha.postgres import slots
@@ -48,12 +49,14 @@ async def follow(ctx: Context, action: Follow) -> None:
 
 async def apply_configuration(ctx: Context, action: ApplyConfiguration) -> None:
     """Write what has changed, reload if anything has (or `force`)."""
+    await vet(ctx)
     with postmaster(ctx) as server:
         changed = await ctx.on_disk(ctx.wanted.write_running)
         if changed or action.force:
             ctx.server.reload(server)
             log.info("configuration written and reloaded", changed=changed)
-            ctx.configuration_changed()
+            ctx.told.reloaded()
+        ctx.configuration_changed()     # a standby may wait for a restart whose files say what they said, for its primary's sake
 
 
 async def set_synchronous_names(ctx: Context, action: SetSynchronousNames) -> None:
@@ -101,9 +104,19 @@ async def restore_standby_signal(ctx: Context) -> None:
 
 
 async def maintain_slots(ctx: Context, action: MaintainSlots, *, deadline_s: float) -> None:
-    """Each slot on its own; those that failed are named together at the end, unless they are as wanted already."""
+    """Each slot on its own; those that failed are named together at the end, unless they are as wanted already. First what is
+    dropped: it may be made anew."""
     failed: list[str] = []
     with closing(await connect(ctx, deadline_s=min(SQL_DEADLINE_S, deadline_s))) as conn:
+        for name in action.drop:
+            try:
+                await slots.drop(conn, name, deadline_s=SQL_DEADLINE_S)
+                log.info("slot dropped", slot=name, to_be_made_anew=name in action.create)
+            except QueryFailed as error:
+                if error.sqlstate == _IN_USE:
+                    log.warning("slot is in use and is not dropped", slot=name)
+                elif error.sqlstate != _UNDEFINED:
+                    failed.append(f"drop {name}: {error}")
         for name in action.create:
             try:
                 await slots.create_physical(conn, name, deadline_s=SQL_DEADLINE_S)
@@ -117,14 +130,5 @@ async def maintain_slots(ctx: Context, action: MaintainSlots, *, deadline_s: flo
             except QueryFailed as error:
                 if error.sqlstate not in (*_NOT_MOVABLE, _IN_USE, _UNDEFINED):
                     failed.append(f"advance {name}: {error}")
-        for name in action.drop:
-            try:
-                await slots.drop(conn, name, deadline_s=SQL_DEADLINE_S)
-                log.info("slot dropped", slot=name)
-            except QueryFailed as error:
-                if error.sqlstate == _IN_USE:
-                    log.warning("slot is in use and is not dropped", slot=name)
-                elif error.sqlstate != _UNDEFINED:
-                    failed.append(f"drop {name}: {error}")
     if failed:
         raise OperationFailed("; ".join(failed))

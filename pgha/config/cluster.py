@@ -17,8 +17,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import field
 
-from pgha.config import gucs
+from pgha.config import gucs, slots
 from pgha.config.lists import lines, program_options, texts
+from pgha.config.programs import ReplicaMethod, command
 from pgha.config.schema import Key, Path, Report, Section, fields, read
 from pgha.config.values import (
     DEEPEST,
@@ -59,21 +60,37 @@ def _recovery_conf(value: Any) -> dict[str, Any]:
     return settings
 
 
+BASEBACKUP = "basebackup"
+
+
 def _replica_methods(value: Any) -> tuple[str, ...]:
     methods: tuple[str, ...] = texts().parse(value)
-    if methods != ("basebackup",):
+    if not methods or not all(methods):
+        raise Wrong("names no method")
+    if methods != (BASEBACKUP,):
         raise Wrong("has something else than basebackup")
-    return methods
+    return tuple(dict.fromkeys(methods))
+
+
+class Callbacks(Section, frozen=True, kw_only=True):
+    """Commands that are told what has become of PostgreSQL: event, role and scope are their last arguments."""
+
+    on_start: Annotated[str, Key(command())] = ""
+    on_stop: Annotated[str, Key(command())] = ""
+    on_restart: Annotated[str, Key(command())] = ""
+    on_reload: Annotated[str, Key(command())] = ""
+    on_role_change: Annotated[str, Key(command())] = ""
 
 
 class SharedPostgresql(Section, frozen=True, kw_only=True):
     """The keys of `postgresql` that a node's file and `/config` may both have: the node's own win, `parameters` merge."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("callbacks", "pre_promote", "before_stop", "custom_conf", "rewind", "bin_name", "use_unix_socket_repl"), LATER),
+        **dict.fromkeys(("custom_conf", "rewind", "bin_name", "use_unix_socket_repl"), LATER),
         **dict.fromkeys((f"{key}_{role}" for key in ("parameters", "pg_hba", "pg_ident") for role in ("primary", "replica", "standby_leader")), LATER),
     }
 
+    methods: dict[str, ReplicaMethod] = field(default_factory=dict)     # [postgresql.NAME] of each NAME in create_replica_methods
     database: Annotated[str, Key(text())] = "postgres"
     bin_dir: Annotated[str, Key(path())] = ""
     use_unix_socket: Annotated[bool, Key(flag())] = False
@@ -84,7 +101,10 @@ class SharedPostgresql(Section, frozen=True, kw_only=True):
     basebackup: Annotated[OptionList, Key(program_options(
         "pgdata", "format", "wal-method", "xlog-method", "gzip", "version", "dbname", "host", "port", "username", "password",
         program="pg_basebackup"))] = ()
-    create_replica_methods: Annotated[tuple[str, ...], Key(Kind(_replica_methods, '["basebackup"]; other methods are not supported yet by this version', shape="list"))] = ("basebackup",)
+    create_replica_methods: Annotated[tuple[str, ...], Key(Kind(_replica_methods, '["basebackup"]; other methods are not supported yet by this version', shape="list"))] = (BASEBACKUP,)
+    callbacks: Callbacks = Callbacks()
+    pre_promote: Annotated[str, Key(command())] = ""
+    before_stop: Annotated[str, Key(command())] = ""
     pg_ctl_timeout_s: Annotated[float, Key(duration(1), name="pg_ctl_timeout")] = 60.0
     use_pg_rewind: Annotated[bool, Key(flag())] = False
     remove_data_directory_on_rewind_failure: Annotated[bool, Key(flag())] = False
@@ -148,7 +168,7 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     check_timeline: Annotated[bool, Key(flag())] = False
     pause: Annotated[bool, Key(flag())] = False
     member_slots_ttl_s: Annotated[float, Key(duration(0), name="member_slots_ttl")] = 1800.0
-    slots: Annotated[dict[str, Any], Key(Kind(_table, "a table of slots", shape="table"), aliases=("permanent_replication_slots", "permanent_slots"))] = field(default_factory=dict)
+    slots: Annotated[dict[str, Any], Key(Kind(_table, "a table of slots", shape="table"), aliases=slots.ALIASES)] = field(default_factory=dict)
     ignore_slots: Annotated[tuple[dict[str, Any], ...], Key(Kind(_tables, "a list of tables with name, type, database, plugin", shape="list"))] = ()
     standby_cluster: Annotated[dict[str, Any], Key(Kind(_table, "a table with host, port, primary_slot_name, restore_command and the like", shape="table"))] = field(default_factory=dict)
     postgresql: ClusterPostgresql = ClusterPostgresql()
@@ -161,9 +181,11 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
         config = read(ClusterConfig, {} if raw is None else raw, (), report)
         for key in unsupported(config):
             report.problem((key,), "not supported yet by this version; it has no effect")
+        for entry, fault in slots.faults(raw, strict=False):
+            report.problem(entry, fault)
         for name, value in config.postgresql.parameters.items():
-            if fault := gucs.problem(name, value):
-                report.problem(("postgresql", "parameters", name), f"{fault}; not used")
+            if wrong := gucs.problem(name, value):
+                report.problem(("postgresql", "parameters", name), f"{wrong}; not used")
         mixed = patroni_member_present and config.pgha.mixed != "off"
         return _repaired(config, report, patroni_member_present=mixed), tuple(report.problems)
 
@@ -199,8 +221,6 @@ def _timing(ttl: float, loop_wait: float, retry: float) -> str:
 def unsupported(config: ClusterConfig) -> tuple[str, ...]:
     """Keys that are switched on but belong to a later version: saying so beats pretending."""
     return tuple(key for key, on in (
-        ("slots", bool(config.slots)),
-        ("ignore_slots", bool(config.ignore_slots)),
         ("standby_cluster", bool(config.standby_cluster)),
         ("primary_race_backoff", config.primary_race_backoff_s > 0),
     ) if on)
@@ -216,9 +236,11 @@ def read_strictly(raw: Any, at: Path, report: Report) -> ClusterConfig:
                        "allowed: a larger ttl, or smaller loop_wait and retry_timeout")
     for key in unsupported(config):
         report.problem((*at, key), "not supported yet by this version; allowed: leave it out or off")
+    for entry, fault in slots.faults(raw, strict=True):
+        report.problem((*at, *entry), fault)
     for name, value in config.postgresql.parameters.items():
-        if fault := gucs.problem(name, value):
-            report.problem((*at, "postgresql", "parameters", name), fault)
+        if wrong := gucs.problem(name, value):
+            report.problem((*at, "postgresql", "parameters", name), wrong)
     return config
 
 

@@ -48,6 +48,9 @@ maximum_lag_on_failover = "1MB"         # a standby further behind does not beco
 # synchronous_node_count = 1            # how many of them
 # synchronous_mode_strict = true        # without any standby commits wait, instead of going on with the primary alone
 # maximum_lag_on_syncnode = "16MB"      # a standby further behind than the best is not waited for
+# member_slots_ttl = "30min"            # the slot of a member whose key is gone is kept for so long
+# slots.barman = { type = "physical" }  # a permanent slot: made on every node, still there after a failover
+# ignore_slots = [{ name = "by_hand" }] # what matches is never dropped; other slots that nobody knows are
 
 # [bootstrap.dcs.pgha]
 # store_quota = "8GB"                   # etcd's --quota-backend-bytes, which etcd itself tells only from 3.6 on
@@ -72,6 +75,10 @@ pg_hba = [
     "host all all 10.0.0.0/24 scram-sha-256",
 ]
 
+# Your programs that are waited for:
+# pre_promote = "/etc/pgha/may-promote" # asked before a promotion; anything but exit code 0 leaves it to others for ttl
+# before_stop = "/etc/pgha/drain"       # run before a planned stop, as far as the lock leaves time
+
 # Give each user its password: password_file, or password = "...", or PGHA_SUPERUSER_PASSWORD and so on in the environment.
 [postgresql.authentication.superuser]
 username = "postgres"
@@ -85,6 +92,10 @@ username = "replicator"
 username = "rewinder"
 # password_file = "/etc/pgha/rewind.password"
 
+# Your programs that are told what has happened (arguments: the event, the role, the scope); nobody waits for them.
+# [postgresql.callbacks]
+# on_role_change = "/etc/pgha/vip.sh"   # also on_start, on_stop, on_restart, on_reload
+
 [postgresql.parameters]                 # parameters of this node only
 shared_buffers = "128MB"
 
@@ -97,6 +108,9 @@ safety_margin = "5s"
 # nofailover = true                     # never primary
 # failover_priority = 1                 # at equal positions the higher one wins
 # clonefrom = true                      # others prefer to clone from here
+# replicatefrom = "node2"               # stream from this member while it runs, else from the primary
+# noloadbalance = true                  # GET /replica says 503
+# nostream = true                       # read from the archive only
 
 [log]
 type = "plain"                          # or json
@@ -105,6 +119,7 @@ level = "INFO"
 [pgha]
 # state_dir = "/var/lib/pgha/demo"      # default: $STATE_DIRECTORY, else <data_dir>.pgha
 # runtime_dir = "/run/pgha/demo"        # default: $RUNTIME_DIRECTORY, else below /dev/shm; must be tmpfs
+# callback_timeout = "60s"              # also pre_promote_timeout, before_stop_timeout: then a program is ended by force
 guard = "agent"                         # who starts the guard: agent, or service (pgha-guard.service; pgha.service sets this itself)
 """
 

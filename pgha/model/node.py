@@ -38,6 +38,7 @@ class Slot(Struct, frozen=True, kw_only=True):
     plugin: str = ""
     database: str = ""
     temporary: bool = False
+    holds_back_vacuum: bool = False     # its reader's feedback (xmin) is kept in it, also when it has gone
 
 
 class Row(Struct, frozen=True, kw_only=True):
@@ -55,6 +56,7 @@ class Row(Struct, frozen=True, kw_only=True):
     slots: tuple[Slot, ...] = ()
     started_at: str = ""            # pg_postmaster_start_time(), text
     started_at_s: float = 0.0       # the same, epoch seconds
+    configuration_loaded_at: str = ""   # pg_conf_load_time(), text
     server_version: int = 0
     system_identifier: str = ""
     synchronous_standby_names: str = ""

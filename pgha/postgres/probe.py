@@ -39,6 +39,7 @@ SELECT standby,
   CASE WHEN standby THEN pg_last_xact_replay_timestamp() END,
   standby AND pg_is_in_recovery() AND pg_is_wal_replay_paused(),
   pg_postmaster_start_time(),
+  pg_conf_load_time(),
   extract(epoch FROM pg_postmaster_start_time()),
   current_setting('server_version_num'),
   (SELECT system_identifier FROM pg_control_system()),
@@ -56,7 +57,7 @@ SELECT standby,
       sync_priority, sent_lsn - '0/0' AS sent_lsn, write_lsn - '0/0' AS write_lsn, flush_lsn - '0/0' AS flush_lsn,
       replay_lsn - '0/0' AS replay_lsn FROM pg_stat_replication) r),
   (SELECT json_agg(s) FROM (SELECT slot_name AS name, slot_type AS type, active, restart_lsn - '0/0' AS restart_lsn,
-      wal_status, plugin, datname AS database, temporary FROM pg_get_replication_slots() LEFT JOIN pg_database ON oid = datoid) s)
+      wal_status, plugin, datname AS database, temporary, xmin IS NOT NULL AS holds_back_vacuum FROM pg_get_replication_slots() LEFT JOIN pg_database ON oid = datoid) s)
 FROM now
 """
 
@@ -81,7 +82,7 @@ async def read_row(conn: Connection, *, deadline_s: float) -> Row:
 
 
 def _row(answer: tuple[str | None, ...]) -> Row:
-    (standby, timeline, flushed, received, replayed, replayed_at, paused, started_at, started_at_s, version, identifier,
+    (standby, timeline, flushed, received, replayed, replayed_at, paused, started_at, loaded_at, started_at_s, version, identifier,
      sync_names, checkpointer_rests, startup_rests, conninfo, slot, restore, receiver, replication, slots) = answer
     return Row(
         in_recovery=standby == "t",
@@ -95,6 +96,7 @@ def _row(answer: tuple[str | None, ...]) -> Row:
         replication=_rows.decode(replication) if replication else (),
         slots=tuple(_slot(s) for s in _rows.decode(slots)) if slots else (),
         started_at=started_at or "",
+        configuration_loaded_at=loaded_at or "",
         started_at_s=float(started_at_s or 0),
         server_version=int(version or 0),
         system_identifier=identifier or "",
