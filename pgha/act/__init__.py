@@ -30,6 +30,7 @@ from pgha.act import (
     start,
     steps,
     stop,
+    vet,
 )
 from pgha.act.context import Context, Fence, Progress, Renewer, log
 from pgha.act.wanted import Wanted

@@ -64,7 +64,10 @@ def line(where: tuple[str, str], what: str) -> str:
 
 
 def refusals(settings: Mapping[str, str], facts: GucFacts) -> dict[str, str]:
-    """What the server's facts say against `settings`; what they do not know is left to the program, or to the extension."""
+    """What the server's facts say against `settings`; what they do not know is left to the program, or to the extension.
+    The program tells no units."""
+    if not facts.running:
+        return {}
     found = {}
     for name, value in settings.items():
         guc = facts.of.get(name.lower())
@@ -83,7 +86,8 @@ def in_our_words(why: str, name: str, facts: GucFacts) -> str:
 
 
 def refusal(text: str, guc: Guc) -> str:
-    """What PostgreSQL would say against this value, with what is allowed; "" if nothing, or if only the program knows."""
+    """What a server would say against this value, by its own row of pg_settings, with what is allowed; "" if nothing, or if only
+    the program knows."""
     if guc.context == "internal":
         return "cannot be set: the server computes it; allowed: leave it out"
     if guc.vartype == "bool":
@@ -103,7 +107,7 @@ def _out_of_range(text: str, guc: Guc) -> str:
     allowed += f", in {guc.unit} or with a unit ({', '.join(units)})" if units else ""
     number = parse_quantity(text, guc.unit or None)
     if number is None:
-        return f"is {shown(text)}, which is no number of this kind{allowed}" if not guc.unit or units else ""
+        return f"is {shown(text)}, which is no number of this kind{allowed}"
     if guc.vartype == "integer":
         number = whole(number)
     try:
