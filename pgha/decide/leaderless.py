@@ -86,7 +86,7 @@ def _elect(o: Observation, memory: Memory, now: Standing, read: Reason) -> Decis
         election = replace(election, frozen_at=o.now)
         actions = (Freeze(epoch=election.epoch),)
         return replace(decision, summary="election: stopped streaming, so that the position is final", actions=actions, memory=replace(memory, election=election))
-    ended = mixed.former_primary_has_ended(o, chosen=promotion.manually_chosen(o))
+    ended = mixed.former_primary_has_ended(o, election, chosen=promotion.manually_chosen(o))
     peers = (*promotion.peer_conditions(o, election), *([ended] if ended is not None else []))
     reasons = (*decision.reasons, *peers)
     obstacles = [r for r in (*own, receiver_gone, *peers) if not r.holds]
@@ -97,7 +97,7 @@ def _elect(o: Observation, memory: Memory, now: Standing, read: Reason) -> Decis
         action = _acquire(o)
         standbys = tuple(sorted(p.name for p in fresh_peers(o).values() if p.in_recovery and p.running))
         return replace(decision, memory=replace(memory, expected_standbys=standbys), summary=f"taking the lock: {now.because}", reasons=reasons, actions=(action,), wake_in_s=0.0)
-    if (ask_it := mixed.question(o, ended)) is not None and [ended] == obstacles:
+    if (ask_it := mixed.question(o, election, ended)) is not None and [ended] == obstacles:
         return replace(decision, summary=f"not taking the lock: {obstacles[0].because}", reasons=reasons, actions=(ask_it,))
     waited_s = candidate_age_s(election.began_at, o.now)
     if o.settings.mixed and promotion.is_named(o) and waited_s >= promotion.CANDIDATE_S:

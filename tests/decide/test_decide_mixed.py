@@ -41,7 +41,7 @@ def mixed(world: World, **changes) -> World:
 
 
 LED_BY_PATRONI = mixed(CANDIDATE, dcs__view__leader="p", dcs__view__leader_lease=7)
-FREE = mixed(CANDIDATE)
+FREE = mixed(CANDIDATE, memory__election__began_at=ago(20))
 
 WHOSE = [
     row("record expired, and p has the key", whose=Whose.LIVE, holder="p"),
@@ -104,9 +104,11 @@ ELECTION = [
     row("that was long ago", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(2.1), why="refused"), refuses="mixed.former_primary_has_ended", does="InspectUpstream"),
     row("p's PostgreSQL accepts writes without an agent", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(1), ok=True), refuses="mixed.former_primary_has_ended",
         says="accepts writes without an agent", does=""),
+    row("it said so while it led", peers__p=silent("p"), memory__election__began_at=ago(0.9), upstream=Upstream(name="p", asked_at=ago(1), ok=True),
+        refuses="mixed.former_primary_has_ended", says="has not been asked yet", does="InspectUpstream"),
     row("and is asked again after a while", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(10.1), ok=True), refuses="mixed.former_primary_has_ended", does="InspectUpstream"),
     row("p's PostgreSQL is in recovery", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(1), ok=True, in_recovery=True), refuses="", does="AcquireLock"),
-    row("p's PostgreSQL lives and says nothing", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(1), refused=True, why="too many clients"),
+    row("p's PostgreSQL lives and says nothing", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(0.4), refused=True, why="too many clients"),
         refuses="mixed.former_primary_has_ended", says="lives, and does not say what it is"),
     row("an operator asks for this node all the same", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(1), ok=True), dcs__view__failover=FailoverKey(candidate="b"),
         refuses="", does="AcquireLock"),
@@ -126,7 +128,7 @@ def test_election_after_a_patroni(case):
 
 def test_a_named_candidate_that_cannot_take_over_says_so():
     """Patroni members leave it the field for as long as it answers."""
-    asked = FREE.but(dcs__view__failover=FailoverKey(leader="a", candidate="b"), dcs__view__revisions={**FREE.seen.dcs.view.revisions, "failover": 9},
+    asked = FREE.but(memory__election__began_at=ago(1), dcs__view__failover=FailoverKey(leader="a", candidate="b"), dcs__view__revisions={**FREE.seen.dcs.view.revisions, "failover": 9},
                      peers__p=peer("p", is_pgha=False, lsn=LSN + KiB))
     assert names(asked.decide()) == ()
     late = asked.but(memory__election__began_at=ago(6)).decide()
