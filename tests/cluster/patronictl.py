@@ -12,7 +12,6 @@ from pgha.demo.bed import Bed
 from pgha.demo.processes import CLEAN_ENVIRONMENT
 from tests.clients.patroni_env import patronictl
 
-
 _numbers = itertools.count(1)
 
 
