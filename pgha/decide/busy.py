@@ -21,7 +21,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     reasons = [
         reason("busy.in_flight", True, f"{operation.kind} for {candidate_age_s(operation.started_at, o.now):.1f} s {operation.progress}".strip()),
         licence_suffices(o, operation),
-        still_wanted(o, operation),
+        still_wanted(o, memory, operation),
         crash_is_not_handed_over(o, memory, operation),
     ]
     obstacles = [r for r in reasons if not r.holds]
@@ -41,12 +41,15 @@ def licence_suffices(o: Observation, operation: Operation) -> Reason:
     return reason("busy.licence_suffices", holds, f"{fence_in_s(o):.1f} s to the fence" if needed else "needs no licence")
 
 
-def still_wanted(o: Observation, operation: Operation) -> Reason:
-    """A stop of the agent ends what can be begun again later; a clone or rewind ends when its leader is gone."""
+def still_wanted(o: Observation, memory: Memory, operation: Operation) -> Reason:
+    """A stop of the agent ends what can be begun again later; a clone or rewind ends when its leader is gone, a copy that replaces
+    good data when nobody leads: the cluster may have to go on with what it would replace."""
     if o.shutting_down and operation.kind in ("Bootstrap", "Clone", "InspectUpstream", "InspectEndOfWal"):
         return reason("busy.still_wanted", False, "the agent is stopping")
     if operation.kind in ("Clone", "Rewind") and o.dcs.view is not None and standing(o).whose is Whose.MINE:
         return reason("busy.still_wanted", False, "this node holds the lock itself")
+    if operation.kind == "Clone" and memory.reinit is not None and o.dcs.view is not None and standing(o).whose is Whose.FREE:
+        return reason("busy.still_wanted", False, f"nobody leads: {standing(o).because}")
     return reason("busy.still_wanted", True, "nothing speaks against it")
 
 

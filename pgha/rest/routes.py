@@ -66,7 +66,7 @@ class App:
         self.clock = clock
         self.access = access or Access()      # replaced on reload
         self.headers = dict(headers or {})
-        self.changes = Changes(board, requests)
+        self.changes = Changes(board, requests, wall_s=clock.wall_s)
         self._kept: dict[bytes, _Kept] = {}
         self._kept_of: Published | None = None
         self._body = b""
