@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from pgha.clock import candidate_age_s, remaining_s
+from pgha.clock import Instant, candidate_age_s, remaining_s
 from pgha.decide import synchronous
 from pgha.decide.common import leader_member, may_write, reason, source_of, view_of
 from pgha.decide.empty import clone_source
@@ -44,7 +44,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     assert source is not None, "reinit.has_leader"
     assert leader is not None, "reinit.has_leader"
     assert identifier is not None, "reinit.has_leader"
-    answers = leader_answers(o, leader.name, identifier)
+    answers = leader_answers(o, leader.name, identifier, since=wanted.asked_at)
     if not answers.holds and not wanted.inspected:
         ask = InspectUpstream(source=source_of(leader))
         return Decision(situation="reinitializing", summary=f"reinitialize: asking {leader.name} who it is", reasons=(*reasons, answers), actions=(ask,),
@@ -139,10 +139,11 @@ def data_is_this_clusters(o: Observation) -> Reason:
     return reason(rule, own == cluster, f"own system identifier {own}, the cluster's {cluster}")
 
 
-def leader_answers(o: Observation, leader: str, identifier: str) -> Reason:
-    """Its PostgreSQL said, just before, that it is a primary of this cluster: so this is not the only copy."""
+def leader_answers(o: Observation, leader: str, identifier: str, *, since: Instant) -> Reason:
+    """Its PostgreSQL said, when this was asked for, that it is a primary of this cluster: so this is not the only copy, and a copy
+    can be had."""
     rule, upstream = "reinit.leader_answers", o.upstream
-    if upstream is None or upstream.name != leader or candidate_age_s(upstream.asked_at, o.now) > INSPECTED_WITHIN_S:
+    if upstream is None or upstream.name != leader or remaining_s(upstream.asked_at, since) < 0 or candidate_age_s(upstream.asked_at, o.now) > INSPECTED_WITHIN_S:
         return reason(rule, False, f"{leader} was not asked just before")
     if not upstream.ok:
         return reason(rule, False, f"{leader} does not answer: {upstream.why}")

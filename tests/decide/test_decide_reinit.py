@@ -127,7 +127,8 @@ def test_a_directory_that_is_being_looked_at_is_waited_for():
 
 STEPS = [
     row("the leader is asked who it is", upstream=None, does="InspectUpstream", situation="reinitializing", summary="asking a who it is", refuses="reinit.leader_answers"),
-    row("… again if that was a while ago", upstream=replace(ANSWERED, asked_at=ago(11)), does="InspectUpstream"),
+    row("… also if it was asked before", upstream=replace(ANSWERED, asked_at=ago(5.1)), does="InspectUpstream"),
+    row("… again if that was a while ago", upstream=replace(ANSWERED, asked_at=ago(11)), memory__reinit=replace(WANTED, asked_at=ago(12)), does="InspectUpstream"),
     row("then PostgreSQL is stopped", upstream=ANSWERED, does="Stop", refuses="", summary="stopping PostgreSQL"),
     row("also in pause", upstream=ANSWERED, settings__pause=True, does="Stop"),
     row("it does not answer", upstream=Upstream(name="a", asked_at=ago(1), why="refused"), memory__reinit=replace(WANTED, inspected=True), does="", refuses="reinit.leader_answers",
