@@ -16,6 +16,7 @@ from pgha.act.steps import (
     ready_to_start,
     wait_primary,
 )
+from pgha.act.vet import vet
 from pgha.errors import OperationFailed, PostgresTimeout
 from pgha.model.action import Source, StartPrimary, StartStandby
 from pgha.postgres import files, histories
@@ -30,6 +31,7 @@ async def start_standby(ctx: Context, action: StartStandby, progress: Progress) 
     await ready_to_start(ctx)
     await be_standby_at_rest(ctx)
     await start_prepared_standby(ctx, action.upstream, action.slot_name, progress, times)
+    ctx.told.started("replica")
     return times.took
 
 
@@ -38,6 +40,7 @@ async def start_prepared_standby(ctx: Context, upstream: Source | None, slot_nam
     ctx.wanted.follow(upstream, slot_name)
     ctx.wanted.set_names(None)      # nothing of the directory lives: no commit waits any more; a promotion sets it anew
     said = await control(ctx)
+    await vet(ctx)
     await ctx.on_disk(ctx.wanted.write_stopped, said)
     await forget_blocked_timelines(ctx)
     times.mark("configuration")
@@ -78,6 +81,7 @@ async def start_primary(ctx: Context, action: StartPrimary, progress: Progress) 
     times = Timeline()
     await ready_to_start(ctx)
     await start_prepared_primary(ctx, progress, times, timeout_s=action.timeout_s, synchronous_names=action.synchronous_names)
+    ctx.told.started("primary")
     return times.took
 
 
@@ -89,6 +93,7 @@ async def start_prepared_primary(ctx: Context, progress: Progress, times: Timeli
     ctx.wanted.no_longer_frozen()
     ctx.wanted.set_names(synchronous_names)
     said = await control(ctx)
+    await vet(ctx)
     await ctx.on_disk(ctx.wanted.write_stopped, said, standby=False)
     times.mark("configuration")
     await ctx.fence.armed()

@@ -24,7 +24,7 @@ from pgha.model.overview import is_standby_cluster
 from pgha.model.request import Reinitialisation, Request, ScheduledRestart, server_version
 
 #: Operations that an operator would not want to be begun behind, in the words that they are told. What is not here is over in a moment.
-IN_PROGRESS = {"Bootstrap": "bootstrap", "Clone": "copy of the data", "Promote": "promote", "Demote": "demote", "Restart": "restart", "Rewind": "rewind"}
+IN_PROGRESS = {"Bootstrap": "bootstrap", "Clone": "copy of the data", "PrePromote": "promote", "Promote": "promote", "Demote": "demote", "Restart": "restart", "Rewind": "rewind"}
 #: Of these, what `force` ends: what can be begun again. Nothing that makes or ends a primary.
 FORCED_TO_END = ("Clone", "Rewind")
 #: The conditions of a restart, as POST /restart names them.

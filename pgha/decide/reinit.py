@@ -57,7 +57,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
         if not let_go.holds:
             memory = memory if memory.leaving_since else replace(memory, leaving_since=o.now)
             return Decision(situation="reinitializing", summary=f"reinitialize: {let_go.because}", reasons=(*reasons, let_go), memory=memory, wake_in_s=0.1)
-        stop = Stop(why="reinitialize", timeout_s=STOP_WITHIN_S)
+        stop = Stop(why="reinitialize", timeout_s=STOP_WITHIN_S, before_stop_s=o.settings.before_stop_s)
         return Decision(situation="reinitializing", summary="reinitialize: stopping PostgreSQL", reasons=reasons, actions=(stop,),
                         memory=replace(memory, reinit=replace(wanted, inspected=False)))
     clone = Clone(source=source_of(source), system_identifier=identifier, replace="keep_old_until_streaming", why="an operator asked to reinitialize")
