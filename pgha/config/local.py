@@ -234,11 +234,13 @@ class Own(Section, frozen=True, kw_only=True):
     """[pgha]: what the reference does not have. "" = the default of directories.py.
 
     `guard`: who starts the guard process: the agent, or a service of its own ("service", under systemd).
+    `event_readers`: who may follow GET /pgha/events at once; never more than a quarter of the files that the agent may open.
     """
 
     state_dir: Annotated[str, Key(path())] = ""
     runtime_dir: Annotated[str, Key(path())] = ""
     guard: Annotated[Literal["agent", "service"], Key(choice("agent", "service"))] = "agent"
+    event_readers: Annotated[int, Key(integer(0, 10_000))] = 100
 
 
 _FLAG_TAGS = ("nofailover", "nosync", "noloadbalance", "clonefrom", "nostream")

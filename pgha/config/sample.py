@@ -99,6 +99,7 @@ level = "INFO"
 # state_dir = "/var/lib/pgha/demo"      # default: $STATE_DIRECTORY, else <data_dir>.pgha
 # runtime_dir = "/run/pgha/demo"        # default: $RUNTIME_DIRECTORY, else below /dev/shm; must be tmpfs
 guard = "agent"                         # who starts the guard: agent, or service (pgha-guard.service; pgha.service sets this itself)
+# event_readers = 100                   # how many may follow GET /pgha/events at once; 0 to 10000
 """
 
 
