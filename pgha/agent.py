@@ -9,16 +9,13 @@ that a decision asks for, each with a deadline; renewer, fence, REST and watchdo
 
 from __future__ import annotations
 
-import base64
 import faulthandler
 import os
 import re
 import signal
-import ssl
 import sys
 import zipfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +23,10 @@ import msgspec
 import trio
 from msgspec.structs import replace
 
-from pgha import COMPATIBLE_VERSION, __version__
+from pgha import __version__
 from pgha import log as logging
 from pgha.act import Actor
+from pgha.act.callbacks import EVENTS, Callbacks
 from pgha.act.context import Context
 from pgha.act.wanted import Wanted
 from pgha.announce import Announcer, member_value
@@ -40,7 +38,6 @@ from pgha.config.load import Effective, Loaded, effective, load, needs_new_agent
 from pgha.config.local import LocalConfig
 from pgha.config.state import node_id
 from pgha.dcs import Store
-from pgha.dcs.etcd3 import Etcd3Store
 from pgha.dcs.keys import Keys, encode
 from pgha.dcs.outage import Outage
 from pgha.decide import decide
@@ -98,13 +95,12 @@ from pgha.observe.peers import PeersObserver
 from pgha.observe.postgres import PostgresObserver, look_every_s, not_looked_since
 from pgha.postgres.files import read_dynamic_cache, write_dynamic_cache
 from pgha.postgres.server import Server
-from pgha.rest.access import Access, resolve_allowlist
+from pgha.rest.access import Access
 from pgha.rest.published import Board, nothing_yet, publish_pass, store_gauges
 from pgha.rest.requests import Answer
 from pgha.rest.routes import App
-from pgha.rest.server import Listen
 from pgha.rest.stream import Readers
-from pgha.rest.tls import load_certificate, make_context, server_headers
+from pgha.surface import Surface
 from pgha.systemd import status, watchdog_every_s
 
 log = logging.Log("pgha")
@@ -145,7 +141,8 @@ class Agent:
         self.machine = machine = machine or LocalMachine(data_dir, bin_dir)
         self.me = Identity(name=local.name, node_id=node_id(self.state_dir), incarnation=machine.token())
         self.keys = Keys(local.namespace, local.scope)
-        make_store = store or _store
+        self.surface = Surface(local)
+        make_store = store or self.surface.open_store
         self.store, renewer_store = make_store(local), make_store(local)
         cached = _cached_config(data_dir)
         self.dynamic: dict[str, Any] | None = cached
@@ -170,7 +167,7 @@ class Agent:
             interval_s=lambda: look_every_s(self.settings), wake=self._postgres_changed,
             wanted=self.wanted.settings)
         self.reader = DataDirectoryReader(data_dir, bin_dir, in_thread=machine.in_thread, run=machine.run)
-        self.peers = PeersObserver(clock=clock, wake=self.wake, http=partial(machine.http, _peer_context(local)))
+        self.peers = PeersObserver(clock=clock, wake=self.wake, http=self.surface.peers(machine))
         self.watchdog = Watchdog(machine.device(local.watchdog.device), mode=local.watchdog.mode, safety_margin_s=local.watchdog.safety_margin_s, clock=clock)
         self.announcer = Announcer(store=self.store, keys=self.keys, name=self.me.name, clock=clock, ttl_s=lambda: self.settings.ttl_s,
                                    loop_wait_s=lambda: self.settings.loop_wait_s, outage=self.outage)
@@ -180,17 +177,21 @@ class Agent:
         unknown_ttl_s = self._longest_ttl_s() if self.settings.failsafe_mode and not machine.directory.processes() else 0.0
         self.promises = self.renewer.promises = Promises(self.runtime_dir, clock, boot_id=machine.boot_id(), unknown_ttl_s=unknown_ttl_s)
         self.failsafe = Rounds(renewer=self.renewer, clock=clock, timing=self._timing, wake=self.wake, conn_url=self._conn_url, api_url=self._api_url,
-                               asker=HttpAsker(partial(machine.http, _peer_context(local)), authorization=_peer_authorization(local)))
+                               asker=HttpAsker(self.surface.peers(machine), authorization=self.surface.authorization))
         self.inbox.accept = self._accept_failsafe
         self.events = EventLog(run=self.me.incarnation, node=self.me.name, scope=local.scope)
         self.chronicle = Chronicle(self.events)
         self.board = Board(nothing_yet(name=self.me.name, scope=local.scope, at=clock.now(), wall_s=clock.wall_s()))
+        self.callbacks = Callbacks(
+            run=machine.run, scope=local.scope, limit_s=lambda: self.local.pgha.callback_timeout_s,
+            commands=lambda: {event: getattr(self.effective.postgresql.callbacks, event) for event in EVENTS})
         context = Context(
             clock=clock, me=self.me, store=self.store, keys=self.keys, renewer=self.renewer, fence=self.fence,
             server=Server(data_dir, bin_dir, config_file=Path(local.postgresql.config_dir) / "postgresql.conf" if local.postgresql.config_dir else None,
                           run=machine.run, launch=machine.launch),
             machine=machine, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.configuration_changed,
-            last_position=self._last_position, bootstrap_config=self._bootstrap_config, private_dir=self.runtime_dir)
+            last_position=self._last_position, bootstrap_config=self._bootstrap_config, private_dir=self.runtime_dir,
+            beside=self.callbacks.beside, told=self.callbacks)
         self.actor = Actor(context)
 
         self.memory = Memory()
@@ -219,7 +220,6 @@ class Agent:
         self._progress_said_at: Instant | None = None
         self._watchdog_news = trio.Event()
         self._app: App | None = None
-        self._rest_tls: ssl.SSLContext | None = None
         self._nursery: trio.Nursery | None = None
 
     @property
@@ -290,17 +290,19 @@ class Agent:
 
     async def run(self) -> None:
         """Until the agent has been told to stop, and has. Raises what a task cannot go on from."""
+        async with self.callbacks.running():        # they outlive the rest, for a bounded time
+            await self._run()
+
+    async def _run(self) -> None:
         await self._meet_guard()
         await self._rest_as_standby()
-        headers = _rest_headers(self.local)
-        app = self._app = App(self.board, self.inbox, clock=self.clock, access=await _access(self.local), headers=headers,
+        listen = await self.surface.listen()
+        app = self._app = App(self.board, self.inbox, clock=self.clock, access=self.surface.access, headers=listen.headers,
                               readers=Readers(self.events, clock=self.clock, at_most=lambda: self.local.pgha.event_readers))
-        self._rest_tls = _rest_context(self.local)
-        listen = self.local.restapi.listen
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             await nursery.start(self._take_signals)
-            await nursery.start(self.machine.serve, Listen(addresses=[(host, listen.port) for host in listen.hosts], headers=headers, backlog=self.local.restapi.request_queue_size or 128, ssl_context=self._rest_tls), app)
+            await nursery.start(self.machine.serve, listen, app)
             await nursery.start(self.fence.run)
             await nursery.start(self.renewer.run)
             await nursery.start(self.failsafe.run)
@@ -309,6 +311,7 @@ class Agent:
             await nursery.start(self.peers.run)
             await nursery.start(self.announcer.run)
             nursery.start_soon(self._pet_watchdog)
+            nursery.start_soon(self.surface.keep_members, self.board.current, self.board.wait_changed, self._take_access)
             nursery.start_soon(self._keep_directory_facts)
             nursery.start_soon(self._keep_guard)
             nursery.start_soon(self._give_memory_back)
@@ -474,6 +477,7 @@ class Agent:
                 self.postgres.position_asked()      # theirs are compared with this node's own
             self._publish(seen, decision, remembered)
             self._tell_systemd()
+            self._tell_callbacks(seen)
             self._discard_replaced(seen)
             failed = await self._carry_out(decision)
             if self._done(decision):
@@ -572,6 +576,12 @@ class Agent:
         progress = f" ({operation.progress})" if operation is not None and operation.progress else ""
         self.machine.notify(f"{'STOPPING' if self.shutting_down else 'READY'}=1\n{status(self._summary + progress)}")
 
+    def _tell_callbacks(self, seen: Observation) -> None:
+        """Operations tell what they do; what is so without one is seen here: at the agent's start, or by somebody's hand."""
+        row = seen.postgres.row
+        if row is not None and seen.postgres.alive and self._operation is None:
+            self.callbacks.seen("replica" if row.in_recovery else "primary")
+
     async def _show_life(self, every_s: float) -> None:
         """WatchdogSec=. An agent that is frozen, or whose loop no longer decides, endangers nobody: mandate, fence and guard
         see to that. But its node would stay out of the cluster until somebody looks; killed and started again, it comes back."""
@@ -640,6 +650,8 @@ class Agent:
         else:
             assert not isinstance(action, LongAction), action
             if isinstance(action, ApplyConfiguration):
+                if self._applied == ():
+                    action = replace(action, force=True)       # SIGHUP: PostgreSQL reads its files again in any case, as certificates
                 self._applied = self._to_apply()
             await self.actor.quick(action, deadline_s)
 
@@ -778,20 +790,18 @@ class Agent:
         _set_up_log(self.local)
         self.effective = effective(self.local, self.dynamic if self.dynamic is not None else normalised(dict(self.local.bootstrap.dcs)))
         if self._nursery is not None:
-            self._nursery.start_soon(self._reload_rest)
+            self._nursery.start_soon(self._reload_surface)
         self._applied = ()      # differs from anything: written and reloaded in the next pass
         log.info("configuration reloaded")
 
-    async def _reload_rest(self) -> None:
-        """Who may change something, and the certificate of new connections."""
+    def _take_access(self, access: Access) -> None:
+        """Who may change something, from the next request on."""
         if self._app is not None:
-            self._app.access = await _access(self.local)
-        rest = self.local.restapi
-        if self._rest_tls is not None and rest.tls:
-            try:
-                load_certificate(self._rest_tls, certfile=rest.certfile, keyfile=rest.keyfile, keyfile_password=rest.keyfile_password.reveal())
-            except ConfigError as error:
-                log.warning("certificate not reloaded", problem=str(error))
+            self._app.access = access
+
+    async def _reload_surface(self) -> None:
+        await self.surface.reload(self.local)
+        self._take_access(self.surface.access)
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
@@ -821,63 +831,6 @@ class Agent:
                 await self.guard.bye()
             except GuardError as error:
                 log.warning("guard did not take its leave", why=str(error))
-
-
-def _store(local: LocalConfig) -> Store:
-    etcd = local.etcd3
-    context: ssl.SSLContext | None = None
-    if any(url.startswith("https:") for url in etcd.endpoints):
-        try:
-            context = ssl.create_default_context(cafile=etcd.cacert or None)
-            if etcd.cert:
-                context.load_cert_chain(etcd.cert, etcd.key or None)
-        except OSError as error:
-            raise ConfigError(f"etcd3: cacert, cert or key cannot be used: {error.strerror or error}") from error
-    return Etcd3Store(etcd.endpoints, username=etcd.username or None, password=etcd.password.reveal() or None, ssl_context=context)
-
-
-def _peer_context(local: LocalConfig) -> ssl.SSLContext | bool:
-    """Peers' certificates are not verified, as among the reference's agents (compatibility spec 3.6); ours is presented."""
-    if not local.restapi.tls:
-        return False
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    cert, key = (local.ctl.certfile, local.ctl.keyfile) if local.ctl.certfile else (local.restapi.certfile, local.restapi.keyfile)
-    try:
-        context.load_cert_chain(cert, key or None, password=(local.ctl.keyfile_password if local.ctl.certfile else local.restapi.keyfile_password).reveal() or None)
-    except OSError as error:
-        raise ConfigError(f"ctl.certfile: cannot use {cert}: {error.strerror or error}") from error
-    return context
-
-
-def _peer_authorization(local: LocalConfig) -> str:
-    """For what changes something at a peer: `ctl.authentication`, else this node's own."""
-    for given in (local.ctl.authentication, local.restapi.authentication):
-        if given.username:
-            return "Basic " + base64.b64encode(f"{given.username}:{given.password.reveal()}".encode()).decode()
-    return ""
-
-
-def _rest_context(local: LocalConfig) -> ssl.SSLContext | None:
-    rest = local.restapi
-    if not rest.tls:
-        return None
-    return make_context(certfile=rest.certfile, keyfile=rest.keyfile, keyfile_password=rest.keyfile_password.reveal(), cafile=rest.cafile, ciphers=rest.ciphers,
-                        verify_client=rest.verify_client)
-
-
-def _rest_headers(local: LocalConfig) -> dict[str, str]:
-    rest = local.restapi
-    extra = {**rest.http_extra_headers, **(rest.https_extra_headers if rest.tls else {})}
-    return {**server_headers(rest.server_tokens, version=__version__, compatible=COMPATIBLE_VERSION), **extra}
-
-
-async def _access(local: LocalConfig) -> Access:
-    rest = local.restapi
-    return Access(username=rest.authentication.username, password=rest.authentication.password.reveal(),
-                  networks=await resolve_allowlist(rest.allowlist) if rest.allowlist else None,
-                  require_cert=rest.tls and rest.verify_client in ("optional", "required"))
 
 
 def _cached_config(data_dir: Path) -> dict[str, Any] | None:

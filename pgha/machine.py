@@ -96,7 +96,7 @@ class Machine(Protocol):
     async def run(
         self, argv: Sequence[str | Path], *, deadline_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None,
         on_output: Callable[[bytes], None] | None = None, on_error_output: Callable[[bytes], None] | None = None,
-        dies_with_us: bool = False,
+        dies_with_us: bool = False, spare_background: bool = False,
     ) -> Completed:
         """See programs.run."""
         ...
@@ -248,9 +248,10 @@ class LocalMachine:
     async def run(
         self, argv: Sequence[str | Path], *, deadline_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None,
         on_output: Callable[[bytes], None] | None = None, on_error_output: Callable[[bytes], None] | None = None,
-        dies_with_us: bool = False,
+        dies_with_us: bool = False, spare_background: bool = False,
     ) -> Completed:
-        return await programs.run(argv, deadline_s=deadline_s, env=env, cwd=cwd, on_output=on_output, on_error_output=on_error_output, dies_with_us=dies_with_us)
+        return await programs.run(argv, deadline_s=deadline_s, env=env, cwd=cwd, on_output=on_output, on_error_output=on_error_output, dies_with_us=dies_with_us,
+                                  spare_background=spare_background)
 
     async def launch(self, argv: Sequence[str], *, data_dir: Path, log_path: Path) -> Postmaster | int:
         return await server.launch(argv, data_dir=data_dir, log_path=log_path)

@@ -4,6 +4,7 @@
     steps.py     what several operations are made of
     keys.py follow.py                  quick: writes to the store; changes of a running server
     bootstrap.py clone.py start.py promote.py demote.py stop.py rewind.py inspect.py     operations
+    scripts.py hooks.py callbacks.py   the operator's own programs: asked, waited for, told
 
 Rules: the first failure ends an operation, nothing is tried twice (the next pass sees the truth); an operation can be
 cancelled at any await and leaves PostgreSQL safe.
@@ -15,7 +16,21 @@ from typing import Any
 
 import trio
 
-from pgha.act import abandon, bootstrap, clone, demote, follow, inspect, keys, promote, rewind, start, steps, stop
+from pgha.act import (
+    abandon,
+    bootstrap,
+    clone,
+    demote,
+    follow,
+    hooks,
+    inspect,
+    keys,
+    promote,
+    rewind,
+    start,
+    steps,
+    stop,
+)
 from pgha.act.context import Context, Fence, Progress, Renewer, log
 from pgha.act.wanted import Wanted
 from pgha.errors import OperationFailed, PghaError
@@ -105,6 +120,8 @@ class Actor:
                 return await start.start_standby(ctx, action, progress)
             case a.StartPrimary():
                 return await start.start_primary(ctx, action, progress)
+            case a.PrePromote():
+                return await hooks.pre_promote(ctx, action, progress)
             case a.Promote():
                 return await promote.promote(ctx, action, progress)
             case a.Demote():

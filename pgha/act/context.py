@@ -6,11 +6,11 @@ of the tests. Operations never speak to the guard themselves, so that what it wa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Literal, ParamSpec, Protocol, TypeVar
 
 from pgha.act.wanted import Wanted
 from pgha.clock import Clock
@@ -28,6 +28,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 Progress = Callable[[str], None]
+Role = Literal["primary", "replica", "standby_leader"]
 
 log = Log("pgha.act")
 
@@ -65,6 +66,25 @@ class Renewer(Protocol):
         ...
 
 
+class Told:
+    """Who wants to know what has become of PostgreSQL: callbacks.Callbacks; this one, nobody. Nothing here waits, or fails."""
+
+    def promoted(self) -> None:
+        """The promotion has been asked for, under licence and guard: writes are accepted in a moment."""
+
+    def started(self, role: Role) -> None:
+        """It has started, and accepts what its role accepts, or will."""
+
+    def restarted(self, role: Role) -> None:
+        """It was stopped and started, on request."""
+
+    def stopped(self) -> None:
+        """It ran, and was stopped, in order or not."""
+
+    def reloaded(self) -> None:
+        """It was told to read its configuration again."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """`machine` is where all of it happens, `server` runs PostgreSQL there, `wanted` knows how it is to be configured.
@@ -73,6 +93,8 @@ class Context:
     settings again. `last_position()`: the furthest position that this node is known to have reached.
     `bootstrap_config()`: the JSON that becomes `/config` in the same transaction as a new cluster's first lock.
     `private_dir`: where only this agent's user may look (socket of a server that nobody else may reach).
+    `beside(work)`: begin it, not waited for, ended with the agent at the latest (None: nobody would own it).
+    `told`: hears of starts, stops and promotions.
     """
 
     clock: Clock
@@ -89,6 +111,8 @@ class Context:
     last_position: Callable[[], Position]
     bootstrap_config: Callable[[], bytes]
     private_dir: Path
+    beside: Callable[[Callable[[], Awaitable[None]]], None] | None = None
+    told: Told = Told()     # noqa: RUF009  (it holds nothing)
 
     @property
     def data_dir(self) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 import trio
 
 from pgha.act.context import Context, Progress, log
+from pgha.act.hooks import before_stop
 from pgha.act.steps import (
     SQL_DEADLINE_S,
     Timeline,
@@ -39,10 +40,13 @@ async def demote(ctx: Context, action: Demote, progress: Progress) -> dict[str, 
     told afterwards.
     """
     times = Timeline()
+    ran = bool(ctx.directory.processes())
     if action.mode == "fast":
         await _stop_in_order(ctx, action, progress, times)
     progress("making sure that nothing lives")
     killed = await kill_everything(ctx, action.why)
+    if ran:
+        ctx.told.stopped()
     times.mark("sweep")
     position, state = await last_position(ctx)
     times.mark("position")
@@ -73,8 +77,13 @@ async def _stop_in_order(ctx: Context, action: Demote, progress: Progress, times
             done = await checkpoint(ctx, deadline_s=CHECKPOINT_DEADLINE_S)
             if done and trio.current_time() - began_s > SHORT_CHECKPOINT_S / 2:
                 await checkpoint(ctx, deadline_s=SHORT_CHECKPOINT_S)
-            laggards = await _laggards(ctx)
             times.mark("checkpoint")
+        if action.before_stop_s:
+            await before_stop(ctx, action.before_stop_s, progress)
+            times.mark("before_stop")
+        if action.checkpoint:
+            laggards = await _laggards(ctx)
+            times.mark("laggards")
         progress("stopping PostgreSQL")
         await stop_fast(ctx, server, timeout_s=action.timeout_s, laggards=laggards)
         times.mark("stop")

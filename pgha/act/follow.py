@@ -54,6 +54,7 @@ async def apply_configuration(ctx: Context, action: ApplyConfiguration) -> None:
             ctx.server.reload(server)
             log.info("configuration written and reloaded", changed=changed)
             ctx.configuration_changed()
+            ctx.told.reloaded()
 
 
 async def set_synchronous_names(ctx: Context, action: SetSynchronousNames) -> None:

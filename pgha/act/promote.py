@@ -62,6 +62,7 @@ async def promote(ctx: Context, action: Promote, progress: Progress) -> dict[str
                 times.mark("armed")
                 progress(f"promoting to timeline {action.timeline}")
                 requested = True
+                ctx.told.promoted()
                 await ctx.server.promote(server, conn, deadline_s=PROMOTION_DEADLINE_S)
                 timeline, lsn = (int(v or 0) for v in (await conn.query(_TIMELINE_AND_LSN, deadline_s=SQL_DEADLINE_S))[0])
                 times.mark("promotion")

@@ -30,6 +30,7 @@ async def start_standby(ctx: Context, action: StartStandby, progress: Progress) 
     await ready_to_start(ctx)
     await be_standby_at_rest(ctx)
     await start_prepared_standby(ctx, action.upstream, action.slot_name, progress, times)
+    ctx.told.started("replica")
     return times.took
 
 
@@ -78,6 +79,7 @@ async def start_primary(ctx: Context, action: StartPrimary, progress: Progress) 
     times = Timeline()
     await ready_to_start(ctx)
     await start_prepared_primary(ctx, progress, times, timeout_s=action.timeout_s, synchronous_names=action.synchronous_names)
+    ctx.told.started("primary")
     return times.took
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pgha.act.context import Context, Progress, log
+from pgha.act.hooks import before_stop
 from pgha.act.start import start_prepared_primary, start_prepared_standby
 from pgha.act.steps import (
     Timeline,
@@ -25,7 +26,12 @@ CHECKPOINT_DEADLINE_S = 60.0
 async def stop(ctx: Context, action: Stop, progress: Progress) -> dict[str, Any]:
     """Fast, then by the recipe; afterwards nothing lives and the guard knows a standby at rest."""
     times = Timeline()
+    ran = bool(ctx.directory.processes())
+    if ran:
+        await before_stop(ctx, action.before_stop_s, progress)
     killed = await _down(ctx, action.timeout_s, action.why, progress)
+    if ran:
+        ctx.told.stopped()
     await be_standby_at_rest(ctx)
     await ctx.fence.standby()
     times.mark("stop")
@@ -43,6 +49,7 @@ async def restart(ctx: Context, action: Restart, progress: Progress) -> dict[str
         times.mark("checkpoint")
         server = ctx.machine.adopt()
         if server is not None:
+            await before_stop(ctx, action.before_stop_s, progress)
             progress("stopping PostgreSQL")
             try:
                 if not await stop_fast(ctx, server, timeout_s=action.timeout_s) and not await shut_down(ctx):
@@ -54,11 +61,13 @@ async def restart(ctx: Context, action: Restart, progress: Progress) -> dict[str
         await ready_to_start(ctx)
         await start_prepared_primary(ctx, progress, times, timeout_s=action.timeout_s, synchronous_names=action.synchronous_names)
     else:
+        await before_stop(ctx, action.before_stop_s, progress)
         await _down(ctx, action.timeout_s, "restart", progress)
         times.mark("stop")
         await be_standby_at_rest(ctx)
         await ready_to_start(ctx)
         await start_prepared_standby(ctx, action.upstream, action.slot_name, progress, times)
+    ctx.told.restarted("primary" if action.as_primary else "replica")
     log.info("restarted PostgreSQL", as_primary=action.as_primary, took_s=times.total_s, **times.took)
     return times.took
 

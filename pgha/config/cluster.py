@@ -19,6 +19,7 @@ from msgspec import field
 
 from pgha.config import gucs
 from pgha.config.lists import lines, program_options, texts
+from pgha.config.programs import ReplicaMethod, command
 from pgha.config.schema import Key, Path, Report, Section, fields, read
 from pgha.config.values import (
     DEEPEST,
@@ -59,21 +60,37 @@ def _recovery_conf(value: Any) -> dict[str, Any]:
     return settings
 
 
+BASEBACKUP = "basebackup"
+
+
 def _replica_methods(value: Any) -> tuple[str, ...]:
     methods: tuple[str, ...] = texts().parse(value)
-    if methods != ("basebackup",):
+    if not methods or not all(methods):
+        raise Wrong("names no method")
+    if methods != (BASEBACKUP,):
         raise Wrong("has something else than basebackup")
-    return methods
+    return tuple(dict.fromkeys(methods))
+
+
+class Callbacks(Section, frozen=True, kw_only=True):
+    """Commands that are told what has become of PostgreSQL: event, role and scope are their last arguments."""
+
+    on_start: Annotated[str, Key(command())] = ""
+    on_stop: Annotated[str, Key(command())] = ""
+    on_restart: Annotated[str, Key(command())] = ""
+    on_reload: Annotated[str, Key(command())] = ""
+    on_role_change: Annotated[str, Key(command())] = ""
 
 
 class SharedPostgresql(Section, frozen=True, kw_only=True):
     """The keys of `postgresql` that a node's file and `/config` may both have: the node's own win, `parameters` merge."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("callbacks", "pre_promote", "before_stop", "custom_conf", "rewind", "bin_name", "use_unix_socket_repl"), LATER),
+        **dict.fromkeys(("custom_conf", "rewind", "bin_name", "use_unix_socket_repl"), LATER),
         **dict.fromkeys((f"{key}_{role}" for key in ("parameters", "pg_hba", "pg_ident") for role in ("primary", "replica", "standby_leader")), LATER),
     }
 
+    methods: dict[str, ReplicaMethod] = field(default_factory=dict)     # [postgresql.NAME] of each NAME in create_replica_methods
     database: Annotated[str, Key(text())] = "postgres"
     bin_dir: Annotated[str, Key(path())] = ""
     use_unix_socket: Annotated[bool, Key(flag())] = False
@@ -84,7 +101,10 @@ class SharedPostgresql(Section, frozen=True, kw_only=True):
     basebackup: Annotated[OptionList, Key(program_options(
         "pgdata", "format", "wal-method", "xlog-method", "gzip", "version", "dbname", "host", "port", "username", "password",
         program="pg_basebackup"))] = ()
-    create_replica_methods: Annotated[tuple[str, ...], Key(Kind(_replica_methods, '["basebackup"]; other methods are not supported yet by this version', shape="list"))] = ("basebackup",)
+    create_replica_methods: Annotated[tuple[str, ...], Key(Kind(_replica_methods, '["basebackup"]; other methods are not supported yet by this version', shape="list"))] = (BASEBACKUP,)
+    callbacks: Callbacks = Callbacks()
+    pre_promote: Annotated[str, Key(command())] = ""
+    before_stop: Annotated[str, Key(command())] = ""
     pg_ctl_timeout_s: Annotated[float, Key(duration(1), name="pg_ctl_timeout")] = 60.0
     use_pg_rewind: Annotated[bool, Key(flag())] = False
     remove_data_directory_on_rewind_failure: Annotated[bool, Key(flag())] = False

@@ -83,7 +83,7 @@ DROPPED: dict[Path, str] = {
 }
 #: Switches whose off is what pgha does anyway.
 OFF_IS_HERE: frozenset[Path] = frozenset({
-    ("restapi", "allowlist_include_members"), ("postgresql", "use_unix_socket_repl"), ("etcd3", "use_proxies"),
+    ("postgresql", "use_unix_socket_repl"), ("etcd3", "use_proxies"),
     ("bootstrap", "dcs", "postgresql", "use_unix_socket_repl"),
 })
 #: Names that Patroni still takes, and their successors.

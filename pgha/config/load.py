@@ -174,6 +174,8 @@ def effective(local: LocalConfig, dynamic: Any, *, patroni_member_present: bool 
         may_compact_store=cluster.pgha.compaction, store_quota_bytes=cluster.pgha.store_quota_bytes,
         # `slots` and `ignore_slots` are carried out by a later version; until then at least nothing that they name is dropped.
         ignored_slots=tuple(sorted({*cluster.slots, *(str(m["name"]) for m in cluster.ignore_slots if "name" in m)})),
+        pre_promote_s=local.pgha.pre_promote_timeout_s if postgresql.pre_promote else 0.0,
+        before_stop_s=local.pgha.before_stop_timeout_s if postgresql.before_stop else 0.0,
         watchdog_required=local.watchdog.mode == "required",
         postgres_host=postgresql.connect_address.host, postgres_port=postgresql.connect_address.port,
     )
@@ -188,6 +190,7 @@ def _layered(local: Postgresql, cluster: ClusterConfig) -> Postgresql:
         name = field.attribute
         if name in shared.given and name not in local.given:
             values[name] = getattr(shared, name)
+    values["methods"] = {**shared.methods, **local.methods}
     ours = {k: v for k, v in shared.parameters.items() if not gucs.problem(k, v)}
     mine = {k: v for k, v in local.parameters.items() if k.lower() not in gucs.CONTROLLED}
     values["parameters"] = {**{k: v for k, v in ours.items() if k.lower() not in {m.lower() for m in mine}}, **mine}

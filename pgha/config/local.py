@@ -17,6 +17,7 @@ from msgspec import field
 from pgha.config.addresses import Address, Listen, address, addresses, bracketed, listen, url
 from pgha.config.cluster import LATER, OptionList, SharedPostgresql
 from pgha.config.lists import lines, mapping, program_options, texts
+from pgha.config.programs import command
 from pgha.config.schema import Key, Section
 from pgha.config.values import (
     Kind,
@@ -100,7 +101,7 @@ class Postgresql(SharedPostgresql, frozen=True, kw_only=True):
 
 
 class RestApi(Section, frozen=True, kw_only=True):
-    REFUSED: ClassVar = {"thread_pool_size": NO_THREADS, "allowlist_include_members": LATER}
+    REFUSED: ClassVar = {"thread_pool_size": NO_THREADS}
 
     listen: Annotated[Listen, Key(listen(8008), required=True)] = Listen()
     connect_address: Annotated[Address, Key(address(8008))] = Address()
@@ -112,6 +113,7 @@ class RestApi(Section, frozen=True, kw_only=True):
     ciphers: Annotated[str, Key(text("an OpenSSL cipher list"))] = ""
     verify_client: Annotated[str, Key(choice("none", "optional", "required"))] = "none"
     allowlist: Annotated[tuple[str, ...], Key(texts("a list of addresses, networks (CIDR) and host names"))] = ()
+    allowlist_include_members: Annotated[bool, Key(flag())] = False
     http_extra_headers: Annotated[dict[str, str], Key(mapping())] = field(default_factory=dict)
     https_extra_headers: Annotated[dict[str, str], Key(mapping())] = field(default_factory=dict)
     request_queue_size: Annotated[int, Key(integer(0, 4096))] = 128      # the reference's 5 is a single thread's
@@ -174,8 +176,8 @@ class Bootstrap(Section, frozen=True, kw_only=True):
     method: Annotated[str, Key(Kind(_method, "initdb; other methods are not supported yet by this version"))] = "initdb"
     initdb: Annotated[OptionList, Key(program_options("pgdata", "nosync", "pwfile", "sync-only", "version", program="initdb"))] = ()
     pg_hba: Annotated[tuple[str, ...], Key(lines("a list of pg_hba.conf lines"))] = ()
-    post_bootstrap: Annotated[str, Key(text("a command"))] = ""
-    post_init: Annotated[str, Key(text("a command"))] = ""
+    post_bootstrap: Annotated[str, Key(command())] = ""
+    post_init: Annotated[str, Key(command())] = ""
 
 
 def _margin(value: Any) -> int:
@@ -235,12 +237,16 @@ class Own(Section, frozen=True, kw_only=True):
 
     `guard`: who starts the guard process: the agent, or a service of its own ("service", under systemd).
     `event_readers`: who may follow GET /pgha/events at once; never more than a quarter of the files that the agent may open.
+    `…_timeout_s`: how long one of the operator's programs may take before it is ended by force.
     """
 
     state_dir: Annotated[str, Key(path())] = ""
     runtime_dir: Annotated[str, Key(path())] = ""
     guard: Annotated[Literal["agent", "service"], Key(choice("agent", "service"))] = "agent"
     event_readers: Annotated[int, Key(integer(0, 10_000))] = 100
+    callback_timeout_s: Annotated[float, Key(duration(1, 86400), name="callback_timeout")] = 60.0
+    pre_promote_timeout_s: Annotated[float, Key(duration(1, 86400), name="pre_promote_timeout")] = 60.0
+    before_stop_timeout_s: Annotated[float, Key(duration(1, 86400), name="before_stop_timeout")] = 60.0
 
 
 _FLAG_TAGS = ("nofailover", "nosync", "noloadbalance", "clonefrom", "nostream")

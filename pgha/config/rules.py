@@ -28,6 +28,7 @@ E = TypeVar("E", Credentials, Etcd3)
 def finish(local: LocalConfig, report: Report) -> LocalConfig:
     """`local` with everything that follows from it; what contradicts itself is reported."""
     _tags(local, report)
+    _private_keys(local, report)
     if "dcs" in local.bootstrap.given:
         read_strictly(local.bootstrap.dcs, ("bootstrap", "dcs"), report)
     return replace(
@@ -149,6 +150,28 @@ def _tags(local: LocalConfig, report: Report) -> None:
     for flag, priority in (("nofailover", "failover_priority"), ("nosync", "sync_priority")):
         if flag in raw and priority in raw and bool(raw[flag]) != (raw[priority] <= 0):
             report.warn(("tags", flag), f"contradicts {priority} = {raw[priority]}, and wins; allowed: one of the two")
+
+
+def _private_keys(local: LocalConfig, report: Report) -> None:
+    """Whoever reads a key file can be this node. Whether it is there at all is asked by whoever uses it."""
+    users = local.postgresql.authentication
+    files: dict[Path, str] = {
+        ("restapi", "keyfile"): local.restapi.keyfile or local.restapi.certfile, ("ctl", "keyfile"): local.ctl.keyfile or local.ctl.certfile,
+        ("etcd3", "key"): local.etcd3.key or local.etcd3.cert,
+        **{("postgresql", "authentication", name, "sslkey"): getattr(users, name).sslkey for name in ("superuser", "replication", "rewind")},
+    }
+    for path, file in files.items():
+        try:
+            if file and os.stat(file).st_mode & stat.S_IROTH and _holds_a_key(file):  # noqa: PTH116  (as above)
+                report.warn(path, f"{file} is readable by everybody; allowed: chmod o= {file}")
+        except OSError:
+            continue
+
+
+def _holds_a_key(file: str) -> bool:
+    """A certificate alone may be read by everybody; its file may hold the key, too."""
+    with open(file, "rb") as f:  # noqa: PTH123  (as above)
+        return b"PRIVATE KEY-----" in f.read(1 << 20)
 
 
 def secret_paths(raw: dict[str, Any]) -> list[Path]:

@@ -13,6 +13,12 @@ name = "node1"                  # (*) this node's name, unique in the cluster
 [restapi]
 listen = "0.0.0.0:8008"
 connect_address = "10.0.0.1:8008"       # (*) where the other nodes reach it
+# certfile = "/etc/pgha/rest.crt"       # with them the API speaks https
+# keyfile = "/etc/pgha/rest.key"
+# cafile = "/etc/pgha/ca.crt"           # who may issue clients' certificates
+# verify_client = "optional"            # changes need one; "required": every request does
+# allowlist = ["10.0.0.0/24"]           # changes only from here
+# allowlist_include_members = true      # and from the members
 
 # Changing requests (switchover, restart, configuration) need this user:
 # [restapi.authentication]
@@ -65,6 +71,10 @@ pg_hba = [
     "host all all 10.0.0.0/24 scram-sha-256",
 ]
 
+# Your programs that are waited for:
+# pre_promote = "/etc/pgha/may-promote" # asked before a promotion; anything but exit code 0 leaves it to others for ttl
+# before_stop = "/etc/pgha/drain"       # run before a planned stop, as far as the lock leaves time
+
 # Give each user its password: password_file, or password = "...", or PGHA_SUPERUSER_PASSWORD and so on in the environment.
 [postgresql.authentication.superuser]
 username = "postgres"
@@ -77,6 +87,10 @@ username = "replicator"
 [postgresql.authentication.rewind]      # without it the superuser rewinds
 username = "rewinder"
 # password_file = "/etc/pgha/rewind.password"
+
+# Your programs that are told what has happened (arguments: the event, the role, the scope); nobody waits for them.
+# [postgresql.callbacks]
+# on_role_change = "/etc/pgha/vip.sh"   # also on_start, on_stop, on_restart, on_reload
 
 [postgresql.parameters]                 # parameters of this node only
 shared_buffers = "128MB"
@@ -98,6 +112,7 @@ level = "INFO"
 [pgha]
 # state_dir = "/var/lib/pgha/demo"      # default: $STATE_DIRECTORY, else <data_dir>.pgha
 # runtime_dir = "/run/pgha/demo"        # default: $RUNTIME_DIRECTORY, else below /dev/shm; must be tmpfs
+# callback_timeout = "60s"              # also pre_promote_timeout, before_stop_timeout: then a program is ended by force
 guard = "agent"                         # who starts the guard: agent, or service (pgha-guard.service; pgha.service sets this itself)
 # event_readers = 100                   # how many may follow GET /pgha/events at once; 0 to 10000
 """

@@ -44,6 +44,8 @@ class Section(Struct, frozen=True, kw_only=True):
     REFUSED: ClassVar[Mapping[str, str]] = {}
     #: sets of keys of which at most one may be given; an environment variable for one replaces the others
     EXCLUSIVE: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    #: tables whose names the operator chooses: those with a `command`; (the attribute that has them all, how one is read)
+    CHOSEN: ClassVar[tuple[str, Kind] | None] = None
 
 
 S = TypeVar("S", bound=Section)
@@ -153,6 +155,9 @@ def read(kind: type[S], raw: Any, path: Path, report: Report) -> S:
         if len(both) > 1:
             report.problem((*path, both[0]), f"is given together with {' and '.join(both[1:])}; allowed: one of them")
     known = [f.name for f in fields(kind)]
+    if kind.CHOSEN is not None:
+        attribute, reading = kind.CHOSEN
+        values[attribute] = {name: found for name in [n for n in left if is_chosen(kind, n, left[n])] if (found := _read_chosen(reading, left.pop(name), (*path, name), report)) is not None}
     for number, name in enumerate(left):
         if number >= MOST_UNKNOWN and report.strict:
             report.problem(path, f"has {len(left) - number} more keys that are not to be here; allowed: {', '.join(sorted(known))}")
@@ -162,6 +167,19 @@ def read(kind: type[S], raw: Any, path: Path, report: Report) -> S:
         elif report.strict:
             report.problem((*path, str(name)), unknown_key(str(name), known))
     return kind(**values, given=frozenset(given))
+
+
+def is_chosen(kind: type[Section], name: str, value: Any) -> bool:
+    """Is it a table of a name that the operator has chosen?"""
+    return kind.CHOSEN is not None and isinstance(value, dict) and "command" in value and name not in kind.REFUSED and all(name != f.name for f in fields(kind))
+
+
+def _read_chosen(reading: Kind, value: Any, here: Path, report: Report) -> Any:
+    try:
+        return reading.parse(value)
+    except Wrong as wrong:
+        report.problem(here, f"{wrong.what}; allowed: {reading.allowed}")
+        return None
 
 
 def _read_key(field: Field, raw: dict[Any, Any], path: Path, report: Report, values: dict[str, Any]) -> bool:

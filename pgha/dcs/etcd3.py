@@ -65,6 +65,10 @@ class Etcd3Store:
         self._read_prefix = b"\0"
         self._compacted = 0
 
+    def credentials(self, username: str | None, password: str | None) -> None:
+        """Log in as this user from the next login on: whoever changed the password has made the former token worthless."""
+        self._client.credentials(username, password)
+
     @property
     def generation(self) -> Generation:
         """Cluster id and highest revision of the linearizable answers; lower than before only if `regressions` grew."""

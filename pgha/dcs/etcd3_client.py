@@ -70,7 +70,7 @@ class Etcd3Client:
         self._transport = open_transport(ssl_context)
         self.endpoints = [Endpoint(url, self._transport, look_up=look_up) for url in endpoints]
         self.preferred = random.randrange(len(endpoints)) if first_endpoint is None else first_endpoint
-        self._credentials = encode({"name": username, "password": password or ""}) if username else None
+        self._credentials = _login_body(username, password)
         self._token: str | None = None  # "" when the store says that it wants none
         self._login = trio.Lock()
         self.known = Known()
@@ -200,6 +200,12 @@ class Etcd3Client:
 
     # authentication
 
+    def credentials(self, username: str | None, password: str | None) -> None:
+        """Others than before: the next request logs in with them."""
+        body = _login_body(username, password)
+        if body != self._credentials:
+            self._credentials, self._token = body, None
+
     async def token_for(self, endpoint: Endpoint) -> str | None:
         """The token to send; logs in where none is known. None: no credentials are configured."""
         if self._credentials is None or self._token is not None:
@@ -290,6 +296,10 @@ def believable(name: str, header: Header, answers: dict[str, Header], floor: Kno
                 and said.revision >= floor.revision and said.raft_term >= floor.raft_term):
             return False
     return set(ids) == {header.cluster_id}
+
+
+def _login_body(username: str | None, password: str | None) -> bytes | None:
+    return encode({"name": username, "password": password or ""}) if username else None
 
 
 def authorization(token: str | None) -> list[tuple[bytes, bytes]]:

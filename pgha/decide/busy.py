@@ -11,7 +11,7 @@ from pgha.model.decision import Decision, Memory, PeerQuestion, Reason
 from pgha.model.observation import Observation, Operation
 
 #: Operations that bring up a server that accepts writes, or keep one: they end when the licence does.
-NEEDS_LICENCE = ("Promote", "StartPrimary")
+NEEDS_LICENCE = ("PrePromote", "Promote", "StartPrimary")
 
 
 def decide(o: Observation, memory: Memory) -> Decision | None:
@@ -43,7 +43,7 @@ def licence_suffices(o: Observation, operation: Operation) -> Reason:
 
 def still_wanted(o: Observation, operation: Operation) -> Reason:
     """A stop of the agent ends what can be begun again later; a clone or rewind ends when its leader is gone."""
-    if o.shutting_down and operation.kind in ("Bootstrap", "Clone", "InspectUpstream", "InspectEndOfWal"):
+    if o.shutting_down and operation.kind in ("Bootstrap", "Clone", "PrePromote", "InspectUpstream", "InspectEndOfWal"):
         return reason("busy.still_wanted", False, "the agent is stopping")
     if operation.kind in ("Clone", "Rewind") and o.dcs.view is not None and standing(o).whose is Whose.MINE:
         return reason("busy.still_wanted", False, "this node holds the lock itself")

@@ -67,6 +67,16 @@ def _start(_: Observation, memory: Memory, ended: Operation) -> Memory:
     return replace(memory, start_failures=memory.start_failures + 1, last_start_failed_at=ended.ended_at)
 
 
+def _pre_promote(o: Observation, memory: Memory, ended: Operation) -> Memory:
+    """A script that was ended for another reason than its time has said nothing: it is asked again."""
+    memory = replace(memory, holding_since=None)        # it was not this node's idleness that took the time
+    if not ended.ok:
+        return memory
+    if ended.facts.get("agrees"):
+        return replace(memory, pre_promoted_epoch=int(ended.facts["epoch"]), vetoed_until=None, veto_why="")
+    return replace(memory, vetoed_until=o.now.plus_s(o.settings.ttl_s), veto_why=f"pre_promote refused ({ended.facts.get('said', '')})")
+
+
 def _promote(o: Observation, memory: Memory, ended: Operation) -> Memory:
     if ended.ok:
         return replace(memory, election=None, promotion_failed_at=None)
@@ -97,6 +107,7 @@ _NOTES = {
     "StartStandby": _start,
     "StartPrimary": _start,
     "Restart": _start,
+    "PrePromote": _pre_promote,
     "Promote": _promote,
     "Demote": _demote,
     "Rewind": _rewind,

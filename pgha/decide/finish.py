@@ -44,9 +44,11 @@ def mandate(o: Observation) -> Mandate:
     operation, postgres = o.operation, o.postgres
     until: Deadline
     if operation is not None and operation.kind in ("StartPrimary", "Restart", "Promote"):
-        return Mandate(kind="starting", until=earlier(loop_until, operation.started_at.plus_s(start_s + stop_timeout_s(o))), why=operation.kind)
+        return Mandate(kind="starting", until=earlier(loop_until, operation.started_at.plus_s(start_s + stop_timeout_s(o) + o.settings.before_stop_s)), why=operation.kind)
     if operation is not None and operation.kind in ("Demote", "Stop"):
-        return Mandate(kind="stopping", until=earlier(loop_until, operation.started_at.plus_s(stop_timeout_s(o) + 5.0)), why=operation.detail)
+        return Mandate(kind="stopping", until=earlier(loop_until, operation.started_at.plus_s(stop_timeout_s(o) + o.settings.before_stop_s + 5.0)), why=operation.detail)
+    if operation is not None and operation.kind == "PrePromote":
+        return Mandate(kind="operation", until=earlier(loop_until, operation.started_at.plus_s(o.settings.pre_promote_s + OPERATION_S)), why=operation.kind)
     if operation is not None:
         return Mandate(kind="operation", until=earlier(loop_until, operation.started_at.plus_s(OPERATION_S)), why=operation.kind)
     if may_write(o):

@@ -6,7 +6,7 @@ import json
 
 from msgspec.structs import replace
 
-from pgha.clock import candidate_age_s
+from pgha.clock import candidate_age_s, remaining_s
 from pgha.decide import capacity, failsafe, restart, slots, switchover, synchronous
 from pgha.decide.common import (
     NONSENSE_AHEAD,
@@ -24,10 +24,12 @@ from pgha.model.action import (
     AnswerRequest,
     ApplyConfiguration,
     Demote,
+    PrePromote,
     Promote,
     ReadCluster,
     Restart,
     RestoreStandbySignal,
+    StandDown,
     WriteInitialize,
     WriteKey,
 )
@@ -77,6 +79,10 @@ def _promote(o: Observation, memory: Memory) -> Decision:
     if failed:
         back = Demote(mode="kill", release=True, checkpoint=False, why="promotion failed", timeout_s=0.0)
         return Decision(situation="leading", summary="promotion failed: giving the lock back", reasons=reasons, actions=(back,), memory=memory)
+    veto = pre_promote_agrees(o, memory)
+    if not veto.holds:
+        down = StandDown(lsn=row.position, timeline=row.timeline, why=veto.because)
+        return Decision(situation="leading", summary=f"giving the lock to others: {veto.because}", reasons=(*reasons, veto), actions=(down,), memory=memory, wake_in_s=0.2)
     if view.epoch.holder != o.me.name or o.licence.epoch != view.epoch.number or not 0 < view.epoch.timeline - row.timeline <= NONSENSE_AHEAD + 1:
         # The claim is not in sight yet, was used up, or is nonsense: read again; without a claim above our timeline nobody promotes.
         unread = view.revision < o.licence.revision
@@ -86,6 +92,11 @@ def _promote(o: Observation, memory: Memory) -> Decision:
         return Decision(situation="leading", summary="holding the lock without a claimed timeline: giving it back", reasons=reasons, actions=(back,), memory=memory)
     synchronously, prepare, memory = synchronous.before_promotion(o, memory)
     reasons = (*reasons, *synchronously)
+    if all(r.holds for r in reasons) and o.settings.pre_promote_s and memory.pre_promoted_epoch != view.epoch.number:
+        # An operation of its own: what is decided after it, in a later pass, is decided on what is so then.
+        asking = PrePromote(epoch=view.epoch.number, limit_s=o.settings.pre_promote_s)
+        return Decision(situation="leading", summary="asking pre_promote before the promotion", reasons=reasons, actions=(asking,), memory=memory,
+                        state="running", role="replica")
     if all(r.holds for r in reasons):
         claim = view.epoch.timeline
         promote = Promote(timeline=claim, leaving=row.timeline, block=tuple(range(row.timeline + 1, claim)), epoch=view.epoch.number, synchronous_names=o.written_names.names)
@@ -98,6 +109,13 @@ def _promote(o: Observation, memory: Memory) -> Decision:
 def promotion_conditions(o: Observation) -> tuple[Reason, ...]:
     """Promotion is decided in a later pass than the one that acquired the lock, with enough of the licence left."""
     return (restart.lock_seen_held(o), licence_lasts_long_enough(o), guard_knows(o), watchdog_is_ready(o))
+
+
+def pre_promote_agrees(o: Observation, memory: Memory) -> Reason:
+    """The operator's program has not just said no."""
+    left = remaining_s(memory.vetoed_until, o.now) if memory.vetoed_until else 0.0
+    return reason("leading.pre_promote_agrees", left <= 0, f"{memory.veto_why}, for another {left:.1f} s" if left > 0
+                  else "asked, and agreed" if memory.pre_promoted_epoch == view_of(o).epoch.number else "not asked" if o.settings.pre_promote_s else "there is no pre_promote")
 
 
 def lock_is_of_use(o: Observation, memory: Memory) -> Reason:
@@ -141,7 +159,7 @@ def _hand_over(o: Observation, memory: Memory) -> Decision | None:
     reasons = switchover.conditions(o)
     ask = ask_others(o, every_s=0.05)
     if all(r.holds for r in reasons):
-        demote = Demote(mode="fast", release=True, checkpoint=True, why=f"switchover to {key.candidate or 'the best standby'}", timeout_s=stop_timeout_s(o))
+        demote = Demote(mode="fast", release=True, checkpoint=True, why=f"switchover to {key.candidate or 'the best standby'}", timeout_s=stop_timeout_s(o), before_stop_s=o.settings.before_stop_s)
         return Decision(situation="leading", summary=f"handing over: {demote.why}", reasons=reasons, actions=(demote,), memory=memory, ask_peers=ask)
     if switchover.still_patient(o, memory):
         return Decision(situation="leading", summary="asked to hand over, asking the others", reasons=reasons, memory=memory, ask_peers=ask, wake_in_s=0.05)
@@ -277,7 +295,7 @@ def operator_requests(o: Observation, *, as_primary: bool, synchronous_names: st
             actions += [ApplyConfiguration(force=True), AnswerRequest(id=request.id, status=202, text="reload scheduled")]
         elif request.kind == "restart":
             timeout_s = float(request.options.get("timeout_s") or o.settings.primary_start_timeout_s or 300.0)
-            actions.append(Restart(as_primary=as_primary, timeout_s=timeout_s, request_id=request.id, synchronous_names=synchronous_names))
+            actions.append(Restart(as_primary=as_primary, timeout_s=timeout_s, before_stop_s=o.settings.before_stop_s, request_id=request.id, synchronous_names=synchronous_names))
             break
     return actions
 

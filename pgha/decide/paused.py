@@ -190,6 +190,6 @@ def _requests(o: Observation) -> tuple[Action, ...]:
             actions.append(AnswerRequest(id=request.id, status=202, text="reload scheduled"))
         elif request.kind == "restart" and o.directory.state == "valid":
             timeout_s = float(request.options.get("timeout_s") or o.settings.primary_start_timeout_s or 300.0)
-            actions.append(Restart(as_primary=False, timeout_s=timeout_s, request_id=request.id, upstream=upstream, slot_name=own_slot_name(o) if upstream else ""))
+            actions.append(Restart(as_primary=False, timeout_s=timeout_s, before_stop_s=o.settings.before_stop_s, request_id=request.id, upstream=upstream, slot_name=own_slot_name(o) if upstream else ""))
             break
     return tuple(actions)

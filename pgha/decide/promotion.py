@@ -31,7 +31,7 @@ def conditions(o: Observation, memory: Memory) -> tuple[Reason, ...]:
     """Every condition but those about peers."""
     return (
         in_recovery(o), not_nofailover(o), caught_up(o), timeline_is_known(o), system_is_ours(o), guard_answers(o), watchdog_is_usable(o),
-        has_not_just_failed(o, memory), is_not_asked_to_leave(o, memory), paused.may_stand(o), eligible.is_synchronous(o, chosen=manually_chosen(o)),
+        has_not_just_failed(o, memory), is_not_vetoed(o, memory), is_not_asked_to_leave(o, memory), paused.may_stand(o), eligible.is_synchronous(o, chosen=manually_chosen(o)),
         failsafe.nothing_is_promised(o), failsafe.is_listed(o),
     )
 
@@ -101,6 +101,12 @@ def has_not_just_failed(o: Observation, memory: Memory) -> Reason:
     if not able and asked:
         return reason(rule, True, f"{memory.stand_back_why}, but no other member could take over")
     return reason(rule, False, f"{memory.stand_back_why}: standing back for another {left:.1f} s in favour of {', '.join(able) or 'others'}")
+
+
+def is_not_vetoed(o: Observation, memory: Memory) -> Reason:
+    """The operator's pre_promote has said no: for a ttl that stands, also if nobody else could lead."""
+    left = remaining_s(memory.vetoed_until, o.now) if memory.vetoed_until else 0.0
+    return reason("promotion.is_not_vetoed", left <= 0, f"{memory.veto_why}: out of the race for another {left:.1f} s" if left > 0 else "no pre_promote has refused")
 
 
 def is_not_asked_to_leave(o: Observation, memory: Memory) -> Reason:

@@ -26,8 +26,8 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
             memory = memory if memory.leaving_since else replace(memory, leaving_since=o.now)
             return Decision(situation="stopping", summary=f"stopping: {let_go.because}", reasons=(*because, let_go), memory=memory, wake_in_s=0.1)
         action: Demote | Stop = (
-            Demote(mode="fast", release=True, checkpoint=True, why="agent stops", timeout_s=stop_timeout_s(o)) if writes
-            else Stop(why="agent stops", timeout_s=stop_timeout_s(o))
+            Demote(mode="fast", release=True, checkpoint=True, why="agent stops", timeout_s=stop_timeout_s(o), before_stop_s=o.settings.before_stop_s) if writes
+            else Stop(why="agent stops", timeout_s=stop_timeout_s(o), before_stop_s=o.settings.before_stop_s)
         )
         return Decision(situation="stopping", summary="stopping PostgreSQL", reasons=because, actions=(action,), memory=memory)
     if o.postgres.orphans:

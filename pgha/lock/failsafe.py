@@ -60,17 +60,19 @@ class Http(Protocol):
 
 
 class HttpAsker:
-    """By HTTP, a connection for each question. `authorization`: the header's value, "" for none."""
+    """By HTTP, a connection for each question. `authorization`: gives the header's value, "" for none."""
 
-    def __init__(self, http: Callable[[], AbstractAsyncContextManager[Http]], *, authorization: str) -> None:
+    def __init__(self, http: Callable[[], AbstractAsyncContextManager[Http]], *, authorization: Callable[[], str]) -> None:
         self._http = http
-        self._also = {"authorization": authorization} if authorization else {}
+        self._authorization = authorization
 
     async def ask(self, api_url: str, body: bytes) -> str:
         try:
             parts = urlsplit(api_url)
+            given = self._authorization()
+            also = {"authorization": given} if given else {}
             async with self._http() as client:
-                status, text = await client.request("POST", f"{parts.scheme}://{parts.netloc}/failsafe", body=body, largest_bytes=LARGEST_ANSWER_BYTES, **self._also)
+                status, text = await client.request("POST", f"{parts.scheme}://{parts.netloc}/failsafe", body=body, largest_bytes=LARGEST_ANSWER_BYTES, **also)
         except (ConnectionError, ValueError) as error:
             return str(error) or type(error).__name__
         if status == 200 and text.strip() == b"Accepted":

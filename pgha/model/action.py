@@ -181,10 +181,18 @@ class Promote(Struct, frozen=True, kw_only=True, tag=True):
     synchronous_names: str | None = None
 
 
+class PrePromote(Struct, frozen=True, kw_only=True, tag=True):
+    """Ask the operator's program whether this node is to become primary, under the lock of `epoch`; silence is a no."""
+
+    epoch: int
+    limit_s: float
+
+
 class Demote(Struct, frozen=True, kw_only=True, tag=True):
     """Stop accepting writes. `release`: then give the lock back with the final LSN.
 
     fast: checkpoint first (`checkpoint`), clients ended, walsenders drained. kill: the recipe, at once.
+    `before_stop_s`: so long may the operator's program take first, if the licence leaves so much; 0: it is not run.
     """
 
     mode: Literal["fast", "kill"]
@@ -192,20 +200,23 @@ class Demote(Struct, frozen=True, kw_only=True, tag=True):
     checkpoint: bool
     why: str
     timeout_s: float
+    before_stop_s: float = 0.0
 
 
 class Stop(Struct, frozen=True, kw_only=True, tag=True):
-    """Stop a standby (for a rewind, a clone, or because its data is foreign)."""
+    """Stop a standby (for a rewind, a clone, or because its data is foreign). `before_stop_s`: see Demote."""
 
     why: str
     timeout_s: float
+    before_stop_s: float = 0.0
 
 
 class Restart(Struct, frozen=True, kw_only=True, tag=True):
-    """Stop and start again in the same role, because an operator asked or configuration needs it."""
+    """Stop and start again in the same role, because an operator asked or configuration needs it. `before_stop_s`: see Demote."""
 
     as_primary: bool
     timeout_s: float
+    before_stop_s: float = 0.0
     request_id: int = 0
     upstream: Source | None = None
     slot_name: str = ""
@@ -251,7 +262,7 @@ QuickAction = (
     | RestoreStandbySignal | AnswerRequest | ApplyConfiguration | SetSynchronousNames | CompactStore | CancelOperation
 )
 LongAction = (
-    Bootstrap | Clone | StartStandby | StartPrimary | Promote | Demote | Stop | Restart | InspectUpstream
+    Bootstrap | Clone | StartStandby | StartPrimary | PrePromote | Promote | Demote | Stop | Restart | InspectUpstream
     | InspectEndOfWal | Rewind | Sweep | AbandonDirectory
 )
 Action = QuickAction | LongAction

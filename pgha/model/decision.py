@@ -93,6 +93,9 @@ class Memory(Struct, frozen=True, kw_only=True):
 
     election: Election | None = None
     promotion_failed_at: Instant | None = None
+    pre_promoted_epoch: int = -1               # the operator's program has agreed to a promotion under the lock of this epoch
+    vetoed_until: Instant | None = None        # it has refused: this node does not lead before then
+    veto_why: str = ""
     crash_seen_at: Instant | None = None       # PostgreSQL died while this node was leader
     start_failures: int = 0
     last_start_failed_at: Instant | None = None

@@ -8,6 +8,7 @@ Rules of this file:
   work beside the next agent. The kernel does it (PR_SET_PDEATHSIG), when the *thread* that forked has ended: therefore
   a thread of its own starts the program and stays until its end. A wrapper asks for it, not `preexec_fn`, which may
   hang in a process with threads.
+* What a program has left in the background ends with it, unless its caller spares that (`spare_background`).
 * Output is streamed to `on_output` if asked; of each stream only the last `TAIL_BYTES` are kept.
 """
 
@@ -32,6 +33,8 @@ from pgha.errors import CommandFailed, PostgresTimeout, PostgresUnreachable
 
 #: What a program has between SIGTERM and SIGKILL.
 GRACE_S = 1.0
+#: What a program in the background, which is spared, still writes is read for so long.
+LAST_WORDS_S = 0.5
 #: How much of each output stream is kept: enough for an error and its context.
 TAIL_BYTES = 64 * 1024
 
@@ -153,16 +156,20 @@ async def _start(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path | Non
     return _Child(process=process, stdout=streams[0], stderr=streams[1], ended=ended)
 
 
-async def _end(child: _Child) -> None:
-    """SIGTERM to the group, a grace, SIGKILL, reap. Shielded; bounded by the grace and the kernel's kill."""
+async def _end(child: _Child, *, spare: bool) -> None:
+    """SIGTERM to the group, a grace, SIGKILL, reap. Shielded; bounded by the grace and the kernel's kill.
+
+    `spare`: it ended by itself, and what it started may go on.
+    """
     pid = child.process.pid
     with trio.CancelScope(shield=True):
-        _signal_group(pid, signal.SIGTERM)
-        with trio.move_on_after(GRACE_S):
+        if not spare:
+            _signal_group(pid, signal.SIGTERM)
+            with trio.move_on_after(GRACE_S):
+                await _exited(pid)
+            # Also when it ended by itself: nothing that it started may outlive it.
+            _signal_group(pid, signal.SIGKILL)
             await _exited(pid)
-        # Also when it ended by itself: nothing that it started may outlive it.
-        _signal_group(pid, signal.SIGKILL)
-        await _exited(pid)
         child.process.wait()
         child.ended.set()
 
@@ -180,14 +187,14 @@ class Run(Protocol):
     async def __call__(
         self, argv: Sequence[str | Path], *, deadline_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None,
         on_output: Callable[[bytes], None] | None = None, on_error_output: Callable[[bytes], None] | None = None,
-        dies_with_us: bool = False,
+        dies_with_us: bool = False, spare_background: bool = False,
     ) -> Completed: ...
 
 
 async def run(
     argv: Sequence[str | Path], *, deadline_s: float, env: Mapping[str, str] | None = None, cwd: Path | None = None,
     on_output: Callable[[bytes], None] | None = None, on_error_output: Callable[[bytes], None] | None = None,
-    dies_with_us: bool = False,
+    dies_with_us: bool = False, spare_background: bool = False,
 ) -> Completed:
     """Run `argv` with stdin closed. `env` is complete, or None for `clean_environment(messages_in_english=True)`.
 
@@ -203,12 +210,16 @@ async def run(
         except OSError as e:
             raise PostgresUnreachable(f"cannot start {argv[0]}: {e.strerror}") from e
         async with trio.open_nursery() as nursery:
+            by_itself = False
             try:
                 nursery.start_soon(out.fill, child.stdout)
                 nursery.start_soon(err.fill, child.stderr)
                 await _exited(child.process.pid)
+                by_itself = True
             finally:
-                await _end(child)
+                await _end(child, spare=by_itself and spare_background)
+            if spare_background:
+                nursery.cancel_scope.deadline = trio.current_time() + LAST_WORDS_S
         return Completed(exit_code=child.process.returncode, stdout=out.text(), stderr=err.text())
     raise PostgresTimeout(f"{name} had not ended after {deadline_s:g} s: {err.text().strip()[-500:]}")
 

@@ -72,9 +72,9 @@ def _contains(networks: tuple[Network, ...], peer: str) -> bool:
     return any(address in network for network in networks)
 
 
-async def resolve_allowlist(items: Sequence[str], *, deadline_s: float = 5.0) -> tuple[Network, ...] | None:
+async def resolve_allowlist(items: Sequence[str], *, deadline_s: float = 5.0, what: str = "restapi.allowlist") -> tuple[Network, ...] | None:
     """Addresses, networks and host names → networks; None for an empty list. Called at start and reload, never while a
-    request waits. A name that cannot be resolved in time is logged and allows nobody."""
+    request waits. A name that cannot be resolved in time is logged and allows nobody. `what`: where the names stand."""
     if not items:
         return None
     found: list[Network] = []
@@ -94,7 +94,7 @@ async def resolve_allowlist(items: Sequence[str], *, deadline_s: float = 5.0) ->
                 return
             except OSError as error:
                 why = str(error)
-        log.warning("a name in restapi.allowlist cannot be resolved and allows nobody", name=name, why=why)
+        log.warning("a name cannot be resolved and allows nobody", of=what, name=name, why=why)
 
     async with trio.open_nursery() as nursery:
         for name in names:

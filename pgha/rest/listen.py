@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-import ssl
 from collections.abc import Mapping, Sequence
 
 import trio
 from msgspec import Struct
 
 from pgha.errors import ConfigError
+from pgha.rest.tls import Tls
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -26,11 +26,11 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 
 class Listen(Struct, frozen=True, kw_only=True):
-    """`addresses`: (host, port); host "*" or "" is every address. `headers`: of every answer. `ssl_context` None: plain."""
+    """`addresses`: (host, port); host "*" or "" is every address. `headers`: of every answer. `tls` None: plain."""
 
     addresses: Sequence[tuple[str, int]]
     headers: Mapping[str, str] = {}
-    ssl_context: ssl.SSLContext | None = None
+    tls: Tls | None = None
     backlog: int = 128
     limits: Limits = Limits()
 

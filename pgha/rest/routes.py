@@ -20,12 +20,13 @@ import trio
 
 from pgha.clock import Clock, Deadline, holder_age_s, remaining_s
 from pgha.log import scrub
-from pgha.rest import health
+from pgha.rest import etcd_v2, health
 from pgha.rest.access import SAFE_METHODS, Access
 from pgha.rest.bodies import cluster_body, history_body, patroni_body
 from pgha.rest.health import HealthFacts, Verdict
 from pgha.rest.metrics import metrics_text
 from pgha.rest.published import Board, Published
+from pgha.rest.refusals import Refusals
 from pgha.rest.requests import Changes, Requests
 from pgha.rest.stream import Readers, Upgraded
 from pgha.rest.wire import (
@@ -68,6 +69,7 @@ class App:
         self.clock = clock
         self.access = access or Access()      # replaced on reload
         self.headers = dict(headers or {})
+        self.refusals = Refusals()
         self.changes = Changes(board, requests)
         self._kept: dict[bytes, _Kept] = {}
         self._kept_of: Published | None = None
@@ -135,7 +137,10 @@ class App:
             return None
         if not self.changes.knows(request.method, _first(request.path)):
             return text_response(501, f"{request.method} {request.path} is not supported")
-        return self.access.refuses(request)
+        refusal = self.access.refuses(request)
+        if refusal is not None:
+            self.refusals.note(request.peer, refusal.body.decode(), method=request.method, path=request.path[:200], status=refusal.status)
+        return refusal
 
     async def handle(self, request: Request) -> Response:
         """See server.Application."""
@@ -173,6 +178,8 @@ class App:
                 return Response(status=200, body=text.encode(), content_type=METRICS)
             case "pgha":
                 return await self._own(request, published)
+            case "v2":
+                return etcd_v2.answer(request, published, facts)
             case _:
                 self.quick(b"GET /", keep_alive=False)      # makes the body of this publication
                 return self._health_response(request.path, name, request.query, facts, published)
@@ -220,7 +227,7 @@ class App:
         })
 
 
-_GET = frozenset({"cluster", "history", "config", "failsafe", "metrics", "pgha", "patroni"})
+_GET = frozenset({"cluster", "history", "config", "failsafe", "metrics", "pgha", "patroni", "v2"})
 
 
 def _first(path: str) -> str:

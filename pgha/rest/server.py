@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import resource
 import socket
+import ssl
 from typing import Protocol
 
 import h11
@@ -23,6 +24,7 @@ import trio
 
 from pgha.log import Log
 from pgha.rest.listen import Limits, Listen, open_sockets
+from pgha.rest.refusals import Refusals
 from pgha.rest.stream import Upgraded
 from pgha.rest.wire import Request, Response, exact_request, head_bytes, split_target, text_response
 
@@ -116,6 +118,7 @@ class _Server:
         self.waiting: dict[_Connection, None] = {}
         self.bodies_bytes = 0
         self.defects: dict[str, float] = {}
+        self.refusals = Refusals()
 
     # --- the accept loop ---------------------------------------------------------------------------------------------
 
@@ -146,7 +149,7 @@ class _Server:
         """Answer at once if all is there already, else start a task. Never blocks."""
         sock.setblocking(False)
         data = unsent = b""
-        if self.listen.ssl_context is None:
+        if self.listen.tls is None:
             try:
                 data = sock.recv(self.limits.head_bytes)
                 answer = self._answer_at_once(data) if data else b""
@@ -238,12 +241,12 @@ class _Server:
         if connection.unsent:
             await self._send(connection, connection.unsent)
             return
-        if self.listen.ssl_context is not None:
+        if self.listen.tls is not None:
             assert isinstance(connection.stream, trio.SocketStream)
-            tls = trio.SSLStream(connection.stream, self.listen.ssl_context, server_side=True, https_compatible=True)
+            tls = trio.SSLStream(connection.stream, self.listen.tls.context, server_side=True, https_compatible=True)
             connection.stream = tls
             with trio.move_on_after(self.limits.handshake_s) as bound:
-                await tls.do_handshake()
+                await self._handshake(tls, connection.peer)
             if bound.cancelled_caught:
                 return
             connection.client_cert = bool(tls.getpeercert())
@@ -251,6 +254,18 @@ class _Server:
         while await self._one_request(connection, wait_s):
             wait_s = self.limits.idle_s
             self._waits_for(connection)
+
+    async def _handshake(self, tls: trio.SSLStream[trio.SocketStream], peer: str) -> None:
+        """BrokenResourceError as from trio; a certificate that is not accepted is worth a line in the log, noise is not."""
+        try:
+            await tls.do_handshake()
+        except trio.BrokenResourceError as broken:
+            error = broken.__cause__
+            if isinstance(error, ssl.SSLCertVerificationError):
+                self.refusals.note(peer, f"its client certificate is not accepted: {error.verify_message}")
+            elif isinstance(error, ssl.SSLError) and error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+                self.refusals.note(peer, "it shows no client certificate")
+            raise
 
     async def _one_request(self, connection: _Connection, wait_s: float) -> bool:
         """Read, answer. False: the connection is done with."""

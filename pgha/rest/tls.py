@@ -7,6 +7,13 @@ import ssl
 from pgha.errors import ConfigError
 
 
+class Tls:
+    """The listener's context: of connections accepted from now on. Replaced on a reload."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self.context = context
+
+
 def make_context(*, certfile: str, keyfile: str = "", keyfile_password: str = "", cafile: str = "", ciphers: str = "",
                  verify_client: str = "none") -> ssl.SSLContext:
     """A server context. `verify_client`: none; optional: GETs are open, changes need a certificate; required: every
@@ -32,12 +39,12 @@ def make_context(*, certfile: str, keyfile: str = "", keyfile_password: str = ""
     return context
 
 
-def load_certificate(context: ssl.SSLContext, *, certfile: str, keyfile: str = "", keyfile_password: str = "") -> None:
-    """Load (or load again, on a reload: new connections use it) certificate and key. ConfigError names the file."""
+def load_certificate(context: ssl.SSLContext, *, certfile: str, keyfile: str = "", keyfile_password: str = "", section: str = "restapi") -> None:
+    """Load (or load again, on a reload: new connections use it) certificate and key of that section. ConfigError names the file."""
     try:
         context.load_cert_chain(certfile, keyfile or None, password=keyfile_password)
     except OSError as error:
-        raise ConfigError(f"restapi.certfile: cannot use {certfile}{f' with {keyfile}' if keyfile else ''}: {error.strerror or error}") from error
+        raise ConfigError(f"{section}.certfile: cannot use {certfile}{f' with {keyfile}' if keyfile else ''}: {error.strerror or error}") from error
 
 
 def server_headers(tokens: str, *, version: str, compatible: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ import trio
 
 from pgha.act import Actor
 from pgha.act.context import Context
+from pgha.act.context import Told as ContextTold
 from pgha.act.wanted import Wanted
 from pgha.clock import SystemClock
 from pgha.config.load import effective
@@ -44,6 +45,28 @@ ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("postgres_conftest", ROOT / "tests" / "postgres" / "conftest.py")
 shared = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(shared)
+
+
+class Told(ContextTold):
+    """Notes what callbacks would be told."""
+
+    def __init__(self):
+        self.events = []
+
+    def promoted(self):
+        self.events.append("promoted")
+
+    def started(self, role):
+        self.events.append(f"started {role}")
+
+    def restarted(self, role):
+        self.events.append(f"restarted {role}")
+
+    def stopped(self):
+        self.events.append("stopped")
+
+    def reloaded(self):
+        self.events.append("reloaded")
 
 
 def as_source(node) -> a.Source:
@@ -77,6 +100,7 @@ class Node:
                                    "rewind": {"username": "rew", "password": "re\\w"}},
                 "parameters": {"fsync": "off", "shared_buffers": "8MB", "unix_socket_directories": str(self.directory), "max_wal_size": "64MB",
                                **self.options.get("parameters", {})},
+                **self.options.get("postgresql", {}),
             },
         }
         report = Report("test")
@@ -100,10 +124,12 @@ class Node:
             wake=self.wake, wanted=self.wanted.settings)
         self.reader = DataDirectoryReader(self.data_dir, shared.BIN)
         self.server = Server(self.data_dir, shared.BIN, config_file=self.data_dir / "postgresql.conf")
+        self.told, self.scripts = Told(), None
         self.ctx = Context(
             clock=self.clock, me=self.me, store=self.store, keys=self.keys, renewer=self.renewer, fence=self.fence, server=self.server,
             machine=self.machine, wanted=self.wanted, hurry=self.observer.hurry, configuration_changed=self.observer.configuration_changed,
-            last_position=lambda: Position(timeline=0, lsn=0), bootstrap_config=lambda: encode(self.dynamic), private_dir=self.runtime)
+            last_position=lambda: Position(timeline=0, lsn=0), bootstrap_config=lambda: encode(self.dynamic), private_dir=self.runtime,
+            beside=lambda work: self.scripts.start_soon(work), told=self.told)
         self.actor = Actor(self.ctx)
         self.progress = []
 
@@ -194,6 +220,7 @@ class Bed:
             status = await ensure_running(node.guard, argv, log=str(node.directory / "guard.log"))
             try:
                 async with trio.open_nursery() as nursery:
+                    node.scripts = nursery
                     await nursery.start(node.renewer.run)
                     await nursery.start(node.fence.run)
                     await nursery.start(node.observer.run)

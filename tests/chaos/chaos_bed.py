@@ -84,8 +84,9 @@ class Host(Node):
 
     def configuration(self) -> dict[str, Any]:
         found = super().configuration()
+        found["postgresql"]["listen"] = f"*:{self.port}"     # a host has it all to itself, also an address that moves
         found["postgresql"]["pg_hba"] = ["local all all trust", f"host replication replicator {NETWORK}.0/24 scram-sha-256",
-                                         f"host all all {NETWORK}.0/24 scram-sha-256"]
+                                         f"host all all {NETWORK}.0/24 scram-sha-256", "host all all 127.0.0.1/32 scram-sha-256"]
         found["pgha"]["state_dir"] = str(self.disk / "state")
         if self.with_watchdog:
             found["watchdog"] = {"mode": "required", "device": str(self.watchdog)}

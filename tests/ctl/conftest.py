@@ -24,6 +24,7 @@ from ctl_world import World  # noqa: E402  (after the path)
 from etcd_server import EtcdCluster  # noqa: E402  (after the path)
 
 from pgha.rest.server import Listen, serve  # noqa: E402  (after the path)
+from pgha.rest.tls import Tls  # noqa: E402  (as above)
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +76,7 @@ def start_agent() -> Iterator[Callable[..., tuple[str, int]]]:
 
         async def main() -> None:
             async with trio.open_nursery() as nursery:
-                found["address"] = (await nursery.start(serve, Listen(addresses=[("127.0.0.1", 0)], ssl_context=ssl_context), app))[0]
+                found["address"] = (await nursery.start(serve, Listen(addresses=[("127.0.0.1", 0)], tls=Tls(ssl_context) if ssl_context else None), app))[0]
                 found["token"], found["scope"] = trio.lowlevel.current_trio_token(), nursery.cancel_scope
                 ready.set()
                 await trio.sleep_forever()

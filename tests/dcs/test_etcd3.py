@@ -649,6 +649,15 @@ def test_what_an_answer_means(status, body, meaning):
     assert (got and got.meaning) is meaning
 
 
+def test_what_is_no_json_is_told_all_the_same():
+    words = b"CommonName of client sending a request against gateway will be ignored and not used as expected\n"      # etcd 3.4, with --client-cert-auth and users
+    fault = wire.fault_in(400, words)
+    assert fault is not None
+    assert fault.message == f"HTTP status 400: {words.decode().strip()}"
+    assert wire.fault_in(400, b"").message == "HTTP status 400 without an explanation"
+    assert len(wire.fault_in(400, b"x" * 100_000).message) < 400
+
+
 @pytest.mark.parametrize(("prefix", "end"), [(b"/a/", b"/a0"), (b"a\xff", b"b"), (b"\xff\xff", b"\0"), (b"", b"\0")])
 def test_the_end_of_a_prefix(prefix, end):
     assert wire.range_end(prefix) == end

@@ -24,7 +24,7 @@ from pgha.model.synchronous import Promise
 from pgha.model.wal import HistoryRow, Position
 
 WORLDS = (w.LEADER, w.REPLICA, w.CANDIDATE, w.CANDIDATE, w.WINNER, w.CRASHED, w.STOPPED, w.EMPTY, w.BIRTH)
-KINDS = ("Bootstrap", "Clone", "StartStandby", "StartPrimary", "Promote", "Demote", "Stop", "Restart", "InspectUpstream", "InspectEndOfWal", "Rewind", "Sweep", "AbandonDirectory", "?")
+KINDS = ("Bootstrap", "Clone", "StartStandby", "StartPrimary", "PrePromote", "Promote", "Demote", "Stop", "Restart", "InspectUpstream", "InspectEndOfWal", "Rewind", "Sweep", "AbandonDirectory", "?")
 TAGS: tuple[dict[str, Any], ...] = (
     {}, {"nofailover": True}, {"nofailover": "yes"}, {"failover_priority": "x"}, {"failover_priority": [1]}, {"failover_priority": -3}, {"failover_priority": 7}, {"nofailover": {}},
     {"replicatefrom": "c"}, {"replicatefrom": "nobody"}, {"replicatefrom": 7}, {"nostream": 1}, {"clonefrom": True}, {"nosync": None, "sync_priority": 2.5}, {"": ""},

@@ -367,7 +367,7 @@ def test_only_200_and_accepted_is_yes(answer, why):
         async with trio.open_nursery() as nursery:
             listeners = await nursery.start(trio.serve_tcp, serve, 0)
             port = listeners[0].socket.getsockname()[1]
-            said = await HttpAsker(lambda: http(False), authorization="Basic dTpw").ask(f"http://127.0.0.1:{port}/patroni", b'{"name": "a"}')
+            said = await HttpAsker(lambda: http(False), authorization=lambda: "Basic dTpw").ask(f"http://127.0.0.1:{port}/patroni", b'{"name": "a"}')
             nursery.cancel_scope.cancel()
         assert got[0].startswith(b"POST /failsafe HTTP/1.1\r\n")
         assert b"authorization: basic dTpw\r\n" in got[0].replace(b"Authorization: Basic", b"authorization: basic")
@@ -379,5 +379,5 @@ def test_only_200_and_accepted_is_yes(answer, why):
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/patroni", "http://[::1", "nonsense", ""])
 def test_a_member_that_cannot_be_asked_is_a_no(url):
     async def main() -> None:
-        assert await HttpAsker(lambda: http(False), authorization="").ask(url, b"{}")
+        assert await HttpAsker(lambda: http(False), authorization=lambda: "").ask(url, b"{}")
     trio.run(main)

@@ -26,6 +26,7 @@ from pgha.rest.published import Board, Published, publish_pass
 from pgha.rest.requests import Answer
 from pgha.rest.routes import App
 from pgha.rest.server import Limits, Listen, serve
+from pgha.rest.tls import Tls
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NOW = Instant(1_000_000_000_000, 1_000_000_000_000)
@@ -135,7 +136,7 @@ def app_for(first: Published, *, access: Any = None) -> tuple[App, Board, Inbox,
 @asynccontextmanager
 async def serving(app: Any, *, limits: Limits | None = None, ssl_context: Any = None, headers: Mapping[str, str] | None = None) -> AsyncIterator[tuple[str, int]]:
     async with trio.open_nursery() as nursery:
-        listen = Listen(addresses=[("127.0.0.1", 0)], limits=limits or Limits(), ssl_context=ssl_context, headers=headers or {"Server": "pgha/test"})
+        listen = Listen(addresses=[("127.0.0.1", 0)], limits=limits or Limits(), tls=Tls(ssl_context) if ssl_context else None, headers=headers or {"Server": "pgha/test"})
         bound: list[tuple[str, int]] = await nursery.start(serve, listen, app)
         yield bound[0]
         nursery.cancel_scope.cancel()

@@ -674,7 +674,7 @@ class SimMachine:
     # programs
 
     async def run(self, argv: Sequence[str | Path], *, deadline_s: float, env: Any = None, cwd: Path | None = None, on_output: Any = None,
-                  on_error_output: Any = None, dies_with_us: bool = False) -> Completed:
+                  on_error_output: Any = None, dies_with_us: bool = False, spare_background: bool = False) -> Completed:
         self.process.check()
         words = [str(a) for a in argv]
         name = words[0].rpartition("/")[2]

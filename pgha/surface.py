@@ -1,0 +1,217 @@
+"""Who may reach this agent over its REST API, and as whom does it reach its store and its peers?
+
+All of it comes from the node's own configuration: certificates, keys, user names, passwords, allowlist. `reload` takes
+it anew while the agent runs (SIGHUP): what new connections need is replaced, one by one, and what cannot be read is
+named and changes nothing, so that a half-written certificate never takes the API away.
+
+`restapi.allowlist_include_members` adds the addresses of the members' api_urls; names are resolved beside the agent's
+work (`keep_members`), and a name server that is silent leaves what was known.
+"""
+
+from __future__ import annotations
+
+import base64
+import ssl
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from msgspec.structs import replace
+
+from pgha import COMPATIBLE_VERSION, __version__
+from pgha.config.local import LocalConfig
+from pgha.dcs import Store
+from pgha.dcs.etcd3 import Etcd3Store
+from pgha.errors import ConfigError
+from pgha.log import Log
+from pgha.machine import Machine
+from pgha.model.cluster import ClusterView
+from pgha.rest.access import Access, Network, resolve_allowlist
+from pgha.rest.listen import Listen
+from pgha.rest.tls import Tls, load_certificate, make_context, server_headers
+
+log = Log("pgha.surface")
+
+
+class Published(Protocol):
+    """What `keep_members` follows: published.Board's value."""
+
+    @property
+    def view(self) -> ClusterView | None: ...
+
+
+class Surface:
+    """`access`, `tls`: of this node's REST API, replaced by `reload`. Raises ConfigError for files that cannot be used."""
+
+    def __init__(self, local: LocalConfig) -> None:
+        self._local = local
+        self._peers = _peer_context(local)
+        self._etcd_tls: ssl.SSLContext | None = None
+        self._stores: list[Etcd3Store] = []
+        self._listed: tuple[Network, ...] | None = None     # what the allowlist names
+        self._members: tuple[Network, ...] = ()
+        self._headers = _headers(local)
+        self.access = Access()
+        self.tls: Tls | None = None
+
+    # --- as whom it reaches others -------------------------------------------------------------------------------------
+
+    def open_store(self, local: LocalConfig) -> Store:
+        """One connection to the store; each caller has its own. All present the same certificate."""
+        etcd = local.etcd3
+        if self._etcd_tls is None and any(url.startswith("https:") for url in etcd.endpoints):
+            self._etcd_tls = _etcd_context(local)
+        store = Etcd3Store(etcd.endpoints, username=etcd.username or None, password=etcd.password.reveal() or None, ssl_context=self._etcd_tls)
+        self._stores.append(store)
+        return store
+
+    def peers(self, machine: Machine) -> Callable[[], AbstractAsyncContextManager[Any]]:
+        """HTTP clients for other members: their certificates are not verified, as among the reference's agents (compatibility spec 3.6)."""
+        return partial(machine.http, self._peers)
+
+    def authorization(self) -> str:
+        """The header's value for what changes something at a peer: `ctl.authentication`, else this node's own; "" for none."""
+        for given in (self._local.ctl.authentication, self._local.restapi.authentication):
+            if given.username:
+                return "Basic " + base64.b64encode(f"{given.username}:{given.password.reveal()}".encode()).decode()
+        return ""
+
+    # --- who may reach it ----------------------------------------------------------------------------------------------
+
+    async def listen(self) -> Listen:
+        """Where the REST server listens, and how. `access` is known from now on."""
+        rest = self._local.restapi
+        if rest.tls:
+            self.tls = Tls(_rest_context(self._local))
+        await self._take_access(self._local)
+        return Listen(addresses=[(host, rest.listen.port) for host in rest.listen.hosts], headers=self._headers,
+                      backlog=rest.request_queue_size or 128, tls=self.tls)
+
+    async def _take_access(self, local: LocalConfig) -> None:
+        rest = local.restapi
+        self._listed = await resolve_allowlist(rest.allowlist)
+        self.access = Access(username=rest.authentication.username, password=rest.authentication.password.reveal(),
+                             require_cert=rest.tls and rest.verify_client in ("optional", "required"))
+        self._allow()
+
+    def _allow(self) -> None:
+        """Listed addresses and members together; None, everybody, only where neither is asked for."""
+        with_members = self._local.restapi.allowlist_include_members
+        networks = None if self._listed is None and not with_members else (*(self._listed or ()), *(self._members if with_members else ()))
+        self.access = replace(self.access, networks=networks)
+
+    async def keep_members(self, now: Callable[[], Published], changed: Callable[[Any], Awaitable[Any]], take: Callable[[Access], None]) -> None:
+        """Follow the members' addresses, for as long as the agent runs. `take`: who gets each new Access."""
+        known: frozenset[str] = frozenset()
+        published = now()
+        while True:
+            view = published.view
+            if self._local.restapi.allowlist_include_members and view is not None:
+                hosts = frozenset(host for member in view.members.values() if (host := _host(member.api_url)))
+                # A view without members is one that tells nothing: whoever was a member stays allowed until others are.
+                if hosts and hosts != known:
+                    found = await resolve_allowlist(sorted(hosts), what="a member's api_url")
+                    self._members, known = found or (), hosts
+                    self._allow()
+                    take(self.access)
+            published = await changed(published)
+
+    # --- SIGHUP --------------------------------------------------------------------------------------------------------
+
+    async def reload(self, local: LocalConfig) -> None:
+        """Take what `local` says from now on. What cannot be read is logged, and the former goes on."""
+        before, self._local = self._local, local
+        for problem in _fixed(before, local):
+            log.error("reload", problem=problem)
+        await self._take_access(local)
+        if self.tls is not None and local.restapi.tls:
+            try:
+                self.tls.context = _rest_context(local)
+            except ConfigError as error:
+                log.error("certificate not reloaded", problem=str(error))
+        self._reload_client(lambda: _present_to_peers(self._peers, local))
+        self._reload_client(lambda: _present_to_etcd(self._etcd_tls, local))
+        for store in self._stores:
+            store.credentials(local.etcd3.username or None, local.etcd3.password.reveal() or None)
+
+    @staticmethod
+    def _reload_client(load: Callable[[], None]) -> None:
+        try:
+            load()
+        except ConfigError as error:
+            log.error("client certificate not reloaded", problem=str(error))
+
+
+def _fixed(before: LocalConfig, after: LocalConfig) -> list[str]:
+    """What a reload cannot change, since it is part of what was built at the start."""
+    old, new = before.restapi, after.restapi
+    remedy = "takes effect at the agent's next start"
+    changed = {
+        "restapi.listen": old.listen != new.listen, "restapi.certfile": old.tls != new.tls,
+        "restapi.request_queue_size": old.request_queue_size != new.request_queue_size,
+        "restapi.http_extra_headers, https_extra_headers, server_tokens": _headers(before) != _headers(after),
+        "etcd3.hosts, url or protocol": before.etcd3.endpoints != after.etcd3.endpoints,
+    }
+    return [f"{key}: the change {remedy}" for key, differs in changed.items() if differs]
+
+
+def _host(api_url: str) -> str:
+    try:
+        return urlsplit(api_url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _peer_context(local: LocalConfig) -> ssl.SSLContext | bool:
+    if not local.restapi.tls and not local.ctl.certfile:
+        return False
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    _present_to_peers(context, local)
+    return context
+
+
+def _present_to_peers(context: ssl.SSLContext | bool, local: LocalConfig) -> None:  # noqa: FBT001  (httpx's own word)
+    """`ctl.certfile`, or `restapi.certfile` in its place."""
+    if isinstance(context, bool):
+        return
+    section, given = ("ctl", local.ctl) if local.ctl.certfile else ("restapi", local.restapi)
+    if given.certfile:
+        load_certificate(context, certfile=given.certfile, keyfile=given.keyfile, keyfile_password=given.keyfile_password.reveal(), section=section)
+
+
+def _etcd_context(local: LocalConfig) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=local.etcd3.cacert or None)
+    except OSError as error:
+        raise ConfigError(f"etcd3.cacert: cannot use {local.etcd3.cacert}: {error.strerror or error}") from error
+    _present_to_etcd(context, local)
+    return context
+
+
+def _present_to_etcd(context: ssl.SSLContext | None, local: LocalConfig) -> None:
+    etcd = local.etcd3
+    if context is None:
+        return
+    try:
+        if etcd.cacert:
+            context.load_verify_locations(etcd.cacert)      # beside those it trusts already
+        if etcd.cert:
+            context.load_cert_chain(etcd.cert, etcd.key or None, password="")
+    except OSError as error:
+        raise ConfigError(f"etcd3: cacert, cert or key cannot be used: {error.strerror or error}") from error
+
+
+def _rest_context(local: LocalConfig) -> ssl.SSLContext:
+    rest = local.restapi
+    return make_context(certfile=rest.certfile, keyfile=rest.keyfile, keyfile_password=rest.keyfile_password.reveal(), cafile=rest.cafile, ciphers=rest.ciphers,
+                        verify_client=rest.verify_client)
+
+
+def _headers(local: LocalConfig) -> dict[str, str]:
+    rest = local.restapi
+    extra = {**rest.http_extra_headers, **(rest.https_extra_headers if rest.tls else {})}
+    return {**server_headers(rest.server_tokens, version=__version__, compatible=COMPATIBLE_VERSION), **extra}

@@ -1,0 +1,98 @@
+"""The operator's programs, real ones: what they get to see, what becomes of their words, and how they are ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import trio
+
+from pgha.act.scripts import LONGEST_LINE, MOST_LINES, run_script
+from pgha.postgres import programs
+
+
+def script(text, *, limit_s=10.0, **more):
+    async def main():
+        return await run_script("on_start", ["/bin/sh", "-c", text, "sh", "on_start", "primary", "demo"], run=programs.run, limit_s=limit_s, **more)
+    return trio.run(main)
+
+
+def said(caplog):
+    return [record.facts["line"] for record in caplog.records if record.getMessage() == "script says"]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def _logs(caplog):
+    caplog.set_level(logging.INFO, "pgha")
+
+
+def test_its_words_are_in_the_log_line_by_line(caplog):
+    ended = script('echo "$1 $2 $3"; printf "no end" >&2; exit 3')
+    assert (ended.exit_code, ended.ok) == (3, False)
+    assert set(said(caplog)) == {"on_start primary demo", "no end"}
+    assert str(ended) in ("exit code 3: no end", "exit code 3: on_start primary demo")
+
+
+def test_a_secret_that_it_says_is_not_logged(caplog):
+    script("echo connecting to postgres://rep:hush-hush@db/x")
+    from pgha.log import PlainFormatter
+    assert "hush-hush" not in "".join(PlainFormatter().format(record) for record in caplog.records)
+
+
+def test_endless_words_are_bounded(caplog):
+    ended = script(f"i=0; while [ $i -lt {MOST_LINES * 3} ]; do echo line $i; i=$((i+1)); done; head -c 1000000 /dev/zero | tr '\\0' x; echo; echo the last")
+    assert len(said(caplog)) == MOST_LINES
+    assert max(map(len, said(caplog))) <= LONGEST_LINE + 1
+    assert "script said more than is logged" in caplog.text
+    assert ended.ok and ended.last_line == "the last"
+
+
+def test_its_environment_has_nothing_of_ours(caplog, monkeypatch):
+    for name in ("PGHA_SUPERUSER_PASSWORD", "PATRONI_SUPERUSER_PASSWORD", "NOTIFY_SOCKET", "WATCHDOG_USEC", "PGPASSWORD"):
+        monkeypatch.setenv(name, "hush-hush")
+    monkeypatch.setenv("OF_THE_OPERATOR", "yes")
+    script('env; [ "$OF_THE_OPERATOR" = yes ] || exit 1; if read line; then echo "there is input"; fi')
+    assert not [line for line in said(caplog) if "hush-hush" in line or "input" in line]
+    assert "OF_THE_OPERATOR=yes" in said(caplog)
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_at_its_limit_the_whole_group_is_ended(caplog, deaf):
+    ended = script(f"{'trap : TERM; ' if deaf else ''}sleep 1000 & echo $!; echo $$; while :; do wait; done", limit_s=0.3)
+    assert ended.exit_code is None and "had not ended after 0.3 s" in str(ended)
+    assert ended.took_s < 5
+    pids = [int(line) for line in said(caplog)]
+    assert len(pids) == 2 and not any(map(alive, pids))
+
+
+def test_what_it_leaves_in_the_background_goes_on_if_it_is_spared(caplog):
+    ended = script("sleep 1000 & echo $!", spare_background=True)
+    pid = int(said(caplog)[0])
+    try:
+        assert ended.ok and ended.took_s < 5 and alive(pid)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    caplog.clear()
+    ended = script("sleep 1000 & echo $!")
+    assert ended.ok and not alive(int(said(caplog)[0]))
+
+
+def test_one_that_is_not_there():
+    async def main():
+        return await run_script("on_stop", ["/no/such/program"], run=programs.run, limit_s=1)
+    ended = trio.run(main)
+    assert ended.exit_code is None and "cannot start /no/such/program" in str(ended)
+
+
+def test_killed_by_somebody():
+    assert str(script("kill -9 $$")) == "killed by signal 9"

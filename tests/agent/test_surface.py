@@ -1,0 +1,207 @@
+"""Who may reach an agent follows its members and its files; what cannot be read is named and changes nothing."""
+
+from __future__ import annotations
+
+import ssl
+import subprocess
+from pathlib import Path
+
+import pytest
+import trio
+from msgspec.structs import replace
+from trio.testing import MockClock
+
+from pgha.config.load import load
+from pgha.config.local import LocalConfig
+from pgha.dcs.etcd3 import Etcd3Store
+from pgha.errors import ConfigError
+from pgha.model.cluster import ClusterView, Member
+from pgha.rest.access import Access
+from pgha.rest.refusals import AGAIN_S, Refusals
+from pgha.rest.wire import Request
+from pgha.surface import Surface
+
+MINIMAL = """
+scope = "s"
+name = "n1"
+[restapi]
+listen = "127.0.0.1:8008"
+{restapi}
+[etcd3]
+host = "127.0.0.1"
+{etcd3}
+[postgresql]
+listen = "127.0.0.1"
+data_dir = "/d"
+[postgresql.authentication.replication]
+username = "r"
+"""
+
+
+def local(restapi: str = "", etcd3: str = "", more: str = "") -> LocalConfig:
+    return load("", {"PGHA_CONFIGURATION": MINIMAL.format(restapi=restapi, etcd3=etcd3) + more}).local
+
+
+class View:
+    """What is published: members at these hosts."""
+
+    def __init__(self, *hosts: str) -> None:
+        self.view = ClusterView(members={host: Member(name=host, api_url=f"http://{host}:8008/patroni") for host in hosts})
+
+
+def allowed(access: Access, peer: str) -> bool:
+    return access.refuses(Request(method="POST", path="/reload", peer=peer)) is None
+
+
+@pytest.mark.parametrize(("restapi", "hosts", "may", "may_not"), [
+    ("", ["10.0.0.1"], ["192.0.2.1", "10.0.0.1"], []),
+    ('allowlist = ["10.0.1.0/24"]', ["10.0.0.1"], ["10.0.1.7"], ["10.0.0.1"]),
+    ('allowlist = ["10.0.1.0/24"]\nallowlist_include_members = true', ["10.0.0.1", "10.0.0.2"], ["10.0.1.7", "10.0.0.1", "10.0.0.2"], ["10.0.0.3"]),
+    ("allowlist_include_members = true", ["10.0.0.1", "localhost"], ["10.0.0.1", "127.0.0.1"], ["10.0.0.3"]),
+    ("allowlist_include_members = true", [], [], ["10.0.0.1"]),
+    ("allowlist_include_members = true", ["10.0.0.1", "no.such.name.invalid"], ["10.0.0.1"], ["10.0.0.3"]),
+])
+def test_members_and_listed_addresses_are_allowed(restapi: str, hosts: list[str], may: list[str], may_not: list[str]) -> None:
+    async def main() -> None:
+        surface = Surface(local(restapi))
+        await surface.listen()
+        taken: list[Access] = []
+        async with trio.open_nursery() as nursery:
+            seen = trio.Event()
+
+            async def changed(_: object) -> View:
+                seen.set()
+                return await trio.sleep_forever()      # type: ignore[return-value]
+
+            nursery.start_soon(surface.keep_members, lambda: View(*hosts), changed, taken.append)
+            with trio.fail_after(20):
+                await seen.wait()
+            nursery.cancel_scope.cancel()
+        access = taken[-1] if taken else surface.access
+        assert [allowed(access, peer) for peer in may] == [True] * len(may)
+        assert [allowed(access, peer) for peer in may_not] == [False] * len(may_not)
+
+    trio.run(main)
+
+
+def test_a_member_that_leaves_loses_its_right_and_a_view_without_members_takes_none() -> None:
+    async def main() -> None:
+        surface = Surface(local("allowlist_include_members = true"))
+        await surface.listen()
+        views = [View("10.0.0.1", "10.0.0.2"), View(), View("10.0.0.2")]
+        rights: list[tuple[bool, bool]] = []
+
+        async def changed(_: object) -> View:
+            rights.append((allowed(surface.access, "10.0.0.1"), allowed(surface.access, "10.0.0.2")))
+            if not views:
+                raise EOFError
+            return views.pop(0)
+
+        with pytest.raises(EOFError):
+            await surface.keep_members(lambda: views.pop(0), changed, lambda _: None)
+        assert rights == [(True, True), (True, True), (False, True)]
+
+    trio.run(main)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("tls")
+    for name in ("old", "new"):
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", f"{name}.key",
+                        "-out", f"{name}.crt", "-subj", f"/CN={name}", "-days", "2"], cwd=place, check=True, capture_output=True, timeout=30)
+    return place
+
+
+def test_a_reload_replaces_what_it_can_read_and_names_what_it_cannot(certificates: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def with_files(name: str, password: str) -> LocalConfig:
+        file = certificates / name
+        return local(f'certfile = "{file}.crt"\nkeyfile = "{file}.key"\nciphers = "DEFAULT"',
+                     f'protocol = "https"\nusername = "u"\npassword = "{password}"', f'[restapi.authentication]\nusername = "u"\npassword = "{password}"\n')
+
+    async def main() -> None:
+        surface = Surface(with_files("old", "one"))
+        store = surface.open_store(with_files("old", "one"))
+        assert isinstance(store, Etcd3Store)
+        listen = await surface.listen()
+        assert listen.tls is surface.tls is not None
+        before, header = listen.tls.context, surface.authorization()
+        await surface.reload(with_files("new", "two"))
+        assert listen.tls.context is not before
+        assert surface.access.password == "two"
+        assert surface.authorization() != header
+        assert store._client._credentials is not None
+        assert b"two" in store._client._credentials
+        assert not caplog.records
+        kept = listen.tls.context
+        await surface.reload(with_files("gone", "three"))
+        assert listen.tls.context is kept
+        assert surface.access.password == "three"       # one thing's trouble does not keep the others from being taken
+        assert [(r.getMessage(), r.facts["problem"].partition(": ")[0]) for r in caplog.records] == [     # type: ignore[attr-defined]
+            ("certificate not reloaded", "restapi.certfile"), ("client certificate not reloaded", "restapi.certfile")]
+        await store.aclose()
+
+    trio.run(main)
+
+
+def test_what_only_another_start_can_change_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        before = local()
+        surface = Surface(before)
+        await surface.listen()
+        await surface.reload(replace(before, etcd3=replace(before.etcd3, protocol="https"), restapi=replace(before.restapi, server_tokens="Minimal")))
+        assert [r.facts["problem"] for r in caplog.records] == [     # type: ignore[attr-defined]
+            "restapi.http_extra_headers, https_extra_headers, server_tokens: the change takes effect at the agent's next start",
+            "etcd3.hosts, url or protocol: the change takes effect at the agent's next start"]
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize(("restapi", "etcd3", "named"), [
+    ('certfile = "/gone"', "", "restapi.certfile: cannot use /gone"),
+    ("", 'protocol = "https"\ncacert = "/gone"', "etcd3.cacert: cannot use /gone"),
+    ("", 'protocol = "https"\ncert = "/gone"', "etcd3: cacert, cert or key cannot be used"),
+])
+def test_a_file_that_is_not_there_ends_the_start(restapi: str, etcd3: str, named: str) -> None:
+    async def main() -> None:
+        given = local(restapi, etcd3)
+        surface = Surface(given)
+        surface.open_store(given)
+        await surface.listen()
+
+    with pytest.raises(ConfigError, match=named):
+        trio.run(main)
+
+
+def test_a_key_with_a_password_that_is_missing_does_not_ask_the_terminal(certificates: Path) -> None:
+    locked = certificates / "locked.key"
+    subprocess.run(["openssl", "ec", "-in", "old.key", "-aes256", "-passout", "pass:x", "-out", str(locked)], cwd=certificates, check=True, capture_output=True, timeout=30)
+    with pytest.raises(ConfigError, match="etcd3: cacert, cert or key"):
+        surface = local("", f'protocol = "https"\ncert = "{certificates / "old.crt"}"\nkey = "{locked}"')
+        Surface(surface).open_store(surface)
+
+
+def test_refusals_are_named_once_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        refusals = Refusals()
+        for _ in range(1000):
+            refusals.note("10.0.0.1", "not authenticated", path="/restart")
+        refusals.note("10.0.0.1", "Access is denied")
+        refusals.note("10.0.0.2", "not authenticated")
+        await trio.sleep(AGAIN_S + 1)
+        refusals.note("10.0.0.1", "not authenticated", path="/restart")
+        assert [(r.facts["peer"], r.facts["why"], r.facts.get("more_since")) for r in caplog.records] == [     # type: ignore[attr-defined]
+            ("10.0.0.1", "not authenticated", None), ("10.0.0.1", "Access is denied", None), ("10.0.0.2", "not authenticated", None),
+            ("10.0.0.1", "not authenticated", 999)]
+        for n in range(10_000):
+            refusals.note(f"10.1.{n >> 8}.{n & 255}", "not authenticated")
+        assert len(refusals._said) <= 256
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_the_context_for_peers_shows_our_certificate_and_checks_no_name(certificates: Path) -> None:
+    context = Surface(local(f'certfile = "{certificates / "old.crt"}"\nkeyfile = "{certificates / "old.key"}"'))._peers
+    assert isinstance(context, ssl.SSLContext)
+    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_NONE, False)
+    assert Surface(local())._peers is False

@@ -1,0 +1,145 @@
+"""pre_promote and before_stop: when they are asked for, what a no means, and that no emergency waits for a script."""
+
+from __future__ import annotations
+
+import pytest
+from decide_world import (
+    CANDIDATE,
+    CRASHED,
+    LEADER,
+    LSN,
+    REPLICA,
+    TIMELINE,
+    TTL_S,
+    WINNER,
+    World,
+    ago,
+    ahead,
+    check,
+    only,
+    row,
+)
+from msgspec.structs import replace
+
+from pgha.clock import remaining_s
+from pgha.model.action import Demote, PrePromote, Restart, StandDown, Stop
+from pgha.model.cluster import FailoverKey
+from pgha.model.lock import Licence, LicenceState
+from pgha.model.observation import Operation, Request
+
+ASKED = WINNER.but(settings__pre_promote_s=20.0)
+REFUSED = ASKED.but(memory__vetoed_until=ahead(12), memory__veto_why="pre_promote refused (exit code 1: old primary lives)")
+
+PRE_PROMOTE = [
+    row("there is none", settings__pre_promote_s=0.0, does="Promote"),
+    row("not asked yet", does="PrePromote", refuses="", summary="asking pre_promote before the promotion"),
+    row("asked under an earlier lock", memory__pre_promoted_epoch=5, does="PrePromote"),
+    row("asked, and agreed", memory__pre_promoted_epoch=6, does="Promote", refuses="", summary="promoting to timeline 4"),
+    row("nobody is asked before all else is right", guard__reachable=False, does="", refuses="leading.guard_answers"),
+    row("nobody is asked in the pass that acquired the lock", licence__acquired_pass=60, does="", refuses="restart.lock_seen_held"),
+    row("nobody is asked just before the fence", licence__valid_until=ahead(2.4), does="", refuses="leading.licence_lasts_long_enough"),
+    row("agreed, and something else has changed since", memory__pre_promoted_epoch=6, watchdog__failed=True, does="", refuses="leading.watchdog_is_ready"),
+]
+
+
+@pytest.mark.parametrize("case", PRE_PROMOTE)
+def test_pre_promote_is_asked_once_all_else_is_right(case):
+    decision = check(ASKED, case)
+    for action in decision.actions:
+        if isinstance(action, PrePromote):
+            assert (action.epoch, action.limit_s) == (6, 20.0)
+
+
+def test_a_refusal_gives_the_lock_back_and_leaves_the_standby_running():
+    decision = REFUSED.decide()
+    down = only(decision, StandDown)
+    assert (down.lsn, down.timeline) == (LSN, TIMELINE)
+    assert "exit code 1: old primary lives" in decision.summary
+    assert [r.rule for r in decision.reasons if not r.holds] == ["leading.pre_promote_agrees"]
+
+
+RACE = [
+    row("refused", does="", refuses="promotion.is_not_vetoed", says="old primary lives): out of the race for another 12.0 s", summary="not taking the lock"),
+    row("a ttl later", memory__vetoed_until=ago(0), does="AcquireLock", refuses=""),
+    row("nobody else is there", peers={}, dcs__remembered_members={}, dcs__view__members={}, does="", refuses="promotion.is_not_vetoed"),
+    row("an operator asked for it", dcs__view__failover=FailoverKey(candidate="b"), does="", refuses="promotion.is_not_vetoed"),
+]
+
+
+@pytest.mark.parametrize("case", RACE)
+def test_who_was_refused_stays_out_of_the_race(case):
+    decision = check(CANDIDATE.but(memory__vetoed_until=ahead(12), memory__veto_why="pre_promote refused (exit code 1: old primary lives)"), case)
+    assert decision.vote.candidate == (case.refuses == ())
+
+
+def ended(world: World, *, ok: bool = True, **facts: object) -> World:
+    operation = Operation(kind="PrePromote", id=7, started_at=ago(15), ended_at=ago(0), ok=ok, facts=facts)
+    return world.but(ended=operation, memory__holding_since=ago(15))
+
+
+def test_its_answer_is_remembered_for_this_lock():
+    agreed = ended(ASKED, epoch=6, agrees=True, said="exit code 0").decide()
+    assert [type(a).__name__ for a in agreed.actions] == ["Promote"]      # the time it took is not held against the holder
+    refused = ended(ASKED, epoch=6, agrees=False, said="exit code 1").decide()
+    assert [type(a).__name__ for a in refused.actions] == ["StandDown"]
+    until = refused.memory.vetoed_until
+    assert until is not None and remaining_s(until, ASKED.seen.now) == TTL_S
+    cut = ended(ASKED, ok=False).decide()                                 # by the agent itself: nothing was said
+    assert [type(a).__name__ for a in cut.actions] == ["PrePromote"]
+
+
+ASKING = ASKED.but(operation=Operation(kind="PrePromote", id=7, started_at=ago(15)))
+
+
+def test_while_it_is_asked_the_lock_is_kept():
+    decision = ASKING.decide()
+    assert decision.actions == () and decision.situation == "busy"
+    assert decision.mandate.kind == "operation" and decision.mandate.until is not None and remaining_s(decision.mandate.until, ASKED.seen.now) > 29
+    long = ASKING.but(settings__pre_promote_s=600.0, operation__started_at=ago(500)).decide()
+    assert long.mandate.until is not None and remaining_s(long.mandate.until, ASKED.seen.now) > 29
+
+
+@pytest.mark.parametrize("changes", [
+    {"licence": Licence(state=LicenceState.LOST)}, {"licence__valid_until": ahead(1)}, {"shutting_down": True},
+], ids=["the lock is lost", "the fence is due", "the agent stops"])
+def test_it_is_ended_when_there_is_nothing_to_promote_for(changes):
+    assert [type(a).__name__ for a in ASKING.but(**changes).decide().actions] == ["CancelOperation"]
+
+
+# --- before_stop ---------------------------------------------------------------------------------------------------------
+
+RESTART = (Request(id=1, kind="restart", at=ago(1)),)
+PLANNED = [
+    (LEADER.but(shutting_down=True), Demote), (REPLICA.but(shutting_down=True), Stop),
+    (LEADER.but(requests=RESTART), Restart), (REPLICA.but(requests=RESTART), Restart),
+    (LEADER.but(dcs__view__failover=FailoverKey(leader="a", candidate="b"), dcs__view__revisions={**LEADER.seen.dcs.view.revisions, "failover": 99}), Demote),
+]
+
+
+@pytest.mark.parametrize(("world", "kind"), PLANNED)
+def test_before_a_planned_stop(world, kind):
+    for limit_s in (0.0, 25.0):
+        assert only(world.but(settings__before_stop_s=limit_s).decide(), kind).before_stop_s == limit_s
+
+
+EMERGENCIES = [
+    ("the licence ends", LEADER.but(licence__since=ago(20), licence__valid_until=ahead(6), licence__failing_since=ago(18))),
+    ("the lock is lost", LEADER.but(licence=Licence(state=LicenceState.LOST), lock__holder="c", lock__node_id="id-c", lock__incarnation="run-c")),
+    ("PostgreSQL hangs", LEADER.but(postgres__answered_at=ago(40), postgres__answer="silent")),
+    ("the data is foreign", LEADER.but(dcs__view__initialize="7000000000000000000")),
+    ("the promotion failed", WINNER.but(memory__promotion_failed_at=ago(3))),
+    ("a crash is handed over", CRASHED.but(memory__crash_seen_at=ago(400), settings__primary_start_timeout_s=300.0)),
+]
+
+
+@pytest.mark.parametrize("world", [pytest.param(world, id=name) for name, world in EMERGENCIES])
+def test_never_before_an_emergency(world):
+    demote = only(world.but(settings__before_stop_s=25.0).decide(), Demote)
+    assert demote.before_stop_s == 0.0
+
+
+def test_the_mandate_allows_for_it():
+    world = LEADER.but(settings__before_stop_s=100.0, settings__primary_stop_timeout_s=10.0, operation=Operation(kind="Demote", id=7, started_at=ago(90)))
+    until = world.decide().mandate.until
+    assert until is not None and remaining_s(until, world.seen.now) > 20
+    assert replace(world.decide().mandate, until=None).kind == "stopping"
