@@ -10,6 +10,7 @@ Who may import whom (kept by tests/test_architecture.py):
 
     model/     imports nothing of pgha but clock and model itself: values without policy
     decide/    model only: no clock, I/O, log, random, global
+    foresee/   model, clock, decide, dcs (the reading of keys): as pure as decide
     config/    model, errors
     dcs/       model, errors, clock
     postgres/  model, errors, clock
@@ -17,9 +18,9 @@ Who may import whom (kept by tests/test_architecture.py):
     machine.py lock, postgres, rest, systemd: this machine as the agent uses it, the seam for the simulation
     observe/   machine, dcs, postgres, lock, model, and config.state (what outlives the agent)
     act/       machine, dcs, postgres, lock, model, and config's values (how PostgreSQL is to be configured)
-    rest/      model, decide (for pure health answers), observe's values, events.py; never act
+    rest/      model, decide (for pure health answers), foresee, observe's values, events.py; never act
     events.py  model; chronicle.py (what has happened, from pass to pass): model, rest, events
-    ctl/       model, config, dcs; never the agent
+    ctl/       model, config, dcs, foresee; never the agent
 """
 
 __version__ = "0.1.0"

@@ -73,9 +73,12 @@ class Inbox:
 
     # --- REST's side ---------------------------------------------------------------------------------------------------
 
-    def wake(self, why: str, epoch: int) -> None:  # noqa: ARG002  (the port's signature)
+    def wake(self, why: str, epoch: int) -> None:
         view = self._view()
-        if epoch < 0:
+        if why == "observation asked":
+            self._look()
+            self._wake()        # a pass of now, whether or not there is news
+        elif epoch < 0:
             self._look()        # no election: whoever asks compares positions, and the last look may be a loop_wait old
         elif view is not None and epoch >= view.epoch.number:
             self._wake()

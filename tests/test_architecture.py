@@ -34,14 +34,15 @@ class Rule(NamedTuple):
 RULES = {
     "model": Rule({"pgha.clock"}, "model/ holds values without policy: put the behaviour where the value is used"),
     "decide": Rule({"pgha.model", "pgha.clock"}, "decide/ sees only its observation: let observe/ put the fact into it, or let an action ask for it"),
+    "foresee": Rule({"pgha.model", "pgha.clock", "pgha.decide", "pgha.dcs"}, "foresee/ runs decide/ on what agents have seen: what it needs to know belongs into their observations"),
     "config": Rule(COMMON | {"pgha.model"}, "config/ says what is wanted: whoever uses the settings imports config's values, not the other way"),
     "dcs": Rule(COMMON | {"pgha.model"}, "dcs/ is a store without opinion: return a value and judge it in decide/ or lock/"),
     "postgres": Rule(COMMON | {"pgha.model"}, "postgres/ is mechanism without opinion: take what is needed as a parameter"),
     "lock": Rule(COMMON | {"pgha.model", "pgha.dcs", "pgha.systemd"}, "lock/ must work when nothing else does: take a callable or a value, and wire it in agent.py"),
     "observe": Rule(COMMON | {"pgha.model", "pgha.dcs", "pgha.postgres", "pgha.lock", "pgha.config.state", "pgha.machine"}, "observe/ only tells what is so: wire it in agent.py"),
     "act": Rule(COMMON | {"pgha.model", "pgha.config", "pgha.dcs", "pgha.postgres", "pgha.lock", "pgha.machine"}, "act/ carries out what it is given: put what it needs into the action, or wire it in agent.py"),
-    "rest": Rule(COMMON | {"pgha.model", "pgha.decide", "pgha.observe", "pgha.events"}, "rest/ answers from the last observation and never acts: a request becomes a fact of the next pass"),
-    "ctl": Rule(COMMON | {"pgha.model", "pgha.config", "pgha.dcs"}, "ctl/ is another program: what it needs of an agent it asks by HTTP"),
+    "rest": Rule(COMMON | {"pgha.model", "pgha.decide", "pgha.foresee", "pgha.observe", "pgha.events"}, "rest/ answers from the last observation and never acts: a request becomes a fact of the next pass"),
+    "ctl": Rule(COMMON | {"pgha.model", "pgha.config", "pgha.dcs", "pgha.foresee"}, "ctl/ is another program: what it needs of an agent it asks by HTTP"),
     "demo": Rule(COMMON | {"pgha.model", "pgha.config", "pgha.dcs", "pgha.postgres", "pgha.ctl"}, "demo/ is another program: it starts agents as processes and looks at them from outside"),
 }
 #: The only files outside the packages that know several of them.
@@ -64,7 +65,7 @@ LOOSE = {
 
 #: Interfaces only: the drivers are chosen in agent.py and ctl/.
 DRIVERS = {"pgha.dcs.memory", "pgha.dcs.etcd3", "pgha.dcs.consul", "pgha.dcs.zookeeper"}
-NO_DRIVERS = {"lock", "observe", "act", "rest"}
+NO_DRIVERS = {"lock", "observe", "act", "rest", "foresee"}
 
 #: Modules whose import means a clock, I/O, chance or other threads.
 IMPURE = {"asyncio", "ctypes", "fcntl", "glob", "http", "io", "locale", "logging", "multiprocessing", "os", "pathlib", "platform", "random",
@@ -188,7 +189,7 @@ def test_an_optional_package_is_imported_only_when_it_is_needed() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("package", ["model", "decide"])
+@pytest.mark.parametrize("package", ["model", "decide", "foresee"])
 def test_pure_packages_touch_no_clock_no_chance_no_world(package: str) -> None:
     instead = "make it a field of Observation (observe/ fills it in) or an action (act/ carries it out)"
     wrong = []

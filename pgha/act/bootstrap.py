@@ -31,6 +31,7 @@ from pgha.act.steps import (
     while_keeping,
     while_offline,
 )
+from pgha.act.vet import vet
 from pgha.act.wanted import Conninfo, options_of
 from pgha.dcs import ABSENT, Compare, Delete, Put
 from pgha.errors import DcsError, DcsUnreachable, OperationFailed, PghaError, Refused
@@ -133,6 +134,7 @@ async def _make(ctx: Context, progress: Progress, times: Timeline) -> str:
     times.mark("initdb")
     await ctx.on_disk(ctx.wanted.bootstrap_hba)
     said = await control(ctx)
+    await vet(ctx)
     await ctx.on_disk(ctx.wanted.write_stopped, said, standby=False)
     private = await ctx.on_disk(_private_files, ctx)
     progress("first start, for nobody else to connect")

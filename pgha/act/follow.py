@@ -7,6 +7,7 @@ import trio
 from pgha.act.context import Context, log
 from pgha.act.start import forget_blocked_timelines
 from pgha.act.steps import SQL_DEADLINE_S, be_standby_at_rest, closing, connect, postmaster
+from pgha.act.vet import vet
 from pgha.errors import OperationFailed, PostgresError, QueryFailed
 from pgha.model.action import ApplyConfiguration, Follow, Freeze, MaintainSlots, SetSynchronousNames
 from pgha.postgres import slots
@@ -48,13 +49,14 @@ async def follow(ctx: Context, action: Follow) -> None:
 
 async def apply_configuration(ctx: Context, action: ApplyConfiguration) -> None:
     """Write what has changed, reload if anything has (or `force`)."""
+    await vet(ctx)
     with postmaster(ctx) as server:
         changed = await ctx.on_disk(ctx.wanted.write_running)
         if changed or action.force:
             ctx.server.reload(server)
             log.info("configuration written and reloaded", changed=changed)
-            ctx.configuration_changed()
             ctx.told.reloaded()
+        ctx.configuration_changed()     # a standby may wait for a restart whose files say what they said, for its primary's sake
 
 
 async def set_synchronous_names(ctx: Context, action: SetSynchronousNames) -> None:

@@ -16,6 +16,7 @@ from pgha.act.steps import (
     ready_to_start,
     wait_primary,
 )
+from pgha.act.vet import vet
 from pgha.errors import OperationFailed, PostgresTimeout
 from pgha.model.action import Source, StartPrimary, StartStandby
 from pgha.postgres import files, histories
@@ -39,6 +40,7 @@ async def start_prepared_standby(ctx: Context, upstream: Source | None, slot_nam
     ctx.wanted.follow(upstream, slot_name)
     ctx.wanted.set_names(None)      # nothing of the directory lives: no commit waits any more; a promotion sets it anew
     said = await control(ctx)
+    await vet(ctx)
     await ctx.on_disk(ctx.wanted.write_stopped, said)
     await forget_blocked_timelines(ctx)
     times.mark("configuration")
@@ -91,6 +93,7 @@ async def start_prepared_primary(ctx: Context, progress: Progress, times: Timeli
     ctx.wanted.no_longer_frozen()
     ctx.wanted.set_names(synchronous_names)
     said = await control(ctx)
+    await vet(ctx)
     await ctx.on_disk(ctx.wanted.write_stopped, said, standby=False)
     times.mark("configuration")
     await ctx.fence.armed()

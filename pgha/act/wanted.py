@@ -11,7 +11,7 @@ Rules of this file:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +19,11 @@ from pgha.config.load import Effective
 from pgha.config.local import PostgresUser
 from pgha.log import Log
 from pgha.model.action import Source
+from pgha.model.gucs import SettingValue, setting_text
 from pgha.postgres import files
 from pgha.postgres.controldata import ControlData
 from pgha.postgres.initdb import Options
-from pgha.postgres.parameters import Prepared, SettingValue, prepare
+from pgha.postgres.parameters import Prepared, prepare
 from pgha.postgres.processes import read_postmaster_pid
 
 log = Log("pgha.act")
@@ -56,6 +57,8 @@ class Wanted:
         self._told = False      # whom to follow; until then a restarted agent keeps what its predecessor wrote
         self._control: ControlData | None = None
         self._notes: tuple[str, ...] = ()
+        self._vetted: dict[str, str] = {}       # what PostgreSQL's own program has looked at …
+        self._left_out: dict[str, str] = {}     # … and what it refused of that, and why
         self._data_dir = Path(effective().local.postgresql.data_dir)
         self.config_dir = Path(effective().local.postgresql.config_dir or self._data_dir)
         self._names: str | None = self._names_found()
@@ -172,20 +175,10 @@ class Wanted:
     def _parameters(self) -> dict[str, SettingValue]:
         return dict(self._effective().postgresql.parameters)
 
-    def prepared(self, major_version: int) -> Prepared:
-        """Everything but recovery settings, split into command line and file."""
-        effective = self._effective()
-        restores = bool(effective.postgresql.recovery_conf.get("restore_command"))
-        listen = effective.postgresql.listen
-        given = {name.lower() for name in effective.postgresql.parameters}
-        wanted = self._parameters()
-        if "wal_retrieve_retry_interval" not in given:
-            wanted["wal_retrieve_retry_interval"] = RETRY_INTERVAL_WITH_RESTORE if restores else RETRY_INTERVAL
-        if self._names is not None:
-            wanted = {name: value for name, value in wanted.items() if name.lower() != NAMES} | {NAMES: self._names}
-        forced = {"listen_addresses": ",".join(listen.hosts), "port": str(listen.port), "cluster_name": effective.local.scope}
-        done = prepare(wanted, forced=forced, major_version=major_version, control=self._control, standby=self._control is not None)
-        if done.notes != self._notes:
+    def prepared(self, *, standby: bool = True) -> Prepared:
+        """Everything but recovery settings, split into command line and file. `standby` false: not raised to the primary's limits."""
+        done = _prepare(self._effective(), self._parameters(), names=self._names, control=self._control if standby else None, left_out=self._stays_out)
+        if standby and done.notes != self._notes:
             self._notes = done.notes
             for note in done.notes:
                 log.warning("PostgreSQL setting", note=note)
@@ -194,24 +187,50 @@ class Wanted:
     def command_line(self, said: ControlData, *, standby: bool = True) -> dict[str, str]:
         """For the start of the server whose pg_control is `said`; a standby gets at least its primary's limits."""
         self._control = said if standby else None
-        return self.prepared(self.major_version()).command_line
+        return self.prepared().command_line
 
     def settings(self) -> dict[str, str]:
-        """What the running server should have, by lower-case name: for comparing with pg_settings."""
-        return self.prepared(self.major_version()).file
+        """What the running server should have, by lower-case name: for comparing with pg_settings. A standby that needs more
+        than that for its primary's sake waits for a restart until it does not (compatibility spec 5.5)."""
+        return self.prepared(standby=False).file
 
-    def major_version(self) -> int:
-        """Of the data directory; 0 if it does not say."""
-        try:
-            text = (self._data_dir / "PG_VERSION").read_text().strip()
-        except OSError:
-            return 0
-        return int(text) if text.isdigit() else 0
+    # --- what PostgreSQL would refuse --------------------------------------------------------------------------------------
+
+    def to_vet(self, effective: Effective | None = None) -> dict[str, str]:
+        """Everything that somebody has configured (`effective`: would configure), and that PostgreSQL has to make sense of."""
+        counts = effective or self._effective()
+        own = {name.lower(): setting_text(value) for name, value in counts.postgresql.recovery_conf.items()}
+        return {**own, **_prepare(counts, dict(counts.postgresql.parameters)).file}
+
+    @property
+    def vetted(self) -> dict[str, str]:
+        """What `to_vet` was when the program last looked at it."""
+        return self._vetted
+
+    def leave_out(self, looked_at: dict[str, str], refused: dict[str, str]) -> None:
+        """Of `looked_at` the program refuses these, and would not start with them: they stay out until they say something else."""
+        self._vetted = looked_at
+        for name, why in refused.items():
+            if name not in self._left_out:
+                log.warning("PostgreSQL does not take a setting: it is left out", name=name, why=why)
+        for name in self._left_out.keys() - refused.keys():
+            log.info("a setting that was left out is taken again, or gone", name=name)
+        self._left_out = dict(refused)
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """By name in lower case: why."""
+        return dict(self._left_out)
+
+    @property
+    def _stays_out(self) -> dict[str, str]:
+        """Name → the value that was refused."""
+        return {name: self._vetted[name] for name in self._left_out}
 
     def recovery(self) -> dict[str, str]:
         """primary_conninfo and its companions; both sources of WAL are empty while frozen."""
         effective = self._effective()
-        own = {name: str(value) for name, value in effective.postgresql.recovery_conf.items()}
+        own = {name: setting_text(value) for name, value in effective.postgresql.recovery_conf.items() if self._stays_out.get(name.lower()) != setting_text(value)}
         out = {"primary_conninfo": "", "primary_slot_name": "", **own}
         if self._frozen:
             return {**out, "restore_command": ""}
@@ -254,7 +273,7 @@ class Wanted:
         changed = self.write_passfile()
         postgresql = self._effective().postgresql
         given = {name.lower() for name in postgresql.parameters}
-        changed |= files.write_postgresql_conf(self.config_dir, self.prepared(self.major_version()).file, self.recovery())
+        changed |= files.write_postgresql_conf(self.config_dir, self.prepared().file, self.recovery())
         if postgresql.pg_hba and "hba_file" not in given:
             changed |= files.write_hba(self.config_dir, postgresql.pg_hba)
         if postgresql.pg_ident and "ident_file" not in given:
@@ -279,6 +298,21 @@ class Wanted:
         if effective.local.bootstrap.pg_hba and not effective.postgresql.pg_hba:
             path = self.config_dir / "pg_hba.conf"
             files.write_file(path, path.read_text() + "".join(f"{line}\n" for line in effective.local.bootstrap.pg_hba))
+
+
+def _prepare(effective: Effective, parameters: Mapping[str, SettingValue], *, names: str | None = None, control: ControlData | None = None,
+             left_out: Mapping[str, str] | None = None) -> Prepared:
+    """`left_out`: name → the value with which it is left out."""
+    listen = effective.postgresql.listen
+    wanted = dict(parameters)
+    if "wal_retrieve_retry_interval" not in {name.lower() for name in wanted}:
+        wanted["wal_retrieve_retry_interval"] = RETRY_INTERVAL_WITH_RESTORE if effective.postgresql.recovery_conf.get("restore_command") else RETRY_INTERVAL
+    if names is not None:
+        wanted = {name: value for name, value in wanted.items() if name.lower() != NAMES} | {NAMES: names}
+    forced = {"listen_addresses": ",".join(listen.hosts), "port": str(listen.port), "cluster_name": effective.local.scope}
+    done = prepare(wanted, forced=forced, control=control)
+    out = {name for name, value in (left_out or {}).items() if name not in forced and done.file.get(name) == value}
+    return prepare({name: value for name, value in wanted.items() if name.lower() not in out}, forced=forced, control=control) if out else done
 
 
 def _own_login(user: PostgresUser) -> Conninfo:

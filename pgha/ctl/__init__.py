@@ -137,8 +137,10 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--force", action="store_true", help="do not ask")
 
     command("history", "each timeline that ended, and who led the next", form="table")
-    explain = command("explain", "what a node decided last, why, and on which facts", form="table", cluster=False)
-    explain.add_argument("node", nargs="?", metavar="NODE", help="default: the configured node, else the leader")
+    explain = command("explain", "what a node decided last, why, and on which facts; or what all would decide if …", form="table", forms=("table", "json"), cluster=False)
+    explain.add_argument("node", nargs="?", metavar="NODE", help="default: the configured node, else the leader; with --if: all")
+    explain.add_argument("--if", dest="suppose", action="append", default=[], metavar="WHAT",
+                         help="what would happen if: NODE=down, dcs=down or NODE.lag=SIZE (as 20MB); several together; nothing is changed")
     explain.add_argument("--json", action="store_true", help="the whole decision as JSON")
     command("version", "of this program; with members, of theirs and PostgreSQL's", cluster=False).add_argument(
         "members", nargs="*", metavar="MEMBER", help="whose, too (default: only this program's)")

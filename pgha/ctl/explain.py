@@ -14,8 +14,13 @@ from pgha.ctl.settings import Settings
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
+    as_json = given.json or given.format == "json"
+    if given.suppose:
+        from pgha.ctl import suppose
+
+        return suppose.run(settings, given.node, given.suppose, as_json=as_json)
     decision = agents.get_json(settings, _url(settings, given.node), "/pgha/decision")
-    print(json.dumps(decision, indent=2) if given.json or given.format == "json" else words(decision))
+    print(json.dumps(decision, indent=2) if as_json else words(decision))
     return DONE
 
 

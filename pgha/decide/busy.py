@@ -30,8 +30,14 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     ask = ask_others(o) if operation.kind in ("StartPrimary", "InspectEndOfWal") and o.dcs.view is not None else PeerQuestion()
     return Decision(
         situation="busy", summary=f"{operation.kind.lower()} in progress" + (": ending it" if obstacles else ""),
-        reasons=tuple(reasons), actions=cancel, memory=memory, ask_peers=ask, wake_in_s=min(1.0, o.settings.loop_wait_s),
+        reasons=tuple(reasons), actions=cancel, memory=memory, ask_peers=ask, wake_in_s=min(1.0, o.settings.loop_wait_s, _free_in_s(o, operation)),
     )
+
+
+def _free_in_s(o: Observation, operation: Operation) -> float:
+    """When the clock alone would end a question to the leader's server. Infinity: it will not."""
+    left_s = standing(o).left_s if operation.kind == "InspectUpstream" and o.dcs.view is not None else 0.0
+    return max(0.02, left_s) if left_s > 0 else float("inf")
 
 
 def licence_suffices(o: Observation, operation: Operation) -> Reason:
@@ -42,11 +48,15 @@ def licence_suffices(o: Observation, operation: Operation) -> Reason:
 
 
 def still_wanted(o: Observation, operation: Operation) -> Reason:
-    """A stop of the agent ends what can be begun again later; a clone or rewind ends when its leader is gone."""
+    """A stop of the agent ends what can be begun again later; a clone or rewind ends when its leader is gone. So does the
+    question to a leader's server as soon as its lock is free: a host that is gone may leave it without an answer for
+    seconds, in which this member could neither vote nor lead."""
     if o.shutting_down and operation.kind in ("Bootstrap", "Clone", "PrePromote", "InspectUpstream", "InspectEndOfWal"):
         return reason("busy.still_wanted", False, "the agent is stopping")
     if operation.kind in ("Clone", "Rewind") and o.dcs.view is not None and standing(o).whose is Whose.MINE:
         return reason("busy.still_wanted", False, "this node holds the lock itself")
+    if operation.kind == "InspectUpstream" and o.dcs.view is not None and (now := standing(o)).whose is Whose.FREE:
+        return reason("busy.still_wanted", False, f"whoever was asked does not lead any more: {now.because}")
     return reason("busy.still_wanted", True, "nothing speaks against it")
 
 

@@ -24,7 +24,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if now.whose in (Whose.ABSENT, Whose.SETTLING, Whose.UNKNOWN):
         # Absence counts only by reads; the watch says nothing of what is not there.
         old = o.dcs.read_at is None or candidate_age_s(o.dcs.read_at, o.now) > READ_ABSENCE_EVERY_S
-        return Decision(situation="leaderless", summary=f"waiting: {now.because}", reasons=(because(now),), memory=memory, ask_peers=ask_others(o, every_s=1.0),
+        return Decision(situation="leaderless", summary=f"waiting: {now.because}", reasons=(because(now),), memory=memory, ask_peers=ask_others(o, every_s=1.0), vote=_moving(o),
                         actions=(ReadCluster(),) if old else (), wake_in_s=min(0.5, now.left_s) if now.left_s else 0.2)
     if now.whose not in (Whose.FREE, Whose.NEVER, Whose.OWN_FORMER):
         return None
@@ -33,8 +33,15 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     read = restart.read_in_this_pass(o)
     if not read.holds and not _is_in_election(o, memory):
         return Decision(situation="leaderless", summary=f"the lock is free: {now.because}; reading the cluster", reasons=(because(now), read),
-                        actions=(ReadCluster(),), memory=memory, ask_peers=ask_others(o, epoch=view_of(o).epoch.number), wake_in_s=0.2)
+                        actions=(ReadCluster(),), memory=memory, ask_peers=ask_others(o, epoch=view_of(o).epoch.number), vote=_moving(o), wake_in_s=0.2)
     return _elect(o, _with_election(o, memory), now, read)
+
+
+def _moving(o: Observation) -> Vote:
+    """No vote yet, but a position: who is asked in this moment and told none looks as if it had nothing, and whoever has
+    less would take the lock before it."""
+    at = promotion.own_position(o)
+    return Vote(epoch=-1, timeline=at.timeline, lsn=at.lsn)
 
 
 def _is_in_election(o: Observation, memory: Memory) -> bool:

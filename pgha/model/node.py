@@ -55,6 +55,7 @@ class Row(Struct, frozen=True, kw_only=True):
     slots: tuple[Slot, ...] = ()
     started_at: str = ""            # pg_postmaster_start_time(), text
     started_at_s: float = 0.0       # the same, epoch seconds
+    configuration_loaded_at: str = ""   # pg_conf_load_time(), text
     server_version: int = 0
     system_identifier: str = ""
     synchronous_standby_names: str = ""

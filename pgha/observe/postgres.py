@@ -22,13 +22,21 @@ import trio
 from msgspec.structs import replace
 
 from pgha.clock import Clock, Instant, remaining_s
-from pgha.errors import PostgresError, PostgresTimeout, PostgresUnreachable
+from pgha.errors import PostgresError, PostgresTimeout, PostgresUnreachable, QueryFailed
 from pgha.log import Log
 from pgha.machine import Machine
 from pgha.model.node import Answer, PostgresFacts, Process, Row
 from pgha.model.observation import Settings
 from pgha.postgres.connection import Connection, resolve
-from pgha.postgres.parameters import SETTINGS_SQL, pending_restart, running_settings, settings_argument
+from pgha.postgres.gucs import (
+    FILES_SQL,
+    SETTINGS_SQL,
+    FileEntry,
+    file_entries,
+    running_settings,
+    settings_argument,
+)
+from pgha.postgres.parameters import overridden, pending_restart
 from pgha.postgres.probe import OPTIONS, read_row
 from pgha.postgres.processes import Postmaster, read_postmaster_pid
 
@@ -81,7 +89,9 @@ class PostgresObserver:
         self._wake = wake
         self._wanted = wanted
         self._pending: dict[str, tuple[str, str]] = {}
+        self._overridden: dict[str, str] = {}
         self._settings_due: Instant | None = None
+        self._loaded_at = ""        # when the server last read its configuration, by itself or told by anybody
         self._kick = trio.Event()
         self._hurry_until: Instant | None = None
         self._position_asked = False
@@ -231,7 +241,7 @@ class PostgresObserver:
             with trio.fail_after(PROBE_DEADLINE_S):
                 conn = await self._connected(postmaster)
                 row = await read_row(conn, deadline_s=PROBE_DEADLINE_S)
-                row = replace(row, pending_restart=await self._pending_restart(conn))
+                row = replace(row, pending_restart=await self._pending_restart(conn, row))
         except (PostgresTimeout, trio.TooSlowError):
             self._disconnect()
             # A startup answer, or WAL that is being written, still shows life.
@@ -257,14 +267,33 @@ class PostgresObserver:
             raise PostgresUnreachable(f"another server answers in place of postmaster {postmaster.pid}")
         return self._connection
 
-    async def _pending_restart(self, conn: Connection) -> dict[str, tuple[str, str]]:
-        """pg_settings costs the server more than all the rest: read once a postmaster and after each reload."""
+    async def _pending_restart(self, conn: Connection, row: Row) -> dict[str, tuple[str, str]]:
+        """pg_settings costs the server more than all the rest: read once a postmaster and after each reload, whoever sent it."""
+        if row.configuration_loaded_at != self._loaded_at:
+            self._loaded_at, self._settings_due = row.configuration_loaded_at, self._settings_due or self._clock.now()
         if self._settings_due is not None and remaining_s(self._settings_due, self._clock.now()) <= 0:
             self._settings_due = None
             wanted = self._wanted()
-            rows = await conn.query(SETTINGS_SQL, settings_argument(wanted), deadline_s=PROBE_DEADLINE_S)
-            self._pending = pending_restart(wanted, running_settings(rows))
+            running = running_settings(await conn.query(SETTINGS_SQL, settings_argument(wanted), deadline_s=PROBE_DEADLINE_S))
+            files = await self._files(conn)
+            self._pending = pending_restart(wanted, running, files)
+            self._tell_overridden(overridden(wanted, running, files))
         return self._pending
+
+    async def _files(self, conn: Connection) -> dict[str, FileEntry]:
+        try:
+            return file_entries(await conn.query(FILES_SQL, deadline_s=PROBE_DEADLINE_S))
+        except QueryFailed as error:        # no superuser: what stands in the files is not known then
+            log.debug("configuration files cannot be asked for", why=str(error))
+            return {}
+
+    def _tell_overridden(self, said: dict[str, str]) -> None:
+        for name, what in said.items():
+            if self._overridden.get(name) != what:
+                log.warning("PostgreSQL setting changed behind the configuration's back", name=name, what=what)
+        for name in self._overridden.keys() - said.keys():
+            log.info("PostgreSQL setting is the configuration's again", name=name)
+        self._overridden = said
 
     async def _sign_of_life(self) -> PostgresFacts:
         """It starts or stops: sessions are refused, and a refusal is the answer."""

@@ -39,6 +39,7 @@ SELECT standby,
   CASE WHEN standby THEN pg_last_xact_replay_timestamp() END,
   standby AND pg_is_in_recovery() AND pg_is_wal_replay_paused(),
   pg_postmaster_start_time(),
+  pg_conf_load_time(),
   extract(epoch FROM pg_postmaster_start_time()),
   current_setting('server_version_num'),
   (SELECT system_identifier FROM pg_control_system()),
@@ -81,7 +82,7 @@ async def read_row(conn: Connection, *, deadline_s: float) -> Row:
 
 
 def _row(answer: tuple[str | None, ...]) -> Row:
-    (standby, timeline, flushed, received, replayed, replayed_at, paused, started_at, started_at_s, version, identifier,
+    (standby, timeline, flushed, received, replayed, replayed_at, paused, started_at, loaded_at, started_at_s, version, identifier,
      sync_names, checkpointer_rests, startup_rests, conninfo, slot, restore, receiver, replication, slots) = answer
     return Row(
         in_recovery=standby == "t",
@@ -95,6 +96,7 @@ def _row(answer: tuple[str | None, ...]) -> Row:
         replication=_rows.decode(replication) if replication else (),
         slots=tuple(_slot(s) for s in _rows.decode(slots)) if slots else (),
         started_at=started_at or "",
+        configuration_loaded_at=loaded_at or "",
         started_at_s=float(started_at_s or 0),
         server_version=int(version or 0),
         system_identifier=identifier or "",

@@ -58,7 +58,7 @@ class Requests(Protocol):
 
     def wake(self, why: str, epoch: int) -> None:
         """Let the loop know at once that somebody asks for a vote in the election after `epoch`, or, -1, for the position
-        as it is. Never blocks."""
+        as it is ("observation asked": for a pass of now as well). Never blocks."""
         ...
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 import trio
 
-from pgha.clock import Clock, Deadline, holder_age_s, remaining_s
+from pgha.clock import Clock, Deadline, Instant, holder_age_s, remaining_s
 from pgha.log import scrub
 from pgha.rest import etcd_v2, health
 from pgha.rest.access import SAFE_METHODS, Access
@@ -45,6 +45,10 @@ from pgha.rest.wire import (
 _KEPT = 128
 #: the longest that GET /pgha/vote?wait=… waits
 VOTE_WAIT_S = 2.0
+#: … and GET /pgha/observation?fresh, for a pass after the question
+FRESH_S = 1.0
+#: a position that is no older than this when it is asked for is not looked at anew (observe/postgres.py: POSITION_AGE_S)
+_POSITION_AGE_S = 0.25
 _SECRET_KEYS = ("passw", "secret", "token", "private")
 
 
@@ -195,12 +199,27 @@ class App:
             case ["vote"]:
                 return await self._vote(request, published)
             case ["observation"]:
-                if published.observation is None:
-                    return text_response(503, "no pass yet")
-                recorded = {"observation": published.observation, **({"memory": published.memory} if published.memory is not None else {})}
-                return json_response(redact(msgspec.to_builtins(recorded)))
+                return await self._observation(request, published)
             case _:
                 return text_response(404, "not known: " + request.path)
+
+    async def _observation(self, request: Request, published: Published) -> Response:
+        """The last pass, as `pgha replay` and `ctl explain --if` run it again, and how old it is. `fresh`: of a pass that
+        was begun after the question, and that knows PostgreSQL's position, if the loop makes one within a moment."""
+        if "fresh" in request.query:
+            asked = self.clock.now()
+            self.requests.wake("observation asked", -1)
+            with trio.move_on_after(FRESH_S):
+                while not _is_fresh(published, asked):
+                    published = await self.board.wait_changed(published)
+            published = self.board.current()
+        seen = published.observation
+        if seen is None:
+            return text_response(503, "no pass yet")
+        shown = msgspec.structs.replace(seen, settings=msgspec.structs.replace(seen.settings, dynamic_config=_without_secrets(seen.settings.dynamic_config)))
+        recorded = {"observation": shown, **({"memory": published.memory} if published.memory is not None else {})}
+        age_s = round(holder_age_s(published.at, self.clock.now()), 3)
+        return json_response({**redact(msgspec.to_builtins(recorded)), "age_s": age_s})
 
     async def _vote(self, request: Request, published: Published) -> Response:
         """This node's position for the election after `epoch`. `wait` (seconds, at most 2): how long to wait for one
@@ -243,6 +262,23 @@ def _without_body(response: Response) -> Response:
 def _because(verdict: Verdict) -> tuple[tuple[str, str], ...]:
     """The reason travels in a header: the body and the status are the reference's."""
     return (("X-Pgha-Because", verdict.why),) if verdict.why else ()
+
+
+def _is_fresh(published: Published, asked: Instant) -> bool:
+    """A pass after the question, with a position as new as whoever asks for positions is given."""
+    seen = published.observation
+    if seen is None or remaining_s(published.at, asked) < 0:
+        return False
+    row_at = seen.postgres.row_at
+    return row_at is None or seen.postgres.answer != "sql" or remaining_s(row_at.plus_s(_POSITION_AGE_S), asked) >= 0
+
+
+def _without_secrets(text: bytes) -> bytes:
+    """JSON that travels as bytes, which `redact` cannot look into."""
+    try:
+        return msgspec.json.encode(redact(msgspec.json.decode(text))) if text else b""
+    except (ValueError, RecursionError):
+        return b""
 
 
 def is_secret(key: str) -> bool:

@@ -170,6 +170,81 @@ def test_changed_configuration_is_applied_and_what_waits_for_a_restart_is_told(b
     trio.run(main)
 
 
+def test_a_value_that_postgresql_refuses_is_left_out_and_keeps_nothing_from_starting(bed, caplog):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.standby_of(one)
+            nonsense = {"parameters": {"work_mem": "7 parsecs", "wrok_mem": 1, "max_connections": 9999999, "timezone": "Mars", "maintenance_work_mem": "9MB",
+                                       "plpgsql.nonsense": "x"}, "recovery_conf": {"recovery_min_apply_delay": "soon", "archive_cleanup_command": "true"}}
+            for node in (one, two):
+                node.dynamic["postgresql"] |= nonsense
+                await node.quick(a.ApplyConfiguration())
+                assert node.wanted.left_out.keys() == {"work_mem", "wrok_mem", "max_connections", "timezone", "recovery_min_apply_delay"}
+                assert node.wanted.left_out["max_connections"] == '9999999 is outside the valid range for parameter "max_connections" (1 .. 262143)'
+                await node.until(lambda node=node: node.observer.facts.row.pending_restart == {})
+                with trio.fail_after(5):
+                    while (await node.sql("SHOW maintenance_work_mem")) != [("9MB",)]:
+                        await trio.sleep(0.02)
+            # An agent that has just begun has asked nothing yet: PostgreSQL starts all the same.
+            for node in (one, two):
+                node.wanted.leave_out({}, {})
+            await one.operate(a.Restart(as_primary=True, timeout_s=20))
+            await two.operate(a.Restart(as_primary=False, timeout_s=20, upstream=as_source(one)))
+            for node in (one, two):
+                assert (await node.sql("SHOW max_connections")) == [("100",)]
+                assert (await node.sql("SHOW archive_cleanup_command")) == [("true",)]
+            one.dynamic["postgresql"]["parameters"] = {"work_mem": "7MB"}
+            one.dynamic["postgresql"]["recovery_conf"] = {}
+            await one.quick(a.ApplyConfiguration())
+            assert one.wanted.left_out == {}
+    trio.run(main)
+    said = [record for record in caplog.records if record.getMessage() == "PostgreSQL does not take a setting: it is left out"]
+    assert len(said) == 2 * 2 * 5      # each node's each setting, by each agent
+
+
+def test_alter_system_is_noticed_whoever_reloads(bed):
+    async def main():
+        async with bed.node("a") as node:
+            node.dynamic["postgresql"]["parameters"] = {"max_files_per_process": 1000}
+            await node.primary()
+            await node.until(lambda: node.observer.facts.is_primary)
+            await node.sql("ALTER SYSTEM SET max_files_per_process = 1100")
+            await node.sql("ALTER SYSTEM SET max_connections = 99")        # without effect: it stands on the command line
+            await node.sql("ALTER SYSTEM SET shared_preload_libraries = 'auto_explain'")
+            await node.sql("SELECT pg_reload_conf()")
+            await node.until(lambda: node.observer.facts.row.pending_restart == {"max_files_per_process": ("1000", "1100"), "shared_preload_libraries": ("", "auto_explain")})
+            await node.sql("ALTER SYSTEM RESET shared_preload_libraries")
+            await node.sql("SELECT pg_reload_conf()")
+            await node.until(lambda: node.observer.facts.row.pending_restart == {"max_files_per_process": ("1000", "1100")})
+            await node.operate(a.Restart(as_primary=True, timeout_s=20))
+            await node.until(lambda: node.observer.facts.row is not None and node.observer.facts.row.pending_restart == {})
+            assert (await node.sql("SELECT current_setting('max_files_per_process'), current_setting('max_connections')")) == [("1100", "100")]
+    trio.run(main)
+
+
+def test_a_standby_keeps_what_its_primary_has_and_waits_until_that_has_less(bed):
+    """Compatibility spec 5.5: the larger of configuration and pg_controldata, and a restart that is pending until then."""
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.standby_of(one)
+            for node in (one, two):
+                node.dynamic["postgresql"]["parameters"] = {"max_connections": 60}
+                await node.quick(a.ApplyConfiguration())
+                await node.until(lambda node=node: node.observer.facts.row.pending_restart == {"max_connections": ("100", "60")})
+            await two.operate(a.Restart(as_primary=False, timeout_s=20, upstream=as_source(one)))
+            await two.until(lambda: two.observer.facts.row is not None and two.observer.facts.row.pending_restart == {"max_connections": ("100", "60")})
+            await one.operate(a.Restart(as_primary=True, timeout_s=20))
+            await one.until(lambda: one.observer.facts.row is not None and one.observer.facts.row.pending_restart == {})
+            await two.until(lambda: two.observer.facts.row is not None and two.observer.facts.row.receiver is not None
+                            and two.observer.facts.row.replayed_lsn >= one.observer.facts.row.lsn)
+            await two.operate(a.Restart(as_primary=False, timeout_s=20, upstream=as_source(one)))
+            await two.until(lambda: two.observer.facts.row is not None and two.observer.facts.row.pending_restart == {})
+            assert (await two.sql("SHOW max_connections")) == [("60",)]
+    trio.run(main)
+
+
 def test_restarted_agent_keeps_following_until_it_is_told_otherwise(bed):
     from pgha.act.wanted import Wanted
 

@@ -1,7 +1,10 @@
-"""After a failover that was refused, `ctl explain NODE` names each obstacle with its numbers."""
+"""After a failover that was refused, `ctl explain NODE` names each obstacle with its numbers; `explain --if` foretells what
+then really happens."""
 
+import json
 import re
 import signal
+import time
 
 import pytest
 
@@ -130,5 +133,48 @@ def test_a_peer_ahead(cluster):
     text = cluster.wait(refused, 30, f"{behind.name} says that {ahead.name} is ahead", every_s=0.002)
     assert re.search(rf"FAILS  promotion\.no_peer_is_ahead .*own \S+ on timeline \d+.*{ahead.name} at [0-9A-F]+/[0-9A-F]+ on timeline \d+", text), text
     assert cluster.wait_leader(other_than=old, timeout_s=30) is ahead
+    old.start_agent()
+    cluster.wait_healthy(60)
+
+
+def ctl(bed, *arguments):
+    program = bed.settings.program
+    return run([*program.argv, "ctl", "-c", str(bed.nodes[0].config_path), *arguments], timeout_s=30, user="postgres", environment=program.environment)
+
+
+def foretold(bed, *what):
+    """What `explain --if` says."""
+    answer = ctl(bed, "explain", *(word for one in what for word in ("--if", one)), "--format", "json")
+    assert answer.returncode == 0, answer
+    return json.loads(answer.stdout)
+
+
+def test_what_was_foretold_of_a_leader_that_dies(cluster):
+    old = cluster.leader()
+    others = sorted(node.name for node in cluster.nodes if node is not old)
+    cluster.wait(lambda: foretold(cluster, f"{old.name}=down")["certain"], 20, "nothing is written, and nothing is open")
+    whole = foretold(cluster, f"{others[0]}=down")
+    assert (whole["leader"], whole["winners"], whole["writes_stop"]) == (old.name, [old.name], False), whole
+    behind = foretold(cluster, f"{old.name}=down", f"{others[0]}.lag=20MB")
+    assert behind["winners"] == [others[1]], behind
+    assert any(reason["rule"] == "promotion.caught_up" and "lag 20.0 MiB, limit 1.0 MiB" in reason["because"] for reason in behind["obstacles"][others[0]]), behind
+    away = foretold(cluster, "dcs=down")
+    assert away["winners"] == []
+    assert 0 < away["demotes"][old.name][0] < 5, away
+    text = ctl(cluster, "explain", "--if", f"{old.name}=down")
+    print(text.stdout)
+    assert f"{old.name} leads now" in text.stdout
+    for wrong in (f"{old.name}=up", "nobody=down", f"{old.name}.lag=much"):
+        refused = ctl(cluster, "explain", "--if", wrong)
+        assert (refused.returncode, refused.stdout) == (2, ""), refused
+
+    said = foretold(cluster, f"{old.name}=down")
+    killed_s = time.monotonic()
+    kill_node(old)
+    new = cluster.wait_leader(other_than=old, timeout_s=30)
+    took_s = time.monotonic() - killed_s
+    print(f"foretold: {said['winners']} after {said['writes_back_s']} s; {new.name} led after {took_s:.2f} s")
+    assert said["winners"] == [new.name], said
+    assert said["writes_back_s"][0] - 0.5 <= took_s <= said["writes_back_s"][1] + 1.0, (said, took_s)
     old.start_agent()
     cluster.wait_healthy(60)

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import pytest
-from decide_world import CRASHED, EMPTY, LEADER, LSN, NOW, REPLICA, WINNER, ago, ahead, check, names, only, peer, row
+from decide_world import (
+    CANDIDATE,
+    CRASHED,
+    EMPTY,
+    LEADER,
+    LSN,
+    NOW,
+    REPLICA,
+    WINNER,
+    ago,
+    ahead,
+    check,
+    names,
+    only,
+    peer,
+    row,
+)
 from msgspec.structs import replace
 
 from pgha.decide.ended import note_ended
@@ -59,6 +75,17 @@ def test_who_holds_the_lock_copies_from_nobody(kind, ends):
     decision = LEADER.but(operation=operation(kind)).decide()
     assert (names(decision) == ("CancelOperation",)) == ends
     assert [r.holds for r in decision.reasons if r.rule == "busy.still_wanted"] == [not ends]
+
+
+@pytest.mark.parametrize(("kind", "ends"), [("InspectUpstream", True), ("InspectEndOfWal", False), ("StartStandby", False), ("Clone", False)])
+def test_a_question_to_a_leader_ends_as_soon_as_its_lock_is_free(kind, ends):
+    """A host that is gone may leave it without an answer for seconds, in which this member could neither vote nor lead."""
+    decision = CANDIDATE.but(operation=operation(kind)).decide()
+    assert (names(decision) == ("CancelOperation",)) == ends
+    assert decision.memory.election == CANDIDATE.memory.election
+    live = REPLICA.but(operation=operation(kind), dcs__lock_seen__since=ago(30.0)).decide()
+    assert names(live) == ()
+    assert live.wake_in_s == pytest.approx(0.3 if kind == "InspectUpstream" else 1.0), "no news wakes the loop when a record expires"
 
 
 @pytest.mark.parametrize("kind", ["StartPrimary", "InspectEndOfWal"])

@@ -81,6 +81,13 @@ def test_a_vote_is_given_once_the_position_is_final_and_not_before():
     assert (moving.vote.epoch, moving.memory.election.voted_at) == (-1, None)
 
 
+@pytest.mark.parametrize("world", [CANDIDATE.but(dcs__read_at=ago(0.6), memory__election=None), with_lock(CANDIDATE, None, absent_since=ago(1))], ids=["not read", "absent"])
+def test_whoever_is_asked_before_it_takes_part_tells_where_it_is(world):
+    """A position of 0 would look as if it had nothing: whoever has less would take the lock before it."""
+    decision = world.decide()
+    assert (decision.situation, decision.vote.epoch, decision.vote.timeline, decision.vote.lsn) == ("leaderless", -1, TIMELINE, LSN)
+
+
 def test_a_vote_says_if_its_node_would_not_take_the_lock():
     assert CANDIDATE.but(guard__reachable=False).decide().vote.candidate is False
 

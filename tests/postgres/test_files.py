@@ -65,7 +65,7 @@ def test_values_reach_the_server_as_meant_and_alter_system_cannot_change_control
         odd = "it's 100% \\ %m\ttab"
         prepared = prepare(
             {"max_connections": 40, "work_mem": "6MB", "log_line_prefix": odd, "fsync": False, "wal_log_hints": "on"},
-            forced={"port": str(a.port), "listen_addresses": "127.0.0.1", "cluster_name": "demo"}, major_version=15)
+            forced={"port": str(a.port), "listen_addresses": "127.0.0.1", "cluster_name": "demo"})
         recovery = {"primary_conninfo": files.conninfo_text({"host": "/x y", "user": "it's"}), "primary_slot_name": "a"}
         (a.data_dir / "postgresql.conf").write_text("work_mem = '5MB'\nmaintenance_work_mem = '7MB'\n")
         parameters = prepared.file | {"unix_socket_directories": str(a.socket_dir)}

@@ -5,19 +5,9 @@ from types import SimpleNamespace
 import pytest
 import trio
 
-from pgha.postgres.parameters import (
-    CONTROLLED,
-    SETTINGS_SQL,
-    RunningSetting,
-    exists_in,
-    needs_restart,
-    parse_quantity,
-    pending_restart,
-    prepare,
-    running_settings,
-    same_value,
-    settings_argument,
-)
+from pgha.model.gucs import Guc, parse_quantity, same_value
+from pgha.postgres.gucs import FILES_SQL, SETTINGS_SQL, FileEntry, file_entries, running_settings, settings_argument
+from pgha.postgres.parameters import CONTROLLED, overridden, pending_restart, prepare
 
 FORCED = {"listen_addresses": "*", "port": "5432", "cluster_name": "demo"}
 
@@ -54,13 +44,13 @@ def test_quantity_that_is_none():
 
 
 def test_controlled_settings_have_defaults_minima_and_validation():
-    p = prepare({}, forced=FORCED, major_version=15)
+    p = prepare({}, forced=FORCED)
     assert p.command_line == FORCED | {name: rule.default for name, rule in CONTROLLED.items()}
     assert p.file["wal_keep_size"] == "128MB"
     assert p.notes == ()
     p = prepare({"max_connections": 10, "wal_level": "minimal", "hot_standby": "off", "max_wal_senders": "many",
                  "port": 1, "wal_keep_size": "1MB", "track_commit_timestamp": True, "data_directory": "/x",
-                 "Max_Worker_Processes": 12, "work_mem": None}, forced=FORCED, major_version=15)
+                 "Max_Worker_Processes": 12, "work_mem": None}, forced=FORCED)
     assert p.command_line["max_connections"] == "100"
     assert p.command_line["wal_level"] == "replica"
     assert p.command_line["hot_standby"] == "on"
@@ -78,29 +68,25 @@ def test_controlled_settings_have_defaults_minima_and_validation():
 def test_a_standby_has_at_least_what_its_primary_had():
     control = SimpleNamespace(max_connections=200, max_prepared_transactions=0, max_locks_per_transaction=64,
                               max_worker_processes=8, max_wal_senders=10)
-    p = prepare({"max_connections": 50}, forced=FORCED, major_version=15, control=control, standby=True)
+    p = prepare({"max_connections": 50}, forced=FORCED, control=control)
     assert p.command_line["max_connections"] == "200"
     assert p.raised == {"max_connections": ("50", "200")}
-    p = prepare({"max_connections": 50}, forced=FORCED, major_version=15, control=control)
+    p = prepare({"max_connections": 50}, forced=FORCED)
     assert p.command_line["max_connections"] == "50"
 
 
-def test_versions():
-    assert prepare({"wal_keep_segments": 8}, forced=FORCED, major_version=15).file["wal_keep_size"] == "128MB"
-    assert not exists_in("summarize_wal", 16)
-    assert exists_in("summarize_wal", 17)
-    assert exists_in("timescaledb.license", 13)
-    dropped = prepare({"promote_trigger_file": "x", "io_method": "worker"}, forced=FORCED, major_version=16)
-    assert {"promote_trigger_file", "io_method"}.isdisjoint(dropped.file)
-    assert needs_restart("restore_command", "", 13)
-    assert not needs_restart("restore_command", "", 14)
-    assert not needs_restart("primary_conninfo", "", 13)
-    assert needs_restart("max_connections", "", 15)
-    assert needs_restart("anything", "postmaster", 15)
+@pytest.mark.parametrize(("value", "said"), [(60, "60"), (60.0, "60"), (" 60 ", "60"), ("0x3c", "60"), ("24", "100"), ("60.5", "100"), ("sixty", "100"), (10**10, "100"), (True, "100")])
+def test_numbers_are_said_as_postgresql_takes_them(value, said):
+    assert prepare({"max_connections": value}, forced=FORCED).command_line["max_connections"] == said
+
+
+def test_wal_keep_segments_is_translated():
+    assert prepare({"wal_keep_segments": 8}, forced=FORCED).file["wal_keep_size"] == "128MB"
+    assert "wal_keep_segments" not in prepare({"wal_keep_segments": 8}, forced=FORCED).file
 
 
 def setting(name, value, **more):
-    return RunningSetting(**({"name": name, "value": value, "unit": None, "vartype": "integer", "context": "postmaster",
+    return Guc(**({"name": name, "value": value, "vartype": "integer", "context": "postmaster",
                               "pending": False, "shown": value} | more))
 
 
@@ -112,6 +98,51 @@ def test_pending_restart_as_golden():
     wanted = {"max_connections": "123", "max_wal_senders": "10", "shared_buffers": "64MB", "work_mem": "5MB"}
     assert pending_restart(wanted, running) == {"max_connections": ("60", "123"), "shared_preload_libraries": ("", "?")}
     assert pending_restart(wanted | {"shared_buffers": "128MB"}, running)["shared_buffers"] == ("64MB", "128MB")
+
+
+OURS = "/data/postgresql.conf"
+AUTO = "/data/postgresql.auto.conf"
+
+
+def entry(value, file=AUTO):
+    return FileEntry(value=value, file=file, line=3)
+
+
+@pytest.mark.parametrize(("wanted", "running", "files", "pending"), [
+    # ALTER SYSTEM of what nobody has configured: the file tells the value
+    ({}, [setting("shared_preload_libraries", "", vartype="string", pending=True)], {"shared_preload_libraries": entry("auto_explain")},
+     {"shared_preload_libraries": ("", "auto_explain")}),
+    # … and taken back: PostgreSQL 15 goes on to say that it is pending
+    ({}, [setting("shared_preload_libraries", "", vartype="string", pending=True)], {"port": entry("5432")}, {}),
+    ({}, [setting("shared_preload_libraries", "auto_explain", vartype="string", pending=True)], {"port": entry("5432")}, {"shared_preload_libraries": ("auto_explain", "")}),
+    # … which wins over our file, at the restart and after it
+    ({"max_files_per_process": "1000"}, [setting("max_files_per_process", "1000", pending=True)], {"max_files_per_process": entry("2000")},
+     {"max_files_per_process": ("1000", "2000")}),
+    ({"max_files_per_process": "1000"}, [setting("max_files_per_process", "2000")], {"max_files_per_process": entry("2000")}, {}),
+    # … but not over the command line
+    ({"max_connections": "60"}, [setting("max_connections", "60")], {"max_connections": entry("99")}, {}),
+    ({"max_connections": "70"}, [setting("max_connections", "60")], {"max_connections": entry("60")}, {"max_connections": ("60", "70")}),
+    # what stands in our own file, written by an older configuration, says nothing
+    ({"max_files_per_process": "2000"}, [setting("max_files_per_process", "1000")], {"max_files_per_process": entry("1000", OURS)},
+     {"max_files_per_process": ("1000", "2000")}),
+    # pending by PostgreSQL's own word, and nobody knows why
+    ({"max_files_per_process": "1000"}, [setting("max_files_per_process", "1000", pending=True)], {}, {"max_files_per_process": ("1000", "?")}),
+    ({}, [setting("max_files_per_process", "1000", pending=True)], {}, {"max_files_per_process": ("1000", "?")}),
+    # a reload is enough
+    ({"work_mem": "8MB"}, [setting("work_mem", "4096", unit="kB", context="user")], {"work_mem": entry("1MB")}, {}),
+])
+def test_changes_behind_the_agents_back(wanted, running, files, pending):
+    assert pending_restart(wanted, {s.name: s for s in running}, files) == pending
+
+
+def test_what_alter_system_says_otherwise_is_told():
+    running = {s.name: s for s in (setting("max_connections", "60"), setting("work_mem", "1024", unit="kB", context="user"), setting("port", "5432"))}
+    said = overridden({"max_connections": "60", "work_mem": "8MB", "port": "5432"}, running,
+                      {"max_connections": entry("99"), "work_mem": entry("1MB"), "port": entry("5432")})
+    assert said == {
+        "max_connections": "ALTER SYSTEM has set it to 99, without effect, since pgha sets it at the start; allowed: the cluster's configuration, and ALTER SYSTEM RESET max_connections",
+        "work_mem": "ALTER SYSTEM has set it to 1MB, which wins over the configuration's 8MB on this member; allowed: ALTER SYSTEM RESET work_mem"}
+    assert overridden({"work_mem": "1024kB"}, running, {"work_mem": entry("1MB")}) == {}
 
 
 @pytest.mark.postgres
@@ -127,11 +158,12 @@ def test_what_a_real_server_has_pending(make_node):
         with trio.fail_after(5):
             while True:
                 rows = await conn.query(SETTINGS_SQL, settings_argument(wanted), deadline_s=5)
-                pending = pending_restart(wanted, running_settings(rows))
+                files = file_entries(await conn.query(FILES_SQL, deadline_s=5))
+                pending = pending_restart(wanted, running_settings(rows), files)
                 if "shared_preload_libraries" in pending:
                     break
                 await trio.sleep(0.01)
-        assert pending == {"max_connections": ("60", "123"), "shared_preload_libraries": ("", "?"),
-                           "max_locks_per_transaction": ("64", "?")}
+        assert pending == {"max_connections": ("60", "123"), "shared_preload_libraries": ("", "auto_explain")}
+        assert overridden({"max_locks_per_transaction": "64"}, running_settings(rows), files).keys() == {"max_locks_per_transaction"}
         conn.close()
     trio.run(main)

@@ -705,6 +705,10 @@ class ModelWanted:
         found = instance.conf_synchronous
         self.names: str | None = found or None
         self.names_told = not found
+        self.vetted: dict[str, str] = {}
+
+    def to_vet(self) -> dict[str, str]:
+        return {}       # nobody changes a parameter here: level b has the question and its answer
 
     def follow(self, upstream: Any, slot_name: str) -> None:
         self._upstream, self._slot_name, self._frozen, self._told = upstream, slot_name, False, True

@@ -30,7 +30,7 @@ from pgha.lock.recipe import Proc, Report
 from pgha.model.wal import format_lsn, parse_lsn
 from pgha.postgres import probe
 from pgha.postgres.controldata import ControlData
-from pgha.postgres.parameters import SETTINGS_SQL
+from pgha.postgres.gucs import FILES_SQL, SETTINGS_SQL
 from pgha.postgres.programs import Completed
 from pgha.postgres.wal_files import ShutdownPositions
 from pgha.rest.wire import Request
@@ -619,7 +619,7 @@ class SimMachine:
         recovering = "f" if server.primary else "t"
         if sql == probe._SQL:
             return [_probe(instance, server)]
-        if sql == SETTINGS_SQL:
+        if sql in (SETTINGS_SQL, FILES_SQL):
             return []
         if sql == "SELECT pg_is_in_recovery()":
             return [(recovering,)]
@@ -689,6 +689,8 @@ class SimMachine:
             steps = self._pg_rewind(options["target-pgdata"], options["source-server"])
         elif name == "postgres" and "--single" in words:
             steps = self._single_user()
+        elif name == "postgres" and "-C" in words:
+            steps = self._understood()
         else:
             raise AssertionError(f"the model does not know this program: {words}")
         program = Program(self, steps)
@@ -711,6 +713,11 @@ class SimMachine:
         if inode not in self.disk.dirs:
             return failed("could not open file")
         return Completed(exit_code=0, stdout=control_text(self.disk.dirs[inode]), stderr="")
+
+    def _understood(self) -> Steps:
+        """PostgreSQL's program takes every setting of the simulated configurations."""
+        yield 0.01
+        return Completed(exit_code=0, stdout="", stderr="")
 
     def _initdb(self, path: str) -> Steps:
         if self.instance.disk_full:
@@ -898,7 +905,7 @@ def _probe(instance: Instance, server: Server) -> tuple[str | None, ...]:
                                       "database": None, "temporary": False} for n, lsn in instance.slots.items()]).decode()
     conninfo = server.upstream.conninfo if isinstance(server.upstream, Upstream) else ""
     return ("f" if primary else "t", str(data.timeline), str(data.lsn) if primary else None, None if primary else str(max(server.received, 0)),
-            None if primary else str(server.replayed), None, "f", "2026-01-01 00:00:00+00", str(server.started_s), "150000", data.system_identifier,
+            None if primary else str(server.replayed), None, "f", "2026-01-01 00:00:00+00", "2026-01-01 00:00:00+00", str(server.started_s), "150000", data.system_identifier,
             server.synchronous_standby_names, "t", "t" if primary or server.replayed >= data.lsn else "f", conninfo, server.slot_name, server.restore_command, receiver, replication, slots)
 
 

@@ -4,6 +4,7 @@
     build/simulate --hours N [--level a|b] [--jobs N] [--from-seed N]  runs until so many cluster-hours are done
     build/simulate --seconds N                                         runs for so long (the test command's budget)
     build/simulate --seed N --minimise                                 the shortest program that still fails the same way
+    build/simulate --explain [--seconds N] [--from-seed N] [--seed N]  forecasts of `explain --if` against what then happens
     build/simulate --replay FILE … [--trace|--minimise]                kept programs (tests/simulation/regressions/*.json)
 
 A failure prints seed, options, the last lines of the transcript, and the command that replays it. Exit code 1 then.
@@ -12,6 +13,7 @@ A failure prints seed, options, the last lines of the transcript, and the comman
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -216,7 +218,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--keep-going", action="store_true", help="do not stop at the first failure")
     parser.add_argument("--coverage", action="store_true", help="show which (rule, outcome) pairs were reached")
     parser.add_argument("--replay", nargs="+", type=Path)
+    parser.add_argument("--explain", action="store_true", help="ask `explain --if` at a random instant, and see whether it comes true")
     given = parser.parse_args(argv)
+    if given.explain:
+        from tests.foresee import foretold
+
+        seeds = itertools.count(given.from_seed) if given.seed is None else (given.seed,)
+        return foretold.main(seeds, seconds=(given.seconds or 60.0) if given.seed is None else None, trace=sys.stdout if given.trace else None)
     options = Options(seed=given.seed or 0, level=given.level, nodes=given.nodes, ttl=given.ttl, faults=given.faults, for_s=given.for_s, draws=DRAWS)
     if given.replay:
         bad = 0

@@ -1,0 +1,43 @@
+"""What `explain --if` foretells is what then happens: random worlds of the simulation, at random instants, before and after faults.
+
+Where the outcome is open the forecast names all who may lead, and the real one is among them. More seeds:
+`build/simulate --explain --seconds N`, or PGHA_EXPLAIN_SEEDS.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.foresee.foretold import Tally, failure, tell
+
+SEEDS = int(os.environ.get("PGHA_EXPLAIN_SEEDS", "24"))
+#: What was once wrong, and why it is not any more.
+ONCE_WRONG = {
+    50: "everybody had the same position, but WAL was being written: who gets the next of it leads",
+    60: "the leader held its lock, and accepted no writes yet",
+    192: "a copy that had begun before its leader died came to its end, and the copy led",
+}
+
+
+def test_forecasts_come_true():
+    tally = Tally()
+    for seed in range(1, SEEDS + 1):
+        tally.add(tell(seed))
+    print(tally.report())
+    assert not tally.wrong, "\n".join(failure(story) for story in tally.wrong)
+    assert tally.interrupted >= SEEDS // 2
+    assert tally.certain >= SEEDS // 2, "a forecast that names everybody is none"
+
+
+@pytest.mark.parametrize("seed", ONCE_WRONG)
+def test_what_was_once_wrong(seed):
+    story = tell(seed)
+    assert not story.mistakes, failure(story)
+    assert not story.violations
+
+
+def test_the_same_seed_is_the_same_story():
+    first, second = tell(5), tell(5)
+    assert (first.forecast, first.leaders) == (second.forecast, second.leaders)
