@@ -204,6 +204,8 @@ class OnTerminal:
             assert left_s > 0, f"not within {timeout_s:g} s: {what}\n{self.model.text()}\n{self.model.wrong}"
             if not self.read(min(0.1, left_s)) and self.process.poll() is not None:
                 raise AssertionError(f"it has ended ({self.process.returncode}), and not: {what}\n{self.model.text()}")
+        while self.read(0.05):      # a screen is whole when nothing more comes
+            pass
         return self.model.text()
 
     def end(self, *, timeout_s: float = 10.0) -> int:
