@@ -132,7 +132,7 @@ def test_a_page_for_who_asks_once() -> None:
                 assert status == 400, text
             assert "nonsense; there are agent, decision" in (await ask(address, "GET", "/pgha/events?kinds=nonsense"))[1].decode()
             assert (await ask(address, "OPTIONS", "/pgha/events"))[1] == b""
-            assert (await ask(address, "POST", "/pgha/events"))[0] == 501
+            assert (await ask(address, "POST", "/pgha/events"))[0] == 404
             assert (await ask(address, "GET", "/pgha/events/x"))[0] == 404
 
     run(main)
@@ -174,7 +174,7 @@ def with_headers(**changed: str) -> bytes:
     ((UPGRADE % b"").replace(b"HTTP/1.1", b"HTTP/1.0"), 200),
     ((UPGRADE % b"").replace(b"/pgha/events", b"/primary"), 200),
     ((UPGRADE % b"").replace(b"/pgha/events", b"/pgha/nothing"), 404),
-    ((UPGRADE % b"").replace(b"GET", b"POST"), 501),
+    ((UPGRADE % b"").replace(b"GET", b"POST"), 404),
     ((UPGRADE % b"").replace(b"GET", b"HEAD"), 200),
 ])
 def test_who_is_let_in(request_: bytes, status: int) -> None:
