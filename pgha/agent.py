@@ -49,8 +49,8 @@ from pgha.errors import (
     OperationFailed,
     PghaError,
     PostgresError,
-    QueryFailed,
     Refused,
+    is_unreached,
 )
 from pgha.events import EventLog
 from pgha.inbox import Inbox
@@ -689,7 +689,7 @@ class Agent:
                 ok, why = True, ""
             except OPERATING_ERRORS as error:
                 why = str(error) or type(error).__name__
-                facts = {"final": bool(getattr(error, "final", False)), "refused": isinstance(error, QueryFailed) or bool(getattr(error, "sqlstate", None))}
+                facts = {"final": bool(getattr(error, "final", False)), "unreached": is_unreached(error)}
                 log.warning("operation failed", kind=operation.kind, why=why)
         self._operation_scope = None
         self._note_operation(action, facts, ok=ok, why=why)
@@ -871,7 +871,7 @@ def _effect_is_seen(action: LongAction, facts: PostgresFacts) -> bool:
 
 def _upstream_from(action: InspectUpstream, facts: dict[str, Any], why: str, now: Instant) -> Upstream:
     if "timeline" not in facts:
-        return Upstream(name=action.source.name, asked_at=now, ok=False, why=why, refused=facts.get("refused") is True)
+        return Upstream(name=action.source.name, asked_at=now, ok=False, why=why, unreached=facts.get("unreached") is True)
     return Upstream(name=action.source.name, asked_at=now, ok=True, system_identifier=facts["system_identifier"], timeline=facts["timeline"], lsn=facts["lsn"],
                     in_recovery=facts["in_recovery"], history=msgspec.convert(facts["history"], tuple[HistoryRow, ...]))
 

@@ -12,6 +12,9 @@ from pgha.model.action import InspectUpstream, Source
 from pgha.model.decision import Election, Reason
 from pgha.model.observation import Observation, Upstream
 
+#: Why it is asked (model.observation.Operation.detail), and how long its answer is waited for: meanwhile this node has no other vote.
+QUESTION = "has the former primary ended?"
+ASKED_WITHIN_S = 1.0
 #: What its PostgreSQL said counts for so long: that it has ended, that it accepts writes, and that it says neither.
 ENDED_FOR_S = 2.0
 WRITES_FOR_S = 10.0
@@ -35,7 +38,7 @@ def former_primary_has_ended(o: Observation, election: Election, *, chosen: bool
         return reason(RULE, False, f"{outsider.name} led last, its agent does not answer, and its PostgreSQL has not been asked yet")
     if said.ok:
         return reason(RULE, said.in_recovery, f"PostgreSQL of {outsider.name} {'is in recovery' if said.in_recovery else 'accepts writes without an agent: end it, or say failover --candidate'}")
-    return reason(RULE, not said.refused, f"PostgreSQL of {outsider.name} {'lives, and does not say what it is' if said.refused else 'is not reached'} ({said.why})")
+    return reason(RULE, said.unreached, f"PostgreSQL of {outsider.name} {'is not reached' if said.unreached else 'has not said what it is'} ({said.why})")
 
 
 def question(o: Observation, election: Election, judged: Reason | None) -> InspectUpstream | None:
@@ -44,7 +47,7 @@ def question(o: Observation, election: Election, judged: Reason | None) -> Inspe
     if judged is None or judged.holds or outsider is None or _said(o, election) is not None:
         return None
     peer = fresh_peers(o).get(outsider.name)
-    return None if peer is not None and peer.in_recovery is not None else InspectUpstream(source=Source(name=outsider.name, host=outsider.host, port=outsider.port))
+    return None if peer is not None and peer.in_recovery is not None else InspectUpstream(source=Source(name=outsider.name, host=outsider.host, port=outsider.port), deadline_s=ASKED_WITHIN_S, why=QUESTION)
 
 
 def _said(o: Observation, election: Election) -> Upstream | None:
@@ -52,5 +55,5 @@ def _said(o: Observation, election: Election) -> Upstream | None:
     said = o.upstream
     if said is None or o.dcs.outsider is None or said.name != o.dcs.outsider.name or remaining_s(said.asked_at, election.began_at) < 0:
         return None
-    counts_s = SAYS_NEITHER_FOR_S if said.refused else WRITES_FOR_S if said.ok and not said.in_recovery else ENDED_FOR_S
+    counts_s = WRITES_FOR_S if said.ok and not said.in_recovery else ENDED_FOR_S if said.ok or said.unreached else SAYS_NEITHER_FOR_S
     return said if candidate_age_s(said.asked_at, o.now) < counts_s else None

@@ -230,6 +230,8 @@ class InspectUpstream(Struct, frozen=True, kw_only=True, tag=True):
     """Ask the leader's PostgreSQL for its system identifier, timeline and history."""
 
     source: Source
+    deadline_s: float = 5.0
+    why: str = ""
 
 
 class InspectEndOfWal(Struct, frozen=True, kw_only=True, tag=True):

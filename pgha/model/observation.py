@@ -142,7 +142,7 @@ class Upstream(Struct, frozen=True, kw_only=True):
     timeline: int = 0
     lsn: int = 0
     in_recovery: bool = False
-    refused: bool = False                # not ok, but a server did answer
+    unreached: bool = False              # not ok, since no server was there to answer
     history: tuple[HistoryRow, ...] = ()
 
 

@@ -93,7 +93,7 @@ class ClusterObserver:
         if problem:
             log.warning("remembered facts could not be read", why=problem)
         self.facts = DcsFacts(
-            unreachable_since=clock.now(), remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused,
+            unreachable_since=clock.now(), outsider=self._remembered.outsider, remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused,
             remembered_identifier=self._remembered.system_identifier, remembered_members=self._known_members(), remembered_slots=self._known_slots(),
             last_positions={n: Position(timeline=m.timeline, lsn=m.lsn) for n, m in self._remembered.members.items()},
         )
@@ -128,8 +128,10 @@ class ClusterObserver:
             if before.view is None or problem not in before.view.problems:
                 log.warning("store holds what cannot be read", key=problem)
         self._remember(view)
+        outsider = _outsider(view, before)
+        self._remembered = replace(self._remembered, outsider=replace(outsider, alone=False) if outsider is not None else None)
         self.facts = replace(
-            before, view=view, lock_seen=lock_seen, outsider=_outsider(view, before), read_at=began if snapshot is not None else before.read_at,
+            before, view=view, lock_seen=lock_seen, outsider=outsider, read_at=began if snapshot is not None else before.read_at,
             remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused,
             remembered_identifier=self._remembered.system_identifier, remembered_members=self._known_members(), remembered_slots=self._known_slots(), last_positions=self._positions(view, before),
             remembered_sync=self._former_sync(view),

@@ -236,7 +236,7 @@ MIXED: tuple[tuple[str, Any], ...] = (
     ("dcs__view__leader_lease", one_of(0, 7, 7)),
     ("dcs__outsider", one_of(None, Outsider(name="p", host="p"), Outsider(name="p", alone=True), Outsider(name="c", host="c", alone=True), Outsider(name="b", host="b"))),
     ("peers", lambda chance: {p.name: replace(p, is_pgha=_bool(chance)) for p in (_peer(chance) for _ in range(chance.randrange(4)))}),
-    ("upstream", lambda chance: Upstream(name=chance.choice(("p", "c")), asked_at=_instant(chance), ok=_bool(chance), in_recovery=_bool(chance), refused=_bool(chance))),
+    ("upstream", lambda chance: Upstream(name=chance.choice(("p", "c")), asked_at=_instant(chance), ok=_bool(chance), in_recovery=_bool(chance), unreached=_bool(chance))),
     ("dcs__view__epoch__number", one_of(0, 0, 5)),
     ("dcs__view__failover", lambda chance: FailoverKey(leader=_name(chance), candidate=_name(chance))),
 )

@@ -29,7 +29,7 @@ from pgha.model.action import AcquireLock, Demote, InspectUpstream, WriteKey
 from pgha.model.cluster import ClusterView, FailoverKey, Member, Outsider
 from pgha.model.lock import Licence
 from pgha.model.node import GuardFacts
-from pgha.model.observation import Upstream
+from pgha.model.observation import Operation, Upstream
 
 
 def mixed(world: World, **changes) -> World:
@@ -89,7 +89,7 @@ def test_a_patroni_leader_is_followed():
 
 def test_what_is_taken_is_taken_together_with_the_key():
     action = only(FREE.but(dcs__view__revisions={**FREE.seen.dcs.view.revisions, "leader": 0}).decide(), AcquireLock)
-    assert (action.mixed, action.also_unchanged["leader"]) == (True, 0)
+    assert (action.mixed, action.also_unchanged.get("leader")) == (True, 0)
     pure = only(CANDIDATE.decide(), AcquireLock)
     assert pure.mixed is False
 
@@ -100,16 +100,16 @@ ELECTION = [
     row("p has more", peers__p=peer("p", is_pgha=False, lsn=LSN + KiB), refuses="promotion.no_peer_is_ahead promotion.peers_were_waited_for", does=""),
     row("p has as much: whoever is first", peers__p=peer("p", is_pgha=False), refuses="", does="AcquireLock"),
     row("p's agent is silent", peers__p=silent("p"), refuses="mixed.former_primary_has_ended", says="has not been asked yet", does="InspectUpstream"),
-    row("p's PostgreSQL is not reached either", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(1), why="refused"), refuses="", does="AcquireLock"),
-    row("that was long ago", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(2.1), why="refused"), refuses="mixed.former_primary_has_ended", does="InspectUpstream"),
+    row("p's PostgreSQL is not reached either", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(1), unreached=True, why="refused"), refuses="", does="AcquireLock"),
+    row("that was long ago", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(2.1), unreached=True, why="refused"), refuses="mixed.former_primary_has_ended", does="InspectUpstream"),
     row("p's PostgreSQL accepts writes without an agent", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(1), ok=True), refuses="mixed.former_primary_has_ended",
         says="accepts writes without an agent", does=""),
     row("it said so while it led", peers__p=silent("p"), memory__election__began_at=ago(0.9), upstream=Upstream(name="p", asked_at=ago(1), ok=True),
         refuses="mixed.former_primary_has_ended", says="has not been asked yet", does="InspectUpstream"),
     row("and is asked again after a while", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(10.1), ok=True), refuses="mixed.former_primary_has_ended", does="InspectUpstream"),
     row("p's PostgreSQL is in recovery", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(1), ok=True, in_recovery=True), refuses="", does="AcquireLock"),
-    row("p's PostgreSQL lives and says nothing", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(0.4), refused=True, why="too many clients"),
-        refuses="mixed.former_primary_has_ended", says="lives, and does not say what it is"),
+    row("p's PostgreSQL lives and says nothing", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(0.4), why="too many clients"),
+        refuses="mixed.former_primary_has_ended", says="has not said what it is"),
     row("an operator asks for this node all the same", peers__p=silent("p"), upstream=Upstream(name="p", asked_at=ago(1), ok=True), dcs__view__failover=FailoverKey(candidate="b"),
         refuses="", does="AcquireLock"),
     row("somebody else was asked", peers__p=silent("p"), upstream=Upstream(name="a", asked_at=ago(1)), refuses="mixed.former_primary_has_ended", does="InspectUpstream"),
@@ -123,7 +123,9 @@ def test_election_after_a_patroni(case):
     decision = check(FREE, case)
     for action in decision.actions:
         if isinstance(action, InspectUpstream):
-            assert (action.source.name, action.source.host) == ("p", "p")
+            assert (action.source.name, action.source.host, action.deadline_s) == ("p", "p", 1.0)
+            busy = FREE.but(**case.changes, operation=Operation(kind="InspectUpstream", id=9, started_at=ago(0.1), detail=action.why)).decide()
+            assert busy.actions == (), "it is not ended for want of a leader: there is none, which is why it is asked"
 
 
 def test_a_named_candidate_that_cannot_take_over_says_so():

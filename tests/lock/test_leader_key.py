@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
 from lock_world import KEYS, Node, TrioClock, delete, run, write
 from msgspec.structs import replace
 
+from pgha.act.keys import write_key
 from pgha.clock import remaining_s
 from pgha.dcs import ABSENT, Compare, Put
 from pgha.dcs.keys import LOCK, parse
 from pgha.dcs.memory import MemoryWorld
 from pgha.errors import DcsUnreachable, Refused
 from pgha.lock.renewer import Timing
+from pgha.model.action import WriteKey
 from pgha.model.lock import LEASE_DOUBT_S, LicenceState
 
 SOON_S = 0.01
@@ -371,4 +375,26 @@ def test_after_an_outage_that_the_others_bridged_the_key_is_created_again_unless
         await trio.sleep(3)
         assert node.licence.state is (LicenceState.LOST if taken else LicenceState.HELD)
         assert node.entry("leader").value == (b"p" if taken else b"a")
+    story(steps)
+
+
+# --- what else a leader writes -------------------------------------------------------------------------------------------
+
+def test_a_delayed_write_of_a_leader_that_a_patroni_has_succeeded_changes_nothing():
+    async def steps(node: Node) -> None:
+        ctx: Any = SimpleNamespace(keys=KEYS, store=node.store, renewer=node.renewer)
+        write_status = WriteKey(key="status", value=b"{}", if_revision=0, epoch_revision=node.licence.epoch_revision)
+        delete(node.world, "leader")
+        assert patroni_takes(node.world)
+        with pytest.raises(Refused, match="status, leader or the epoch has changed"):
+            await write_key(ctx, write_status, deadline_s=1.0)
+        assert node.entry("status") is None
+    story(steps)
+
+
+def test_a_leader_writes_while_the_key_is_its_own():
+    async def steps(node: Node) -> None:
+        ctx: Any = SimpleNamespace(keys=KEYS, store=node.store, renewer=node.renewer)
+        await write_key(ctx, WriteKey(key="status", value=b"{}", if_revision=0, epoch_revision=node.licence.epoch_revision), deadline_s=1.0)
+        assert node.entry("status").value == b"{}"
     story(steps)

@@ -31,8 +31,8 @@ from pgha.errors import (
     OperationFailed,
     PghaError,
     PostgresError,
-    QueryFailed,
     Refused,
+    is_unreached,
 )
 from pgha.lock import watchdog
 from pgha.lock.guard_client import GuardStatus
@@ -938,7 +938,7 @@ class AgentProcess:
                 ok, why = True, ""
             except OPERATING_ERRORS as error:
                 why = str(error) or type(error).__name__
-                facts = {"final": bool(getattr(error, "final", False)), "refused": isinstance(error, QueryFailed) or bool(getattr(error, "sqlstate", None))}
+                facts = {"final": bool(getattr(error, "final", False)), "unreached": is_unreached(error)}
                 self.world.trace(self.host.name, "operation failed", kind=operation.kind, why=why.replace(" ", "_"))
         self._operation_scope = None
         self._note_operation(action, facts, ok=ok, why=why)
@@ -969,7 +969,7 @@ class AgentProcess:
         if isinstance(action, InspectUpstream):
             now = self.clock.now()
             if "timeline" not in facts:
-                self._upstream = Upstream(name=action.source.name, asked_at=now, ok=False, why=why, refused=facts.get("refused") is True)
+                self._upstream = Upstream(name=action.source.name, asked_at=now, ok=False, why=why, unreached=facts.get("unreached") is True)
             else:
                 self._upstream = Upstream(name=action.source.name, asked_at=now, ok=True, system_identifier=facts["system_identifier"],
                                           timeline=facts["timeline"], lsn=facts["lsn"], in_recovery=facts["in_recovery"],
