@@ -59,7 +59,7 @@ def standing(o: Observation) -> Standing:
     given = o.failsafe.promise
     if given is not None and given.name and given.binds(record, o.now) and (record is None or record.node_id != o.me.node_id):
         return _promised(o, given)
-    return _beside_leader_key(o, _by_record(o, record, untrusted_s))
+    return _beside_leader_key(o, _by_record(o, record, untrusted_s), trusted=untrusted_s <= 0)
 
 
 def _by_record(o: Observation, record: LockRecord | None, untrusted_s: float) -> Standing:
@@ -94,7 +94,7 @@ def _by_record(o: Observation, record: LockRecord | None, untrusted_s: float) ->
     return Standing(whose=Whose.LIVE, because=f"held by {record.holder or 'unknown'}, expires in {left:.1f} s unless renewed", record=record, left_s=left)
 
 
-def _beside_leader_key(o: Observation, now: Standing) -> Standing:
+def _beside_leader_key(o: Observation, now: Standing, *, trusted: bool) -> Standing:
     """A leased key `leader` is a lock of its own: both must be free (safety model 14)."""
     view, record = o.dcs.view, now.record
     assert view is not None
@@ -108,6 +108,11 @@ def _beside_leader_key(o: Observation, now: Standing) -> Standing:
         return Standing(whose=Whose.LIVE, because="this node's name stands in the key leader, under a lease of another agent's", record=_outsider(o, o.me.name), left_s=1e9)
     if now.whose is Whose.OWN_FORMER and record is not None and record.mixed and view.leader != o.me.name:
         return Standing(whose=Whose.FREE, because="this node's own record stands, but its key leader is gone: another may have led since", record=record)
+    outsider = o.dcs.outsider
+    left = outsider is not None and record is not None and outsider.name == record.holder and record.mode == "paused" and not own
+    if left and trusted and not view.leader and record is not None and now.whose is Whose.LIVE:
+        # Its node was handed over in pause, as on the way back to Patroni: there is no holder of ours that might write.
+        return Standing(whose=Whose.FREE, because=f"{record.holder}'s node was left to an agent of another make in pause, which led last, and has the key no more", record=record)
     return now
 
 

@@ -61,6 +61,12 @@ WHOSE = [
         dcs__view__leader_lease=0, whose=Whose.FREE, holder="b"),
     row("the same in pause", lock__node_id="id-b", lock__holder="b", lock__incarnation="run-0", lock__mixed=True, lock__mode="paused", dcs__view__leader="", dcs__view__leader_lease=0,
         whose=Whose.FREE, holder="b"),
+    row("a paused record of ours", lock__mode="paused", dcs__view__leader="a", dcs__view__leader_lease=0, whose=Whose.LIVE, holder="a"),
+    row("a paused record, and its node was left to a Patroni, which leads", lock__mode="paused", dcs__view__leader="a", dcs__outsider=Outsider(name="a", host="a"), whose=Whose.LIVE, holder="a"),
+    row("and that has lost the key", lock__mode="paused", dcs__view__leader="", dcs__view__leader_lease=0, dcs__outsider=Outsider(name="a", host="a"), whose=Whose.FREE, holder="a"),
+    row("a paused record, and another Patroni has led since", lock__mode="paused", dcs__view__leader="", dcs__view__leader_lease=0, whose=Whose.LIVE, holder="a"),
+    row("the same in a store that was restored", lock__mode="paused", dcs__view__leader="", dcs__view__leader_lease=0, dcs__outsider=Outsider(name="a", host="a"), dcs__trusted_from=ahead(5),
+        whose=Whose.LIVE, holder="a"),
     row("the key has this node's name, from another agent", dcs__view__leader="b", whose=Whose.LIVE, holder="b"),
     row("another node under this name", lock__node_id="id-x", lock__holder="b", dcs__lock_seen__since=ago(1), whose=Whose.IMPOSTOR, holder="b"),
 ]
