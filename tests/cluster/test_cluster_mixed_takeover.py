@@ -141,6 +141,14 @@ def test_takeover_of_a_patroni_cluster_node_by_node_and_back(mixed: MixedBed) ->
         assert {node.name: sorted(path.name for path in node.data_dir.glob("postgresql*.conf")) for node in mixed.nodes} == layout
         assert all((node.data_dir / "patroni.dynamic.json").exists() for node in mixed.nodes)
 
+        # Not what the README says first, but it has to work: the leader itself, in pause, within a ttl.
+        load.phase("the leader in pause, pgha to Patroni")
+        _swap(mixed, second, to="patroni")
+        assert mixed.wait_healthy(60) is second
+        load.phase("the leader in pause, Patroni to pgha")
+        _swap(mixed, second, to="pgha")
+        assert mixed.wait_healthy(60) is second
+
         load.phase("two replicas, pgha to Patroni")
         for node in (first, third):
             _swap(mixed, node, to="patroni")
@@ -166,6 +174,7 @@ def test_takeover_of_a_patroni_cluster_node_by_node_and_back(mixed: MixedBed) ->
 def _swap(bed: MixedBed, node: MixedNode, *, to: str) -> None:
     """As the README says it, in pause: the agent stops, PostgreSQL goes on, the other agent adopts it."""
     before = (node.postmaster(), node.ask("SELECT pg_postmaster_start_time()::text"))
+    leads = node.says_primary()
     bed.ctl("pause", "--wait", node=node)
     node.stop_agent()
     if to == "patroni":
@@ -173,10 +182,15 @@ def _swap(bed: MixedBed, node: MixedNode, *, to: str) -> None:
         assert not node.guards()
     node.make = to      # type: ignore[assignment]
     node.start_agent()
-    bed.wait(lambda: ("pgha" in node.patroni()) is (to == "pgha") and node.patroni().get("replication_state") == "streaming", 30, f"{node.name} under {to}")
+    bed.wait(lambda: ("pgha" in node.patroni()) is (to == "pgha") and _does_its_part(node, leads=leads), 30, f"{node.name} under {to}")
     bed.ctl("resume", "--wait", node=node)
-    bed.wait(lambda: node.get("/replica") is not None and node.get("/replica").status == 200, 20, f"{node.name} is a replica")      # type: ignore[union-attr]
+    bed.wait(lambda: _does_its_part(node, leads=leads), 20, f"{node.name} is what it was")
     assert (node.postmaster(), node.ask("SELECT pg_postmaster_start_time()::text")) == before, "PostgreSQL was restarted"
+
+
+def _does_its_part(node: MixedNode, *, leads: bool) -> bool:
+    answer = node.get("/primary" if leads else "/replica")
+    return answer is not None and answer.status == 200 and (leads or node.patroni().get("replication_state") == "streaming")
 
 
 def _leave(bed: MixedBed, node: MixedNode) -> str:
