@@ -41,6 +41,7 @@ from pgha.dcs import Store
 from pgha.dcs.keys import Keys, encode
 from pgha.dcs.outage import Outage
 from pgha.decide import decide
+from pgha.decide.foreign import member_is_ours
 from pgha.errors import (
     ConfigError,
     DcsError,
@@ -574,7 +575,8 @@ class Agent:
         view = seen.dcs.view
         if view is not None and self.me.name not in view.members:
             self.announcer.gone()
-        self._announce(seen, decision)
+        if view is not None and member_is_ours(seen).holds:
+            self._announce(seen, decision)
 
     def _tell_systemd(self) -> None:
         """Ready from the first pass on, whether or not the store or PostgreSQL answers: nobody is to end an agent that waits."""

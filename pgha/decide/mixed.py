@@ -26,7 +26,7 @@ def former_primary_has_ended(o: Observation, election: Election, *, chosen: bool
     """Of the member of another make that led last: does it still accept writes? None: nobody such. `chosen`: an operator asked
     for a failover to this very node."""
     outsider = o.dcs.outsider
-    if not o.settings.mixed or outsider is None or not outsider.host or outsider.name == o.me.name:
+    if outsider is None or not outsider.host or outsider.name == o.me.name:
         return None
     peer = fresh_peers(o).get(outsider.name)
     if peer is not None and peer.in_recovery is not None:

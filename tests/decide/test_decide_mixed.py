@@ -179,6 +179,23 @@ def test_a_former_record_of_ours_that_has_expired_is_taken_with_the_key():
     assert isinstance(only(live.decide(), Demote), Demote)
 
 
+# --- its name at another place -------------------------------------------------------------------------------------------
+
+HERE = mixed(REPLICA, settings__postgres_host="b", settings__postgres_port=5432)
+
+
+@pytest.mark.parametrize("case", [
+    row("its own key", dcs__view__members__b__is_pgha=True, situation="following"),
+    row("a Patroni that was here before", dcs__view__members__b=Member(name="b", host="b", port=5432, version="4.1.5"), situation="following"),
+    row("a Patroni at another port", dcs__view__members__b=Member(name="b", host="b", port=6543, version="4.1.5"), situation="foreign", refuses="foreign.member_is_ours", does="",
+        says="b at b:6543, this node is at b:5432: stop it, or give each node its own `name`"),
+    row("a Patroni on another host", dcs__view__members__b=Member(name="b", host="x", port=5432, version="4.1.5"), situation="foreign", does=""),
+    row("a key that says nothing", dcs__view__members__b=Member(name="b"), situation="following"),
+])
+def test_a_patroni_of_this_name(case):
+    check(HERE, case)
+
+
 # --- words ---------------------------------------------------------------------------------------------------------------
 
 PATRONI = Member(name="p", version="4.1.5")

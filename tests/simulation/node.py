@@ -23,6 +23,7 @@ from pgha.config.schema import Report, read
 from pgha.config.state import Remembered
 from pgha.dcs.keys import Keys, encode
 from pgha.decide import decide
+from pgha.decide.foreign import member_is_ours
 from pgha.errors import (
     ConfigError,
     DcsError,
@@ -817,7 +818,8 @@ class AgentProcess:
         view = seen.dcs.view
         if view is not None and self.me.name not in view.members:
             self.announcer.gone()
-        self._announce(seen, decision)
+        if view is not None and member_is_ours(seen).holds:
+            self._announce(seen, decision)
         if self._voters:
             waiting, self._voters = self._voters, []
             for epoch, answered, context, timer in waiting:
