@@ -146,10 +146,9 @@ class Feed:
     async def _keep_looking(self, address: str) -> None:
         silent = 0
         while True:
-            self._news = trio.Event()
             with trio.move_on_after(LOOK_EVERY_S):
                 await self._news.wait()
-            await trio.sleep(LOOK_AGAIN_S)      # what happens at once is looked at once
+            self._news = trio.Event()
             try:
                 await self._look(address)
                 silent = 0
@@ -157,6 +156,7 @@ class Feed:
                 silent += 1
                 if silent >= SILENT_LOOKS:
                     raise
+            await trio.sleep(LOOK_AGAIN_S)      # what happens together is looked at together
 
     async def _look(self, address: str) -> None:
         def ask() -> tuple[dict[str, Any], dict[str, Any], str]:

@@ -227,6 +227,15 @@ def test_what_others_wrote_does_not_speak_to_the_terminal(world: World, agent: A
         assert terminal.model.cleared == 1
 
 
+def test_a_member_that_has_not_heard_from_the_store_says_so(world: World, agent: Agent) -> None:
+    agent.happens(state("x"))
+    with OnTerminal(argv(world)) as terminal:
+        assert "not heard" not in terminal.until(lambda t: "| n1 " in t and "x on" in t, "the screen")
+        agent.app.clock.go_on(40)  # type: ignore[attr-defined]
+        terminal.until(lambda t: "n1 has not heard from the store for 40 s: the table is as of then" in t, "a note")
+        assert terminal.model.wrong == []
+
+
 def test_without_colours(world: World, agent: Agent) -> None:
     with OnTerminal(argv(world), environment={**os.environ, "NO_COLOR": "1"}) as terminal:
         terminal.until(lambda t: "| n1 " in t, "the table")
