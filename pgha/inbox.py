@@ -7,7 +7,7 @@ Switchovers, failovers and configuration are writes to the store, from where eve
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import trio
@@ -20,7 +20,7 @@ from pgha.errors import DcsError
 from pgha.log import Log
 from pgha.model.cluster import ClusterView
 from pgha.model.failsafe import Ping
-from pgha.model.observation import Request
+from pgha.model.observation import Peer, Request
 from pgha.rest.requests import Answer
 
 log = Log("pgha.rest")
@@ -40,6 +40,7 @@ class Inbox:
         self._view = view
         self._wake = wake
         self._look = look
+        self.ask_others: Callable[[], Awaitable[dict[str, Peer]]] = _nobody_asked    # all other members, now: the agent, too
         self.accept: Callable[[Ping], tuple[Answer, int]] = _nobody_there     # who promises: the agent, once it is made
         self._number = 0
         self._waiting: dict[int, Request] = {}
@@ -82,6 +83,10 @@ class Inbox:
             self._look()        # no election: whoever asks compares positions, and the last look may be a loop_wait old
         elif view is not None and epoch >= view.epoch.number:
             self._wake()
+
+    async def others(self) -> dict[str, Peer]:
+        """See rest.requests.Requests."""
+        return await self.ask_others()
 
     async def submit(self, kind: str, payload: Mapping[str, Any], *, deadline_s: float) -> Answer:
         """See rest.requests.Requests."""
@@ -176,6 +181,10 @@ _FAILED = {
     "patch_config": "the configuration could not be written",
     "put_config": "the configuration could not be written",
 }
+
+
+async def _nobody_asked() -> dict[str, Peer]:
+    return {}
 
 
 def _nobody_there(_ping: Ping) -> tuple[Answer, int]:

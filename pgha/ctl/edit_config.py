@@ -56,6 +56,9 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
         return DONE
     if not given.quiet:
         print("\n".join(coloured(difference, colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))), flush=True)
+    if given.dry_run:
+        print("edit-config: would be written, once it is confirmed, if nobody else has changed it until then (dry run: nothing is changed)")
+        return DONE
     confirm("Apply these changes?", force=given.force)
     value = json.dumps(new, separators=(",", ":"), ensure_ascii=False).encode()
     if not Store(settings.etcd).write(settings.root + "config", value, if_revision=key.revision if key else 0):

@@ -49,6 +49,10 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
         names = names[:1]
     if not names:
         raise End(max([REFUSED, *codes]), "no member is left to restart")
+    if given.dry_run:
+        from pgha.ctl import dry_run
+
+        return max([*codes, *(dry_run.one(settings, cluster, name, "restart", body, what=f"restart of {name}" + (f" at {schedule}" if schedule else "")) for name in names)])
     what = f"schedule restart of members {', '.join(names)} at {schedule}" if schedule else f"restart members {', '.join(names)}"
     confirm(f"Are you sure you want to {what}?", force=given.force)
     codes += [_restart(settings, cluster, name, body) for name in names]
