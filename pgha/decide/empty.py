@@ -143,7 +143,7 @@ def _finish_bootstrap(o: Observation, memory: Memory) -> Decision:
 
 # --- a copy ------------------------------------------------------------------------------------------------------------
 
-def clone_source(o: Observation) -> tuple[Member | None, Reason]:
+def clone_source(o: Observation, *, leader_only: bool = False) -> tuple[Member | None, Reason]:
     """A running member tagged clonefrom, else the leader.
 
     Whoever may lead by /sync copies from the leader only: another's copy may lack what this name has confirmed before.
@@ -155,7 +155,7 @@ def clone_source(o: Observation) -> tuple[Member | None, Reason]:
     leader = leader_member(o, now.holder)
     if leader is None or leader.role != "primary" or leader.state != "running" or not leader.host:
         return None, reason(rule, False, f"leader {now.holder} is not running as primary yet")
-    tagged = sorted(m.name for m in view.members.values() if m.tags.clonefrom and m.state == "running" and m.host and m.name not in (o.me.name, leader.name))
+    tagged = [] if leader_only else sorted(m.name for m in view.members.values() if m.tags.clonefrom and m.state == "running" and m.host and m.name not in (o.me.name, leader.name))
     if tagged and eligible.is_active(o) and eligible.is_named(o, o.me.name):
         return leader, reason(rule, True, f"copying from {leader.name}, the leader, since /sync names {o.me.name}")
     source = view.members[tagged[0]] if tagged else leader

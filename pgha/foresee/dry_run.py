@@ -15,11 +15,13 @@ from msgspec.structs import replace
 
 from pgha.decide import decide, promotion, switchover
 from pgha.decide.common import fresh_peers, mib, others
+from pgha.decide.empty import clone_source
 from pgha.decide.standing import left_s, licensed, standing
-from pgha.model.action import AnswerRequest, Demote, Restart
+from pgha.model.action import AnswerRequest, CancelOperation, Demote, Restart
 from pgha.model.cluster import FailoverKey
 from pgha.model.decision import Decision, Memory, Reason
-from pgha.model.observation import Observation, Request
+from pgha.model.observation import Observation
+from pgha.model.request import Request
 
 Command = Literal["switchover", "failover", "restart", "reinitialize"]
 #: Longer than any record lives: it does not expire.
@@ -181,6 +183,40 @@ def _restart_steps(o: Observation, action: Restart | None, waits: list[Reason]) 
         return (*steps, Step(step="start", who=me, says="starting as primary, under the lock that it keeps: writes are possible again"))
     upstream = action.upstream.name if action is not None and action.upstream is not None else ""
     return (*steps, Step(step="start", who=me, says=f"starting as a standby of {upstream or 'the leader'}"))
+
+
+def reinitialize(o: Observation, memory: Memory, options: Mapping[str, Any]) -> DryRun:
+    """`options`: force, from_leader. What the leader's PostgreSQL answers is asked only when it is done, and may still refuse it."""
+    decision, number = _decided(o, memory, Request(id=_number(o), kind="reinitialize", at=o.now, options=dict(options)))
+    answer = _answer(decision, number)
+    facts: dict[str, Any] = {"role": decision.role, "data_directory": o.directory.state}
+    if answer is None:
+        looking = _refusal("is_its_turn", f"the data directory is {o.directory.state}: ask again in a moment")
+        return DryRun(dry_run="reinitialize", node=o.me.name, would=False, refused_by=(looking,), conditions=decision.reasons, facts=facts)
+    if answer.status >= 400:
+        return _answered("reinitialize", o, decision, answer, facts)
+    source, why = clone_source(o, leader_only=bool(options.get("from_leader")))
+    leader = standing(o).holder
+    me, copied_from = o.me.name, source.name if source is not None else leader
+    steps = [Step(step="end", who=me, says=f"ending operation: {a.why}") for a in decision.actions if isinstance(a, CancelOperation)]
+    steps.append(Step(step="ask", who=me, says=f"reinitialize: asking {leader} who it is; unless it is a primary of this cluster, nothing is done"))
+    if o.postgres.alive:
+        steps.append(Step(step="leave_sync", who=me, says="if /sync names this node, it waits to be let go"))
+        if o.settings.before_stop_s:
+            steps.append(Step(step="before_stop", who=me, says=f"before_stop, at most {o.settings.before_stop_s:g} s"))
+        steps.append(Step(step="stop", who=me, says="reinitialize: stopping PostgreSQL"))
+    steps += [
+        Step(step="copy", who=me, says=f"reinitialize: copying from {copied_from} with pg_basebackup; the data is kept beside it"),
+        Step(step="rejoin", who=me, says=f"starting as a secondary of {leader}"),
+        Step(step="delete", who=me, says="deleted the data directory that a clone has replaced, once the copy streams"),
+    ]
+    return DryRun(dry_run="reinitialize", node=me, would=True, conditions=(*decision.reasons, why), steps=tuple(steps), facts={**facts, "source": copied_from})
+
+
+def scheduled(command: Command, node: str, at: str, who: str) -> DryRun:
+    """For later: who leads then, and who can take over, only then is known."""
+    return DryRun(dry_run=command, node=node, would=True, facts={"schedule": at},
+                  steps=(Step(step="schedule", who=who, says=f"{command} scheduled at {at}; everything is judged then"),))
 
 
 def _number(o: Observation) -> int:

@@ -28,7 +28,8 @@ from pgha.decide.slots import maintenance, published_slots
 from pgha.model.action import Follow, MaintainSlots, Restart, Source, Stop, WriteInitialize
 from pgha.model.cluster import Tags, slot_name
 from pgha.model.node import WalReceiver
-from pgha.model.observation import Request, Upstream
+from pgha.model.observation import Upstream
+from pgha.model.request import Request
 from pgha.model.wal import HistoryRow
 
 ROWS = [
