@@ -21,7 +21,7 @@ from pgha.model.failsafe import FailsafeFacts, Ping, Promise
 from pgha.model.lock import Identity, Licence, LicenceState
 from pgha.model.node import Answer as Answered
 from pgha.model.node import PostgresFacts, Row, WalReceiver
-from pgha.model.observation import DcsFacts, Observation, Settings
+from pgha.model.observation import DcsFacts, Observation, Peer, Settings
 from pgha.rest.published import Board, Published, publish_pass
 from pgha.rest.requests import Answer
 from pgha.rest.routes import App
@@ -57,6 +57,7 @@ class Inbox:
         self.woken: list[tuple[str, int]] = []
         self.pings: list[Ping] = []
         self.answers: dict[str, Answer] = {}
+        self.peers: dict[str, Peer] = {}
         self.arrived = trio.Event()
 
     async def submit(self, kind: str, payload: Mapping[str, Any], *, deadline_s: float) -> Answer:
@@ -64,6 +65,10 @@ class Inbox:
         self.arrived.set()
         await trio.lowlevel.checkpoint()
         return self.answers[kind]
+
+    async def others(self) -> dict[str, Peer]:
+        await trio.lowlevel.checkpoint()
+        return self.peers
 
     def failsafe(self, ping: Ping) -> tuple[Answer, int]:
         self.pings.append(ping)
