@@ -165,6 +165,8 @@ def _ways(seen: Mapping[str, Seen], base: World, hypotheses: tuple[Hypothesis, .
         moving = [n.name for n in standbys if n.name not in lags]
         ways += [Supposed(hypotheses=hypotheses, most=name) for name in moving]
         ways += [Supposed(hypotheses=hypotheses, most=name, first=other.name, drift=DRIFT) for name in moving for other in standbys if other.name != name]
+    if any(seen[n.name].memory.election is not None for n in standbys):
+        ways += [Supposed(hypotheses=hypotheses, late=n.name) for n in standbys]
     ways += [Supposed(hypotheses=hypotheses, vetoes=n.name) for n in standbys if n.o.settings.pre_promote_s]
     ways += [Supposed(hypotheses=hypotheses, done=n.name) for n in base.nodes.values() if _is_being_made(seen[n.name]) and n.up]
     return ways

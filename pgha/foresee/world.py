@@ -60,6 +60,8 @@ TAKES_S = {"PrePromote": 0.2, "Promote": 0.1, "Demote": 0.3, "Stop": 0.3, "Start
            "InspectEndOfWal": 0.2, "Sweep": 0.05}
 #: Those that do not end, where it is supposed that they do.
 DONE_S = 1.0
+#: A probe, and a pass.
+LATE_S = 0.3
 #: A run ends with so many passes, whatever is still to come.
 PASSES_AT_MOST = 3000
 _KEYS = Keys("foreseen", "cluster")
@@ -79,7 +81,7 @@ class Supposed(Struct, frozen=True, kw_only=True):
     """One of the ways in which a future may go that is open. `first`: this node's clock runs as fast as it may, all others'
     as slow; `most`: of what was on its way, this node got it and no other did; `done`: the copy or rewind that this node is
     about ends well, in a moment; `vetoes`: this node's pre_promote refuses; `fails`: its PostgreSQL does not come back as
-    primary; `quick`: it hears of everything before the others do."""
+    primary; `quick`: it hears of everything before the others do; `late`: it decides nothing for a moment yet."""
 
     hypotheses: tuple[Hypothesis, ...] = ()
     first: str = ""
@@ -88,6 +90,7 @@ class Supposed(Struct, frozen=True, kw_only=True):
     vetoes: str = ""
     fails: str = ""
     quick: str = ""
+    late: str = ""
     drift: float = 0.0
 
 
@@ -110,7 +113,7 @@ class Node:
         self.decision: Decision | None = None
         self.up = True
         self.hears = self.o.dcs.unreachable_since is None and self.o.dcs.view is not None     # the store
-        self.next_s = 0.0
+        self.next_s = float("inf")
         self.action: LongAction | None = None
         self.ends_s = float("inf")
         self.silent_since: dict[str, Instant] = {}
@@ -171,6 +174,8 @@ class World:
         self._show_lag()
         for node in self.nodes.values():
             self._settle_in(node)
+        for node in self.nodes.values():        # what it answers to whoever asks before its first pass here
+            node.decision = decide(node.o, node.memory) if node.up else None
 
     def _rate(self, name: str) -> float:
         drift = self.supposed.drift
@@ -303,6 +308,8 @@ class World:
         heapq.heappush(self._queue, (at_s, self._sequence, what, name))
 
     def _wake(self, node: Node, at_s: float) -> None:
+        if node.name == self.supposed.late:
+            at_s = max(at_s, LATE_S)
         if node.up and (at_s < node.next_s or node.next_s <= self.at_s):
             node.next_s = max(at_s, self.at_s)
             self._later(node.next_s, "pass", node.name)
