@@ -45,6 +45,8 @@ def one(settings: Settings, cluster: Cluster, name: str, command: str, body: Map
         said = None
     if not isinstance(said, dict):
         text = answer.body.decode(errors="replace")
+        if known:
+            return shown(what, {}, known=[*known, f"{name}: {text[:300]}"])
         code = code_of(answer.status, text)
         raise End(REFUSED if code == DONE else code, f"{name} does not say what it would do: status {answer.status}, {text[:300]}")
     return shown(what, said, known=known)

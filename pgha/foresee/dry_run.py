@@ -13,7 +13,7 @@ from typing import Any, Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
-from pgha.decide import decide, promotion, switchover
+from pgha.decide import decide, promotion, reinit, switchover
 from pgha.decide.common import fresh_peers, mib, others
 from pgha.decide.empty import clone_source
 from pgha.decide.standing import left_s, licensed, standing
@@ -192,7 +192,9 @@ def reinitialize(o: Observation, memory: Memory, options: Mapping[str, Any]) -> 
     facts: dict[str, Any] = {"role": decision.role, "data_directory": o.directory.state}
     if answer is None:
         looking = _refusal("is_its_turn", f"the data directory is {o.directory.state}: ask again in a moment")
-        return DryRun(dry_run="reinitialize", node=o.me.name, would=False, refused_by=(looking,), conditions=decision.reasons, facts=facts)
+        conditions = reinit.conditions(o)
+        obstacles = (*(r for r in conditions if not r.holds), looking)
+        return DryRun(dry_run="reinitialize", node=o.me.name, would=False, refused_by=obstacles, conditions=conditions, facts=facts)
     if answer.status >= 400:
         return _answered("reinitialize", o, decision, answer, facts)
     source, why = clone_source(o, leader_only=bool(options.get("from_leader")))

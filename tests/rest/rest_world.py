@@ -121,7 +121,7 @@ def published(*, primary: bool = True, etcd: Mapping[str, Any] | None = None, ro
     """A pass of n1 (primary, holding the lock) or n2 (replica) of the recorded cluster."""
     view = view_of(etcd or golden("steady")["etcd"], **changed) if seen else None
     held = primary if held is None else held
-    licence = Licence(state=LicenceState.HELD, valid_until=NOW.plus_s(ttl_s), ttl_s=ttl_s, by_failsafe=by_failsafe) if held else Licence()
+    licence = Licence(state=LicenceState.HELD, since=NOW, valid_until=NOW.plus_s(ttl_s), ttl_s=ttl_s, by_failsafe=by_failsafe) if held else Licence()
     observation = Observation(
         now=NOW, wall_s=WALL_S, number=number, me=Identity(name="n1" if primary else "n2", node_id="id", incarnation="i"),
         settings=Settings(ttl_s=ttl_s, pause=pause, tags=Tags.of(dict(tags or {}))), dcs=DcsFacts(view=view, heard_at=NOW if seen else None, lock_seen=LockSeen(since=NOW.plus_s(-seen_lock_s_ago))),
