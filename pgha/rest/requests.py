@@ -50,7 +50,8 @@ class Requests(Protocol):
         "failed to write failover key into DCS". cancel_switchover: {}: empty /failover. restart: {"timeout_s"?} and
         its conditions: waits for its end, with "schedule": 202. cancel_restart: {}. reinitialize: {"force", "from_leader"}: 200 once it
         is begun. reload: {}: 202. patch_config, put_config: the object: a guarded write after validation; 200 and the
-        new configuration as JSON, 400 and the problems, 409, 503.
+        new configuration as JSON, 400 and the problems, 409, 503. check_config: {"config": …, "old"?: …}: the same judgement,
+        and what it would do to PostgreSQL on this node, as JSON; nothing is written.
         """
         ...
 
@@ -99,6 +100,7 @@ class Changes:
             ("POST", "sigterm"): self._sigterm,
             ("POST", "citus"): self._citus,
             ("POST", "mpp"): self._citus,
+            ("POST", "pgha"): self._own,
         }
 
     def knows(self, method: str, name: str) -> bool:
@@ -121,6 +123,18 @@ class Changes:
 
     async def _put_config(self, request: Request) -> Response:
         return _response(await self._requests.submit("put_config", object_of(request), deadline_s=WRITE_S))
+
+    async def _own(self, request: Request) -> Response:
+        """POST /pgha/…: questions that need a body, or an operator's credentials. None changes anything."""
+        parts = [part for part in request.path.split("/") if part]
+        match parts[1:]:
+            case ["config", "check"]:
+                body = _object(request)
+                if not isinstance(body.get("config"), dict) or not isinstance(body.get("old", {}), dict):
+                    raise Wrong(400, "config is to be the whole configuration to check, a JSON object; old, if given, the one that it replaces")
+                return _response(await self._requests.submit("check_config", body, deadline_s=WRITE_S))
+            case _:
+                return text_response(404, "not known: " + request.path)
 
     # --- this node ---------------------------------------------------------------------------------------------------
 
