@@ -129,7 +129,7 @@ class Changes:
         parts = [part for part in request.path.split("/") if part]
         match parts[1:]:
             case ["config", "check"]:
-                body = _object(request)
+                body = object_of(request)
                 if not isinstance(body.get("config"), dict) or not isinstance(body.get("old", {}), dict):
                     raise Wrong(400, "config is to be the whole configuration to check, a JSON object; old, if given, the one that it replaces")
                 return _response(await self._requests.submit("check_config", body, deadline_s=WRITE_S))
