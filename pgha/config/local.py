@@ -236,12 +236,14 @@ class Own(Section, frozen=True, kw_only=True):
     """[pgha]: what the reference does not have. "" = the default of directories.py.
 
     `guard`: who starts the guard process: the agent, or a service of its own ("service", under systemd).
+    `event_readers`: who may follow GET /pgha/events at once; never more than a quarter of the files that the agent may open.
     `…_timeout_s`: how long one of the operator's programs may take before it is ended by force.
     """
 
     state_dir: Annotated[str, Key(path())] = ""
     runtime_dir: Annotated[str, Key(path())] = ""
     guard: Annotated[Literal["agent", "service"], Key(choice("agent", "service"))] = "agent"
+    event_readers: Annotated[int, Key(integer(0, 10_000))] = 100
     callback_timeout_s: Annotated[float, Key(duration(1, 86400), name="callback_timeout")] = 60.0
     pre_promote_timeout_s: Annotated[float, Key(duration(1, 86400), name="pre_promote_timeout")] = 60.0
     before_stop_timeout_s: Annotated[float, Key(duration(1, 86400), name="before_stop_timeout")] = 60.0

@@ -120,6 +120,7 @@ level = "INFO"
 # runtime_dir = "/run/pgha/demo"        # default: $RUNTIME_DIRECTORY, else below /dev/shm; must be tmpfs
 # callback_timeout = "60s"              # also pre_promote_timeout, before_stop_timeout: then a program is ended by force
 guard = "agent"                         # who starts the guard: agent, or service (pgha-guard.service; pgha.service sets this itself)
+# event_readers = 100                   # how many may follow GET /pgha/events at once; 0 to 10000
 """
 
 
