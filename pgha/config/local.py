@@ -17,7 +17,7 @@ from msgspec import field
 from pgha.config.addresses import Address, Listen, address, addresses, bracketed, listen, url
 from pgha.config.cluster import LATER, OptionList, SharedPostgresql
 from pgha.config.lists import lines, mapping, program_options, texts
-from pgha.config.programs import command
+from pgha.config.programs import BootstrapMethod, bootstrap_method, command, method_name
 from pgha.config.schema import Key, Section
 from pgha.config.values import (
     Kind,
@@ -37,6 +37,7 @@ from pgha.config.values import (
 from pgha.model.cluster import Tags
 
 CLUSTER_WIDE = "belongs to the whole cluster, not to this file; allowed: bootstrap.dcs before the first start, `pgha ctl edit-config` after it"
+INITDB = "initdb"
 NO_THREADS = "has no meaning, since pgha has no thread pool; allowed: leave it out"
 
 
@@ -160,20 +161,16 @@ def _dcs(value: Any) -> dict[str, Any]:
     return value
 
 
-def _method(value: Any) -> str:
-    if value != "initdb":
-        raise Wrong(f"is {shown(value)}")
-    return "initdb"
-
-
 class Bootstrap(Section, frozen=True, kw_only=True):
     """[bootstrap]: used once, by the node that makes the cluster. `dcs` becomes `/config` (see `cluster.normalised`)."""
 
     REFUSED: ClassVar = {"users": "has been removed from the reference; allowed: a post_bootstrap script"}
     EXCLUSIVE: ClassVar = (("post_bootstrap", "post_init"),)
+    CHOSEN: ClassVar = ("methods", bootstrap_method())
 
     dcs: Annotated[dict[str, Any], Key(Kind(_dcs, "the cluster's keys", shape="table"))] = field(default_factory=dict)
-    method: Annotated[str, Key(Kind(_method, "initdb; other methods are not supported yet by this version"))] = "initdb"
+    method: Annotated[str, Key(Kind(method_name, "initdb, or the name of a table beside it that has a command"))] = INITDB
+    methods: dict[str, BootstrapMethod] = field(default_factory=dict)      # [bootstrap.NAME] of the NAME in `method`
     initdb: Annotated[OptionList, Key(program_options("pgdata", "nosync", "pwfile", "sync-only", "version", program="initdb"))] = ()
     pg_hba: Annotated[tuple[str, ...], Key(lines("a list of pg_hba.conf lines"))] = ()
     post_bootstrap: Annotated[str, Key(command())] = ""
