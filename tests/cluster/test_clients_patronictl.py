@@ -217,7 +217,7 @@ def test_restart_and_reload_by_patronictl(cluster, patronictl):
     assert cluster.wait_healthy(30) is leader
 
 
-def test_patronictl_does_not_remove_a_cluster_for_wrong_answers(cluster, patronictl):
+def test_patronictl_removes_a_cluster_for_the_right_answers_only(beds, cluster, patronictl):
     leader = cluster.wait_healthy(30)
     scope = cluster.settings.scope
     for answers, why in (("other\n", "Cluster names specified do not match"), (f"{scope}\nno\n", 'You did not exactly type "Yes I am aware"'),
@@ -226,3 +226,9 @@ def test_patronictl_does_not_remove_a_cluster_for_wrong_answers(cluster, patroni
         assert said.code == 1
         assert why in said.err
     assert cluster.wait_healthy(30) is leader
+    cluster.stop()
+    # `leader` names who led last until somebody else does: it has no lease (safety model 2)
+    patronictl("remove", scope, answers=f"{scope}\nYes I am aware\n{leader.name}\n")
+    assert cluster.etcd.get(cluster.key("")) == []
+    assert all((node.data_dir / "PG_VERSION").exists() for node in cluster.nodes), "no data was touched"
+    beds.end()
