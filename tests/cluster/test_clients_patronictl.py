@@ -61,6 +61,9 @@ def test_what_patronictl_shows_is_so(cluster, patronictl):
     assert [line[1] for line in tsv[1:]] == [node.name for node in cluster.nodes]
     assert f"  Member: {leader.name}\n  Role: Leader\n  State: running\n" in patronictl("list", "-f", "yaml")
     assert patronictl("list", cluster.settings.scope, "-f", "pretty").splitlines()[0] == first_line
+    by_url = subprocess.run([patronictl.command()[0], "-d", f"etcd3://{cluster.etcd.endpoints[0]}", "list", cluster.settings.scope, "-f", "tsv"],
+                            capture_output=True, text=True, timeout=30, check=True, env=patronictl.environment, cwd=cluster.directory)
+    assert by_url.stdout.splitlines()[0].split("\t") == COLUMNS, "without a configuration file"
     watch = subprocess.Popen(patronictl.command("list", "-W"), stdout=subprocess.PIPE, text=True, env=patronictl.environment)
     try:
         assert sum(f"| {leader.name} " in line for line in itertools.islice(watch.stdout, 16)) == 2, "it looks again and again"

@@ -15,14 +15,18 @@ pytestmark = pytest.mark.cluster
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
+FAR = "2099-01-01T00:00:00+00:00"
 #: situation → the change of the configuration that makes it
 SITUATIONS = {
     "steady": {},
+    "scheduled-switchover": {},
+    "permanent-slots": {"slots": {"perm_p": {"type": "physical"}}},
     "synchronous": {"synchronous_mode": True},
     "quorum": {"synchronous_mode": "quorum"},
     "paused": {"pause": True},
     "pending-restart": {"postgresql": {"parameters": {"max_connections": 123}}},
-    "failsafe-on": {"failsafe_mode": True},     # the last: its key stays when it is off again
+    "failsafe-on": {"failsafe_mode": True},
+    "after-switchover": {},     # and after failsafe mode, of which the key stays
 }
 #: An error page of the reference's web server has no meaning beside its status.
 PAGE = "text/html;charset=utf-8"
@@ -108,6 +112,8 @@ def test_a_cluster_answers_as_the_recorded_one_in_each_situation(cluster):
     for when, change in SITUATIONS.items():
         status, _, config = asked(leader, "PATCH", "/config", json.dumps(change or {"golden_test": None}))
         assert status == 200, config
+        if when == "scheduled-switchover":
+            assert asked(leader, "POST", "/switchover", json.dumps({"leader": leader.name, "candidate": old.name, "scheduled_at": FAR}))[::2] == (202, "Switchover scheduled")
         try:
             replica = cluster.wait(lambda when=when: next((node for node in cluster.nodes if node is not leader and (
                 when not in ("synchronous", "quorum") or node.get(f"/{'sync' if when == 'synchronous' else 'quorum'}").status == 200)), None), 20, f"a replica, {when}")
@@ -116,6 +122,8 @@ def test_a_cluster_answers_as_the_recorded_one_in_each_situation(cluster):
             assert asked(replica, "GET", "/config")[2] == asked(leader, "GET", "/config")[2] == config
         finally:
             assert asked(leader, "PATCH", "/config", json.dumps(undone(change) or {"golden_test": None}))[0] == 200
+            if when == "scheduled-switchover":
+                assert asked(leader, "DELETE", "/switchover")[::2] == (200, "scheduled switchover deleted")
     assert cluster.wait_healthy(30) is leader
 
 
