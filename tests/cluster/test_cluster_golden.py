@@ -20,13 +20,14 @@ FAR = "2099-01-01T00:00:00+00:00"
 SITUATIONS = {
     "steady": {},
     "scheduled-switchover": {},
-    "permanent-slots": {"slots": {"perm_p": {"type": "physical"}}},
     "synchronous": {"synchronous_mode": True},
     "quorum": {"synchronous_mode": "quorum"},
     "paused": {"pause": True},
     "pending-restart": {"postgresql": {"parameters": {"max_connections": 123}}},
     "failsafe-on": {"failsafe_mode": True},
-    "after-switchover": {},     # and after failsafe mode, of which the key stays
+    # the recording's failsafe mode was off again, and its key stays
+    "permanent-slots": {"slots": {"perm_p": {"type": "physical"}}},
+    "after-switchover": {},
 }
 #: An error page of the reference's web server has no meaning beside its status.
 PAGE = "text/html;charset=utf-8"
