@@ -5,6 +5,7 @@ Rules of this file: what differs on purpose is named, with the reason.
 
 import http.client
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ SITUATIONS = {
     "permanent-slots": {"slots": {"perm_p": {"type": "physical"}}},
     "after-switchover": {},
 }
+MOMENT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}\+00:00")
 #: An error page of the reference's web server has no meaning beside its status.
 PAGE = "text/html;charset=utf-8"
 #: Answered otherwise, and why.
@@ -55,6 +57,10 @@ def comparable(body, *, pending):
     if not isinstance(body, dict):
         return body
     body = {key: value for key, value in body.items() if key != "pgha" and (pending or not key.startswith("pending_restart"))}
+    for moments, moment in ((body, "postmaster_start_time"), (body.get("xlog", {}), "replayed_timestamp")):
+        if moment in moments:
+            assert moments[moment] is None or MOMENT.fullmatch(moments[moment]), moments
+            moments[moment] = "a moment"       # or none, after a start
     if "members" in body:
         members = sorted(body["members"], key=lambda member: (member["role"], member["name"]))
         body["members"] = [comparable(member, pending=pending) | {"role": member["role"], "state": member["state"]} for member in members]
