@@ -214,6 +214,11 @@ def test_restart_and_reload_by_patronictl(cluster, patronictl):
     assert restarted(cluster, before) == {second.name}
     assert patronictl.ask("restart", scope, leader.name, "-r", "replica", "--force")[::2] == (1, "Error: No 'replica' among provided members\n")
 
+    before = started(cluster)
+    assert patronictl("restart", scope, "--role", "replica", "--any", "--force").count("Success: restart on member") == 1
+    cluster.wait_healthy(30)
+    assert len(restarted(cluster, before) & {first.name, second.name}) == len(restarted(cluster, before)) == 1
+
     # only where it is needed, only on an older version
     before = started(cluster)
     patronictl("edit-config", "--force", "-q", "-p", "max_connections=110")

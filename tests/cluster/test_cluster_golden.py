@@ -148,3 +148,20 @@ def test_what_the_recorded_one_refuses_is_refused_in_the_same_words(cluster):
         elif recorded["headers"]["Content-Type"] != PAGE:
             assert (kind, text) == (recorded["headers"]["Content-Type"], wanted_text), recorded["request"]
     assert cluster.wait_healthy(30) is leader
+
+
+def test_head_options_and_a_whole_configuration(cluster):
+    leader = cluster.wait_healthy(30)
+    for recorded in json.loads((GOLDEN / "steady.json").read_text())["head"]:
+        method, _, target = recorded["request"].partition(" ")
+        if target in ("/primary", "/replica"):      # the reference says 503 to the others, whatever is so
+            assert asked(leader, method, target)[::2] == (recorded["status"], ""), recorded["request"]
+    config = asked(leader, "GET", "/config")[2]
+    status, _, why = asked(leader, "PUT", "/config", json.dumps({**config, "maximum_lag_on_failovr": 1}))
+    assert status == 400, "the reference takes what it does not know"
+    assert "maximum_lag_on_failover" in why
+    changed = {**config, "maximum_lag_on_failover": 2097152}
+    assert asked(leader, "PUT", "/config", json.dumps(changed))[::2] == (200, changed)
+    for node in cluster.nodes:
+        cluster.wait(lambda node=node: asked(node, "GET", "/config")[2] == changed, 10, f"{node.name} shows it")
+    assert asked(leader, "PUT", "/config", json.dumps(config))[::2] == (200, config)
