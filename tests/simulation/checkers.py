@@ -116,6 +116,8 @@ class OnePrimary(Checker):
         if world.is_patroni(begins):
             if len(theirs) == len(others):
                 return "both are Patroni members"
+            if world.view().leader != begins:
+                return "that Patroni member has not the key leader"       # it was frozen, or was started again
             return "the key leader was taken from under its holder" if world.leader_was_tampered() else ""
         if len(theirs) < len(others) or not theirs:
             return ""

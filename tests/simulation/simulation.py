@@ -28,7 +28,7 @@ BORN_WITHIN_S = 120.0
 #: After the last fault has ended: time for records to expire, absence to be believed, clones to be made.
 CALM_S = 60.0
 #: How much is drawn for a world. Kept programs say under which number they were found; those of before say nothing.
-DRAWS = 3
+DRAWS = 4
 
 
 #: What no cluster with Patroni members has here.
@@ -45,7 +45,7 @@ class Options(Struct, frozen=True, kw_only=True):
     faults: int = 20
     for_s: float = 1500.0
     program: tuple[Step, ...] | None = None
-    draws: int = 1              # 2: also settings and tags that few clusters have; 3: also clusters with Patroni members
+    draws: int = 1              # 2: also settings and tags that few clusters have; 3: also reinitialize, and what is scheduled; 4: Patroni members
     patronis: int = 0           # so many of the nodes are Patroni's (level (a))
 
 
@@ -136,7 +136,7 @@ class Simulation(World):
             program = options.program
         else:
             early = faults.draw_early(options.seed, self.names) if options.draws >= 2 else []
-            program = (*early, *faults.draw(options.seed, self.names, ttl_s=float(self.ttl), from_s=BORN_WITHIN_S, for_s=options.for_s, faults=options.faults - len(early)))
+            program = (*early, *faults.draw(options.seed, self.names, ttl_s=float(self.ttl), from_s=BORN_WITHIN_S, for_s=options.for_s, faults=options.faults - len(early), draws=options.draws))
         self.program = program
         self.ends_s = max([BORN_WITHIN_S, *(s.at_s + s.for_s for s in program)])
         for step in program:
@@ -436,7 +436,7 @@ class Simulation(World):
 def _draw_patronis(options: Options) -> int:
     """One cluster in seven has members of another make."""
     random = Random(f"{options.seed}/patronis")
-    return random.choice((1, 1, 2)) if options.draws >= 3 and options.level == "a" and random.random() < 0.15 else 0
+    return random.choice((1, 1, 2)) if options.draws >= 4 and options.level == "a" and random.random() < 0.15 else 0
 
 
 def _level_a(host: Any, *, incarnation: int) -> Any:
