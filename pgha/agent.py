@@ -93,6 +93,7 @@ from pgha.observe.peers import PeersObserver
 from pgha.observe.postgres import PostgresObserver, look_every_s, not_looked_since
 from pgha.postgres.files import read_dynamic_cache, write_dynamic_cache
 from pgha.postgres.server import Server
+from pgha.provenance import Provenance
 from pgha.rest.access import Access
 from pgha.rest.published import Board, nothing_yet, publish_pass, store_gauges
 from pgha.rest.requests import Answer
@@ -189,6 +190,9 @@ class Agent:
             beside=self.callbacks.beside, told=self.callbacks)
         self.actor = Actor(context)
         self.inbox.judge = self.actor.judge_configuration
+        self.provenance = Provenance(member=self.me.name, effective=lambda: self.effective, sources=loaded.sources, left_out=lambda: self.wanted.left_out,
+                                     facts=self.actor.gucs, wall_s=clock.wall_s)
+        self.inbox.why = self.provenance.answer
 
         self.memory = Memory()
         self.number = 0
@@ -745,6 +749,7 @@ class Agent:
         self._before_limit = (self.postgres.facts, self.settings.primary_hang_timeout_s)
         self.postgres.kick()        # how often it is looked at may have changed, too
         self.dynamic = view.config
+        self.provenance.note(view.config, view.revision_of("config"), mixed=mixed)
         self.effective = effective(self.local, view.config, patroni_member_present=mixed)
         for problem in self.effective.problems:
             log.warning("configuration in the store", problem=problem)
@@ -778,7 +783,7 @@ class Agent:
         if fixed:
             log.error("configuration not reloaded: these keys need another start of the agent", keys=", ".join(fixed))
             return
-        self.local = loaded.local
+        self.local, self.provenance.sources = loaded.local, loaded.sources
         _set_up_log(self.local)
         self.effective = effective(self.local, self.dynamic if self.dynamic is not None else normalised(dict(self.local.bootstrap.dcs)))
         if self._nursery is not None:

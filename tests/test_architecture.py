@@ -56,6 +56,8 @@ LOOSE = {
     "pgha.replay": COMMON | {"pgha.model", "pgha.decide"},
     "pgha.announce": COMMON | {"pgha.model", "pgha.dcs"},
     "pgha.inbox": COMMON | {"pgha.model", "pgha.dcs", "pgha.config", "pgha.rest"},
+    "pgha.provenance": COMMON | {"pgha.model", "pgha.config", "pgha.postgres", "pgha.rest"},
+    "pgha.why": COMMON | {"pgha.model", "pgha.config", "pgha.ctl", "pgha.postgres"},
     "pgha.systemd": set[str](),
     "pgha.surface": COMMON | {"pgha.model", "pgha.config", "pgha.dcs", "pgha.machine", "pgha.rest"},
     "pgha.machine": COMMON | {"pgha.postgres", "pgha.lock", "pgha.rest", "pgha.systemd"},
