@@ -28,7 +28,7 @@ from pgha import log as logging
 from pgha.act import Actor
 from pgha.act.callbacks import EVENTS, Callbacks
 from pgha.act.context import Context
-from pgha.act.wanted import Wanted
+from pgha.act.wanted import STARTED_WITH, Wanted
 from pgha.announce import Announcer, member_value
 from pgha.clock import Clock, Deadline, Instant, SystemClock, candidate_age_s, remaining_s
 from pgha.config.cluster import normalised
@@ -159,7 +159,7 @@ class Agent:
             store=self.store, keys=self.keys, clock=clock, state_dir=self.state_dir, wake=self.wake, me=self.me.name, in_thread=machine.in_thread,
             settings=lambda: (self.settings.ttl_s, self.settings.loop_wait_s, self.settings.retry_timeout_s, self.settings.member_slots_ttl_s),
             outage=self.outage)
-        self.wanted = Wanted(effective=lambda: self.effective, passfile=pgpass(local, environ))
+        self.wanted = Wanted(effective=lambda: self.effective, passfile=pgpass(local, environ), started_file=self.state_dir / STARTED_WITH)
         self.postgres = PostgresObserver(
             data_dir=data_dir, machine=machine, conninfo=self.wanted.local_conninfo, clock=clock,
             interval_s=lambda: look_every_s(self.settings), wake=self._postgres_changed,

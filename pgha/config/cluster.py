@@ -86,7 +86,7 @@ class SharedPostgresql(Section, frozen=True, kw_only=True):
     """The keys of `postgresql` that a node's file and `/config` may both have: the node's own win, `parameters` merge."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("custom_conf", "rewind", "bin_name", "use_unix_socket_repl"), LATER),
+        **dict.fromkeys(("rewind", "bin_name", "use_unix_socket_repl"), LATER),
         **dict.fromkeys((f"{key}_{role}" for key in ("parameters", "pg_hba", "pg_ident") for role in ("primary", "replica", "standby_leader")), LATER),
     }
 
@@ -110,6 +110,7 @@ class SharedPostgresql(Section, frozen=True, kw_only=True):
     remove_data_directory_on_rewind_failure: Annotated[bool, Key(flag())] = False
     remove_data_directory_on_diverged_timelines: Annotated[bool, Key(flag())] = False
     krbsrvname: Annotated[str, Key(text())] = ""
+    custom_conf: Annotated[str, Key(path())] = ""
 
 
 class ClusterPostgresql(SharedPostgresql, frozen=True, kw_only=True):
