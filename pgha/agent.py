@@ -445,7 +445,7 @@ class Agent:
         async with self._looking_at_directory:      # a look that began before an operation's end says nothing of it
             before = self.reader.facts
             facts = self.postgres.facts
-            after = await self.reader.read_facts(running=facts.alive, timeline=facts.row.timeline if facts.row else 0)
+            after = await self.reader.read_facts(running=facts.alive, timeline=facts.row.timeline if facts.row else 0, fresh=facts.row is not None and facts.row.replay_paused)
             if self._directory_stale or before != after:
                 self._directory_stale = False
                 self.wake()

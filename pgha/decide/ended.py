@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from pgha.decide import cramped
 from pgha.decide.standing import licensed
 from pgha.model.decision import Memory
 from pgha.model.observation import Observation, Operation
@@ -29,7 +30,7 @@ def _note_life(o: Observation, memory: Memory) -> Memory:
         memory = replace(memory, holding_since=None)
     if o.postgres.process == "running" and o.postgres.answer == "sql" and (memory.crash_seen_at or memory.start_failures):
         memory = replace(memory, crash_seen_at=None, handover_judged_at=None, start_failures=0, last_start_failed_at=None)
-    if memory.leaving_since is not None and not o.shutting_down and o.operation is None and not any(r.kind == "restart" for r in o.requests):
+    if memory.leaving_since is not None and not o.shutting_down and o.operation is None and not any(r.kind == "restart" for r in o.requests) and cramped.has_room(o).holds:
         memory = replace(memory, leaving_since=None)
     if memory.ours_to_start and o.postgres.alive and o.operation is None:
         memory = replace(memory, ours_to_start=False)

@@ -236,6 +236,29 @@ def test_a_value_that_postgresql_refuses_is_left_out_and_keeps_nothing_from_star
     assert len(said) == 2 * 2 * 5      # each node's each setting, by each agent
 
 
+def test_a_standby_that_has_less_than_its_primary_stops_replaying_and_a_restart_helps(bed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.standby_of(one)
+            for node in (one, two):
+                node.dynamic["postgresql"]["parameters"] = {"max_connections": 150}
+                await node.quick(a.ApplyConfiguration())
+            await one.operate(a.Restart(as_primary=True, timeout_s=20))     # the wrong order
+            await two.until(lambda: two.observer.facts.row is not None and two.observer.facts.row.replay_paused)
+            row = two.observer.facts.row
+            control = (await two.reader.read_facts(running=True, timeline=row.timeline, fresh=True)).control
+            assert (row.limits["max_connections"], control.limits["max_connections"]) == (100, 150)
+            assert row.limits.keys() == control.limits.keys()
+            await two.operate(a.Restart(as_primary=False, timeout_s=20, upstream=as_source(one)))
+            await two.until(lambda: two.observer.facts.row is not None and two.observer.facts.row.limits["max_connections"] == 150 and not two.observer.facts.row.replay_paused)
+            await one.sql("CREATE TABLE replayed (x int)")
+            with trio.fail_after(10):
+                while (await two.sql("SELECT to_regclass('replayed')")) == [(None,)]:
+                    await trio.sleep(0.02)
+    trio.run(main)
+
+
 def test_settings_that_postgresql_does_not_start_with_do_not_keep_it_down(bed, caplog):
     async def main():
         async with bed.node("a") as one, bed.node("b") as two:

@@ -184,7 +184,7 @@ KEYS = [
     ("postgresql.callbacks.on_start", None, "dropped postgresql.callbacks.on_start: is empty"),
     ("postgresql.callbacks.on_stop", "/x --password 'hush-1 2", "missing postgresql.callbacks.on_stop: has a quote that is not closed; allowed: a command: a program and its arguments"),
     ("postgresql.before_stop", "/x y", "carried postgresql.before_stop"),
-    ("postgresql.custom_conf", "/x", "missing postgresql.custom_conf: not supported yet by this version"),
+    ("postgresql.custom_conf", "/x", "carried postgresql.custom_conf"),
     ("postgresql.use_unix_socket_repl", False, "dropped postgresql.use_unix_socket_repl: off is what pgha does"),
     ("postgresql.use_unix_socket_repl", True, "missing postgresql.use_unix_socket_repl: not supported yet by this version"),
     ("postgresql.data_dirr", "/x", "missing postgresql.data_dirr: unknown key; did you mean data_dir?"),
