@@ -58,12 +58,17 @@ async def start_prepared_standby(ctx: Context, upstream: Source | None, slot_nam
                 await ctx.server.wait_ready(server, deadline_s=STANDBY_READY_S)
         except PostgresTimeout:
             await _wait_answers(ctx)
-        await ctx.on_disk(ctx.wanted.note_started)
+        await _note_started(ctx)
         times.mark("start")
         log.info("started as a standby", pid=server.pid, upstream=upstream.name if upstream else "", status=server.status(),
                  took_s=times.total_s)
     finally:
         server.close()
+
+
+async def _note_started(ctx: Context) -> None:
+    if ctx.wanted.started_is_news():
+        await ctx.on_disk(ctx.wanted.note_started)
 
 
 @contextmanager
@@ -128,7 +133,7 @@ async def start_prepared_primary(ctx: Context, progress: Progress, times: Timeli
         times.mark("start")
         await be_standby_at_rest(ctx)
         times.mark("standby_signal")
-        await ctx.on_disk(ctx.wanted.note_started)
+        await _note_started(ctx)
     except BaseException:   # also trio.Cancelled: a primary that nobody waits for must not stay
         await make_safe(ctx, "the start as primary was not completed")
         raise

@@ -243,9 +243,7 @@ class Wanted:
 
     def note_started(self) -> None:
         """PostgreSQL has started: what it was given is good, and is what counts should it not start with something else."""
-        now = {name: value for name, value in self.prepared().file.items() if name != NAMES or self._names is None}
-        if self._control is not None:       # not what a standby had for its primary's sake
-            now |= {name: value for name, value in self.prepared(standby=False).file.items() if name in STANDBY_AT_LEAST and not self._falls_back()}
+        now = self._started_with()
         if now == self._started:
             return
         self._started = now
@@ -254,6 +252,16 @@ class Wanted:
                 files.write_if_changed(self._started_file, json.dumps(now, sort_keys=True), mode=0o600)
             except OSError as error:    # no reason to end a server that runs
                 log.warning("the settings with which PostgreSQL has started could not be kept", why=f"{error.filename}: {error.strerror}")
+
+    def started_is_news(self) -> bool:
+        """Is there anything for `note_started` to write?"""
+        return self._started_with() != self._started
+
+    def _started_with(self) -> dict[str, str]:
+        now = {name: value for name, value in self.prepared().file.items() if name != NAMES or self._names is None}
+        if self._control is not None:       # not what a standby had for its primary's sake
+            now |= {name: value for name, value in self.prepared(standby=False).file.items() if name in STANDBY_AT_LEAST and not self._falls_back()}
+        return now
 
     def did_not_start(self, why: str) -> None:
         """PostgreSQL ended instead of starting. If its settings are others than when it last did, those count next time: a
