@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from pgha.decide import cramped
+from pgha.clock import candidate_age_s, remaining_s
+from pgha.decide import cramped, reinit
 from pgha.decide.standing import licensed
 from pgha.model.decision import Memory
 from pgha.model.observation import Observation, Operation
@@ -30,8 +31,11 @@ def _note_life(o: Observation, memory: Memory) -> Memory:
         memory = replace(memory, holding_since=None)
     if o.postgres.process == "running" and o.postgres.answer == "sql" and (memory.crash_seen_at or memory.start_failures):
         memory = replace(memory, crash_seen_at=None, handover_judged_at=None, start_failures=0, last_start_failed_at=None)
-    if memory.leaving_since is not None and not o.shutting_down and o.operation is None and not any(r.kind == "restart" for r in o.requests) and cramped.has_room(o).holds:
+    asked_to_stop = memory.reinit is not None or any(r.kind == "restart" for r in o.requests) or not cramped.has_room(o).holds
+    if memory.leaving_since is not None and not o.shutting_down and o.operation is None and not asked_to_stop:
         memory = replace(memory, leaving_since=None)
+    if memory.restart_overdue and o.postgres.process == "running" and o.postgres.answer == "sql":
+        memory = replace(memory, restart_overdue=False)
     if memory.ours_to_start and o.postgres.alive and o.operation is None:
         memory = replace(memory, ours_to_start=False)
     if memory.paused and not o.settings.pause:
@@ -57,6 +61,11 @@ def _bootstrap(_: Observation, memory: Memory, ended: Operation) -> Memory:
 
 
 def _clone(_: Observation, memory: Memory, ended: Operation) -> Memory:
+    wanted = memory.reinit
+    if wanted is not None and remaining_s(ended.started_at, wanted.asked_at) >= 0:
+        memory = reinit.ended(memory, ok=ended.ok, why=ended.why)
+        if not ended.ok:
+            return memory       # what is there goes on as before
     if ended.ok:
         return replace(memory, clone_failures=0, last_clone_failed_at=None, rewind_failed="", start_failures=0)
     return replace(memory, clone_failures=memory.clone_failures + 1, last_clone_failed_at=ended.ended_at)
@@ -66,6 +75,17 @@ def _start(_: Observation, memory: Memory, ended: Operation) -> Memory:
     if ended.ok:
         return replace(memory, start_failures=0, last_start_failed_at=None)
     return replace(memory, start_failures=memory.start_failures + 1, last_start_failed_at=ended.ended_at)
+
+
+def _restart(o: Observation, memory: Memory, ended: Operation) -> Memory:
+    """A primary that is not back within the time that its restart was given: somebody else is to be one (compatibility spec 3.5)."""
+    took_s = candidate_age_s(ended.started_at, ended.ended_at) if ended.ended_at is not None else 0.0
+    overdue = not ended.ok and 0.0 < memory.restart_within_s <= took_s
+    return _start(o, replace(memory, restart_within_s=0.0, restart_overdue=overdue), ended)
+
+
+def _stop(_: Observation, memory: Memory, ended: Operation) -> Memory:
+    return memory if ended.ok else reinit.ended(memory, ok=False, why=ended.why)
 
 
 def _pre_promote(o: Observation, memory: Memory, ended: Operation) -> Memory:
@@ -107,7 +127,8 @@ _NOTES = {
     "Clone": _clone,
     "StartStandby": _start,
     "StartPrimary": _start,
-    "Restart": _start,
+    "Restart": _restart,
+    "Stop": _stop,
     "PrePromote": _pre_promote,
     "Promote": _promote,
     "Demote": _demote,

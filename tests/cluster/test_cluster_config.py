@@ -2,6 +2,7 @@
 in order under writes, and what somebody writes past all checks does no harm."""
 
 import json
+import signal
 import subprocess
 
 import pytest
@@ -96,6 +97,27 @@ def test_a_limit_is_raised_and_lowered_in_order_under_writes(cluster):
         assert ctl(cluster, "restart", "--force", "--pending")[0] == REFUSED
     finally:
         ctl(cluster, "edit-config", "-q", "--force", "-p", f"max_connections={had}")
+
+
+def test_a_primary_that_is_restarted_first_leaves_no_standby_behind(cluster):
+    """In the wrong order, or after a crash under a raised configuration: PostgreSQL stops replaying on the standbys, which restart by themselves."""
+    leader = cluster.wait_healthy(30)
+    had = int(parameter(leader, "max_connections"))
+    new = had + 70
+    try:
+        assert ctl(cluster, "edit-config", "-q", "--force", "-p", f"max_connections={new}")[0] == DONE
+        cluster.wait(lambda: all(pending(node) for node in cluster.nodes), 20, "every member waits for a restart")
+        leader.signal_postgres(signal.SIGKILL)      # started in place, it has what is configured at once
+        cluster.wait(lambda: all(parameter(node, "max_connections") == str(new) for node in cluster.nodes), 60, "the standbys have followed")
+        leader = cluster.wait_healthy(30)
+        leader.ask("CREATE TABLE room ()")
+        cluster.wait(lambda: all(node.ask("SELECT to_regclass('room')") for node in cluster.nodes), 20, "everybody replays")
+        leader.ask("DROP TABLE room")
+    finally:
+        assert ctl(cluster, "edit-config", "-q", "--force", "-p", f"max_connections={had}")[0] == DONE
+        cluster.wait(lambda: all(pending(node) for node in cluster.nodes), 20, "every member waits for a restart")
+        assert ctl(cluster, "restart", "--force", "--pending")[0] == DONE
+    cluster.wait_healthy(30)
 
 
 def test_what_is_written_past_all_checks_does_no_harm(cluster):

@@ -23,7 +23,8 @@ from msgspec import structs
 from pgha.model.action import Follow, Restart, Source, Stop, WriteInitialize
 from pgha.model.cluster import Tags
 from pgha.model.node import WalReceiver
-from pgha.model.observation import Request, Upstream
+from pgha.model.observation import Upstream
+from pgha.model.request import Request
 from pgha.model.wal import HistoryRow
 
 CRAMPED = {"postgres__row__replay_paused": True, "postgres__row__limits": {"max_connections": 100, "max_wal_senders": 10},
