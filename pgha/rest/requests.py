@@ -133,7 +133,7 @@ class Changes:
             case ["config", "why"]:
                 key = _object(request).get("key")
                 if not isinstance(key, str) or len(key) > LONGEST_KEY:
-                    raise _Wrong(400, "key is to be the name of a key, as postgresql.parameters.work_mem")
+                    raise Wrong(400, "key is to be the name of a key, as postgresql.parameters.work_mem")
                 return _response(await self._requests.submit("why_config", {"key": key}, deadline_s=WRITE_S))
             case _:
                 return text_response(404, "not known: " + request.path)
