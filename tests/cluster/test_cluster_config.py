@@ -6,7 +6,7 @@ import signal
 import subprocess
 
 import pytest
-from test_cluster_ctl import DONE, REFUSED, USAGE, ctl
+from console import DONE, REFUSED, USAGE, ctl
 from traffic import Traffic
 
 from pgha.demo.processes import CLEAN_ENVIRONMENT, as_user
