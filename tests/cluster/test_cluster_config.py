@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 
+import psycopg
 import pytest
 from console import DONE, REFUSED, USAGE, ctl
 from traffic import Traffic
@@ -23,6 +24,14 @@ def stored(cluster):
 
 def parameter(node, name):
     return node.ask(f"SELECT current_setting('{name}')")
+
+
+def has(node, name, value):
+    """Also while PostgreSQL is restarted."""
+    try:
+        return parameter(node, name) == value
+    except psycopg.OperationalError:
+        return False
 
 
 def pending(node):
@@ -108,11 +117,13 @@ def test_a_primary_that_is_restarted_first_leaves_no_standby_behind(cluster):
         assert ctl(cluster, "edit-config", "-q", "--force", "-p", f"max_connections={new}")[0] == DONE
         cluster.wait(lambda: all(pending(node) for node in cluster.nodes), 20, "every member waits for a restart")
         leader.signal_postgres(signal.SIGKILL)      # started in place, it has what is configured at once
-        cluster.wait(lambda: all(parameter(node, "max_connections") == str(new) for node in cluster.nodes), 60, "the standbys have followed")
+        cluster.wait(lambda: all(has(node, "max_connections", str(new)) for node in cluster.nodes), 60, "the standbys have followed")
         leader = cluster.wait_healthy(30)
-        leader.ask("CREATE TABLE room ()")
+        with leader.connect() as connection:
+            connection.execute("CREATE TABLE room ()")
         cluster.wait(lambda: all(node.ask("SELECT to_regclass('room')") for node in cluster.nodes), 20, "everybody replays")
-        leader.ask("DROP TABLE room")
+        with leader.connect() as connection:
+            connection.execute("DROP TABLE room")
     finally:
         assert ctl(cluster, "edit-config", "-q", "--force", "-p", f"max_connections={had}")[0] == DONE
         cluster.wait(lambda: all(pending(node) for node in cluster.nodes), 20, "every member waits for a restart")
