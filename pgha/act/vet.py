@@ -63,8 +63,8 @@ async def facts(ctx: Context) -> tuple[GucFacts, dict[str, gucs.FileEntry]]:
 async def judge(ctx: Context, old: dict[str, Any] | None, new: Any) -> Judgement:
     """What is wrong with replacing the shared configuration `old` by `new`, and what it would do here."""
     schema = validate_change(old, new)
-    if not isinstance(new, dict):
-        return Judgement(problems=tuple(schema))
+    if not isinstance(new, dict) or new.get("postgresql") == (old or {}).get("postgresql"):
+        return Judgement(problems=tuple(schema))        # a pause does not wait for a PostgreSQL that hangs
     would = effective(ctx.wanted.effective().local, new)
     changed = changed_settings(old, new)
     shared = ctx.wanted.to_vet(_without_own(would))

@@ -367,6 +367,7 @@ def test_a_change_is_judged_by_the_server_and_without_one_by_its_program(bed):
             assert (good.problems, good.restart) == ((), {"max_connections": ("100", "90")})
             recovery = await node.actor.judge_configuration({}, {"postgresql": {"recovery_conf": {"recovery_min_apply_delay": "soon"}}})
             assert recovery.problems[0].startswith('/config: postgresql.recovery_conf.recovery_min_apply_delay: is "soon", which is no number')
+            assert (await node.actor.judge_configuration(old, old | {"ttl": "x", "pause": True})).asked == "", "PostgreSQL has no say in it"
             await node.operate(a.Demote(mode="fast", release=True, checkpoint=False, why="test", timeout_s=20))
             without = await node.actor.judge_configuration(old, new)
             assert (without.asked, without.version, without.restart) == ("program", 15, {})
