@@ -192,8 +192,9 @@ def _config(arguments: list[str]) -> int:
                        say=print, warn=lambda line: print(f"pgha: {line}", file=sys.stderr))
         return DONE
     from pgha.config.check import check as judge
+    from pgha.postgres.gucs import refused_here
 
-    code, text = judge(chosen.config, os.environ)
+    code, text = judge(chosen.config, os.environ, ask=refused_here)
     print(text, file=sys.stderr if code else sys.stdout)
     return code
 

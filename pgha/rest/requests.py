@@ -136,7 +136,7 @@ class Changes:
                     raise Wrong(400, "config is to be the whole configuration to check, a JSON object; old, if given, the one that it replaces")
                 return _response(await self._requests.submit("check_config", body, deadline_s=WRITE_S))
             case ["config", "why"]:
-                key = _object(request).get("key")
+                key = object_of(request).get("key")
                 if not isinstance(key, str) or len(key) > LONGEST_KEY:
                     raise Wrong(400, "key is to be the name of a key, as postgresql.parameters.work_mem")
                 return _response(await self._requests.submit("why_config", {"key": key}, deadline_s=WRITE_S))
