@@ -115,6 +115,8 @@ PAUSE_AFTER_FAILURE_S = 0.1
 GUARD_ASKED_EVERY_S = 10.0
 #: One that was killed is gone by then, unless the kernel holds it.
 GUARD_EXIT_S = 1.0
+#: What was changed and could not be written, or PostgreSQL not be told of, is tried again after this long.
+APPLY_AGAIN_S = 5.0
 #: A guard that is a service of its own is waited for so long at the start.
 GUARD_SERVICE_S = 30.0
 #: Whether a watchdog device has appeared is looked for this often.
@@ -213,6 +215,7 @@ class Agent:
         self._directory_news = trio.Event()
         self._checkpoint_pending = False
         self._applied: Any = None
+        self._apply_again_at: Instant | None = None     # writing the configuration has failed
         self._before_limit: tuple[PostgresFacts, float] | None = None   # what was known, and the limit, when the hang timeout changed
         self._said: tuple[str, ...] = ()
         self._summary = ""          # what was said last
@@ -533,14 +536,16 @@ class Agent:
 
     def _settings_now(self) -> Settings:
         settings = not_looked_since(self.settings, self._before_limit, self.postgres.facts)
-        return replace(settings, configuration_changed=self._applied != self._to_apply() and self._applied is not None,
+        again = self._apply_again_at is not None and remaining_s(self._apply_again_at, self.clock.now()) <= 0
+        return replace(settings, configuration_changed=self._applied is not None and (again or self._applied != self._to_apply()),
                        dynamic_config=encode(self.dynamic) if self.dynamic else b"")
 
     def _bootstrap_config(self) -> bytes:
         return encode(normalised(dict(self.local.bootstrap.dcs)))
 
     def _to_apply(self) -> Any:
-        return (self.effective.postgresql.parameters, self.effective.postgresql.pg_hba, self.effective.postgresql.pg_ident, self.effective.postgresql.recovery_conf)
+        wanted = self.effective.postgresql
+        return (wanted.parameters, wanted.pg_hba, wanted.pg_ident, wanted.recovery_conf, wanted.custom_conf)
 
     def _watchdog_facts(self) -> WatchdogFacts:
         return self.watchdog.facts
@@ -666,8 +671,10 @@ class Agent:
             if isinstance(action, ApplyConfiguration):
                 if self._applied == ():
                     action = replace(action, force=True)       # SIGHUP: PostgreSQL reads its files again in any case, as certificates
-                self._applied = self._to_apply()
+                self._applied, self._apply_again_at = self._to_apply(), self.clock.now().plus_s(APPLY_AGAIN_S)
             await self.actor.quick(action, deadline_s)
+            if isinstance(action, ApplyConfiguration):
+                self._apply_again_at = None
 
     def _begin(self, action: LongAction) -> None:
         assert self._operation is None, (self._operation, action)

@@ -53,10 +53,17 @@ _IDENT = "a list of pg_ident.conf lines"
 
 
 def _recovery_conf(value: Any) -> dict[str, Any]:
-    settings = gucs.parameters(value)
-    for name in settings:
-        if name.startswith("recovery_target") or name in ("primary_conninfo", "primary_slot_name", "standby_mode"):
-            raise Wrong(f"has {name}, which pgha sets itself")
+    fault = ""
+    try:
+        settings = gucs.parameters(value)
+    except Wrong as wrong:
+        if wrong.repaired is None:
+            raise
+        settings, fault = wrong.repaired, wrong.what
+    own = [name for name in settings if name.lower().startswith("recovery_target") or name.lower() in ("primary_conninfo", "primary_slot_name", "standby_mode")]
+    faults = [fault] * bool(fault) + [f"has {name}, which pgha sets itself" for name in own]
+    if faults:
+        raise Wrong("; ".join(faults), repaired={name: item for name, item in settings.items() if name not in own})
     return settings
 
 
