@@ -19,6 +19,8 @@ ONCE_WRONG = {
     60: "the leader held its lock, and accepted no writes yet",
     364: "two voters had their last vote in the same millisecond",
     372: "a store had gone back, and what /sync said before counted for ever",
+    1259: "the store went while somebody was being promoted",
+    1454: "a primary was being started, and was there in the next moment",
     418: "a leader whose PostgreSQL did not come up handed over",
     192: "a copy that had begun before its leader died came to its end, and the copy led",
 }
