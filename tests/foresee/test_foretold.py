@@ -43,6 +43,15 @@ def test_what_was_once_wrong(seed):
     assert not story.violations
 
 
+@pytest.mark.parametrize("seed", [1, 3])
+def test_forecasts_by_what_shipped_agents_tell_come_true(seed):
+    """Level b: the agents as they are, asked and told through what REST uses. (In 3 the store goes, and failsafe mode goes on.)"""
+    story = tell(seed, level="b")
+    assert not story.mistakes, failure(story)
+    assert not story.violations
+    assert story.forecast.certain
+
+
 def test_the_same_seed_is_the_same_story():
     first, second = tell(5), tell(5)
     assert (first.forecast, first.leaders) == (second.forecast, second.leaders)
