@@ -12,7 +12,7 @@ import pytest
 
 from tests.foresee.foretold import Tally, failure, tell
 
-SEEDS = int(os.environ.get("PGHA_EXPLAIN_SEEDS", "16"))
+SEEDS = int(os.environ.get("PGHA_EXPLAIN_SEEDS", "12"))
 #: What was once wrong, and why it is not any more.
 ONCE_WRONG = {
     50: "everybody had the same position, but WAL was being written: who gets the next of it leads",
