@@ -235,7 +235,8 @@ class Http:
         machine, parts = self._machine, urlsplit(url)
         machine.process.check()
         target = machine.world.machines.get(name_of(parts.hostname or ""))
-        request = Request(method=method, path=unquote(parts.path), query=dict(parse_qsl(parts.query)), body=body, peer=address(machine.name))
+        headers = {"content-length": str(len(body))} if body else {}       # as every client says it: without, it is no body
+        request = Request(method=method, path=unquote(parts.path), query=dict(parse_qsl(parts.query)), headers=headers, body=body, peer=address(machine.name))
         event, answers = trio.Event(), list[Any]()
 
         def answered(answer: Any) -> None:
