@@ -11,6 +11,7 @@ from pgha.model.cluster import ClusterView, LockSeen, PausedHolder, Sync, Tags
 from pgha.model.failsafe import FailsafeFacts
 from pgha.model.lock import Identity, Licence
 from pgha.model.node import DataDirectoryFacts, GuardFacts, PostgresFacts, WatchdogFacts
+from pgha.model.request import Request
 from pgha.model.wal import HistoryRow, Position
 
 
@@ -47,6 +48,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     use_slots: bool = True
     remove_data_directory_on_rewind_failure: bool = False
     remove_data_directory_on_diverged_timelines: bool = False
+    replica_methods: tuple[str, ...] = ("basebackup",)     # how a copy is made: tried in order …
+    leaderless_methods: tuple[str, ...] = ()               # … and those of them that need no running server to copy from
     pre_promote_s: float = 0.0               # how long the program that is asked before a promotion may take; 0: there is none
     before_stop_s: float = 0.0               # how long the program before a planned stop may take; 0: there is none
     permanent_slots: tuple[str, ...] = ()    # physical slots that every node keeps (`slots`)
@@ -167,15 +170,6 @@ class Operation(Struct, frozen=True, kw_only=True):
     @property
     def running(self) -> bool:
         return self.ended_at is None
-
-
-class Request(Struct, frozen=True, kw_only=True):
-    """What an operator asked this agent for through REST. `kind`: restart, reload; switchovers travel in the DCS key."""
-
-    id: int
-    kind: Literal["restart", "reload", "switchover", "failover"]
-    at: Instant
-    options: dict[str, Any] = {}
 
 
 class Observation(Struct, frozen=True, kw_only=True):
