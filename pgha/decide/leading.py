@@ -211,14 +211,11 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
     listed, memory = failsafe.list_to_write(o, memory)
     if listed is not None:
         actions.append(listed)
-    maintenance = slots.maintenance(o)
-    if maintenance is not None:
-        actions.append(maintenance)
     compact, memory = capacity.compaction(o, memory)
     if compact is not None:
         actions.append(compact)
-    if restart.lock_seen_held(o).holds:
-        actions += operator_requests(o, as_primary=True, synchronous_names=synchronous.primary_names(o, memory))
+    asked = operator_requests(o, as_primary=True, synchronous_names=synchronous.primary_names(o, memory)) if restart.lock_seen_held(o).holds else []
+    actions += asked or slots.upkeep(o)
     lasts = licence_left(o) if o.licence.endless else f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"
     reasons = (reason("leading.licence", True, lasts), *capacity.reasons(o), *kept.reasons, *slots.obstacles(o))
     # Both texts are the reference's: people's alerts look for them.

@@ -18,7 +18,7 @@ from pgha.decide import failsafe
 from pgha.decide.cascade import cascades_from
 from pgha.decide.common import reason, view_of
 from pgha.decide.standing import standing
-from pgha.model.action import MaintainSlots
+from pgha.model.action import Action, MaintainSlots
 from pgha.model.cluster import Member, slot_name
 from pgha.model.decision import Reason
 from pgha.model.node import Row, Slot
@@ -47,6 +47,13 @@ def maintenance(o: Observation) -> MaintainSlots | None:
     if not (create or drop or advance):
         return None
     return MaintainSlots(create=create, advance=advance, drop=drop)
+
+
+def upkeep(o: Observation) -> list[Action]:
+    """The same as a pass does it, where nothing else is asked for: while there is no room for a slot it fails each time and ends
+    its pass, and what would make room (another max_replication_slots, and the restart that it needs) must not wait for it."""
+    action = maintenance(o)
+    return [] if action is None else [action]
 
 
 def published_slots(o: Observation) -> dict[str, int]:

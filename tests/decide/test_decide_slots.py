@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import pytest
-from decide_world import LEADER, LSN, REPLICA, STATUS, KiB, MiB, member, names, only, primary_row, slot, standby_row
+from decide_world import (
+    LEADER,
+    LSN,
+    REPLICA,
+    STATUS,
+    KiB,
+    MiB,
+    ago,
+    member,
+    names,
+    only,
+    primary_row,
+    slot,
+    standby_row,
+)
 from msgspec.structs import replace
 
 from pgha.decide.slots import maintenance, obstacles, published_slots, retained_names
 from pgha.model.action import MaintainSlots
 from pgha.model.cluster import Status, Tags, slot_name
-from pgha.model.observation import SlotMatcher
+from pgha.model.observation import Request, SlotMatcher
 
 
 @pytest.mark.parametrize("member, slot_of", [("b", "b"), ("Node-1.db", "node_1_db"), ("ü", "u0252"), ("x" * 70, "x" * 63), ("a b", "au0032b")])
@@ -146,6 +160,14 @@ def test_both_situations_ask_for_it():
     assert only(LEADER.but(postgres__row__slots=(slot("b"),)).decide(), MaintainSlots) == MaintainSlots(create=("c",))
     assert names(REPLICA.but(postgres__row__slots=()).decide()) == ("MaintainSlots",)
     assert names(REPLICA.but(postgres__row__slots=(), configured_upstream="").decide()) == ("Follow",), "first whom to follow"
+
+
+@pytest.mark.parametrize("world", [LEADER, REPLICA], ids=["leader", "standby"])
+def test_slots_for_which_there_may_be_no_room_hold_up_nothing_that_would_make_room(world):
+    world = world.but(postgres__row__slots=())
+    assert names(world.but(settings__configuration_changed=True).decide()) == ("ApplyConfiguration",)
+    assert names(world.but(requests=(Request(id=1, kind="restart", at=ago(1)),)).decide()) == ("Restart",)
+    assert names(world.decide()) == ("MaintainSlots",)
 
 
 def test_what_is_published_of_slots():
