@@ -34,8 +34,10 @@ def own_slot_name(o: Observation) -> str:
 def maintenance(o: Observation) -> MaintainSlots | None:
     """What to create, advance and drop now; None if nothing. A slot both dropped and created is made anew."""
     row = o.postgres.row
-    if row is None or not o.settings.use_slots:
+    if row is None:
         return None
+    if not o.settings.use_slots:
+        return _left_over(o, row)
     wanted = _wanted(o, row)
     taken = {s.name: s for s in row.slots}
     have = {s.name: s for s in row.slots if s.type == "physical" and not s.temporary}
@@ -141,6 +143,13 @@ def _unwanted(o: Observation, row: Row, have: dict[str, Slot], wanted: set[str])
         return set()
     kept = wanted | _retained(o, row) | set(o.settings.permanent_slots) - {slot_name(o.me.name)}
     return {name for name, slot in have.items() if name not in kept and not slot.active and not _ignored(o, slot)}
+
+
+def _left_over(o: Observation, row: Row) -> MaintainSlots | None:
+    """Slots were switched off: those of members, which nobody uses any more, would keep WAL for ever."""
+    members = {slot_name(m.name) for m in view_of(o).members.values()} | _retained(o, row)
+    names = {s.name for s in row.slots if s.name in members - set(o.settings.permanent_slots) and s.type == "physical" and not (s.temporary or s.active or _ignored(o, s))}
+    return MaintainSlots(drop=tuple(sorted(names))) if names and _may_drop(o) else None
 
 
 def _useless(o: Observation, row: Row, have: dict[str, Slot], wanted: set[str]) -> set[str]:

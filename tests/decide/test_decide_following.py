@@ -40,7 +40,7 @@ ROWS = [
     row("the files are a former agent's", configured_upstream="", refuses="following.follows_wanted", does="Follow"),
     row("quoted", postgres__row__primary_conninfo="user='r' host='a' port='5432'", refuses=""),
     row("the leader has no key: left as it is", dcs__view__members={}, postgres__row__primary_conninfo="host=x port=1", refuses="", says="the leader's address is not known", does=""),
-    row("no slots, none is set", settings__use_slots=False, postgres__row__primary_slot_name="", refuses="", does=""),
+    row("no slots, none is set", settings__use_slots=False, postgres__row__primary_slot_name="", postgres__row__slots=(), refuses="", does=""),
     row("nostream", settings__tags=Tags(nostream=True), refuses="following.follows_wanted", does="Follow"),
     row("nostream, and streams of nobody", settings__tags=Tags(nostream=True), postgres__row__primary_conninfo="", postgres__row__primary_slot_name="", configured_upstream="", refuses="", does=""),
     row("of c by its tag", settings__tags=Tags(replicatefrom="c"), refuses="following.follows_wanted", says="wanted c:5432", does="Follow"),

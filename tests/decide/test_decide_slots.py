@@ -57,6 +57,9 @@ ON_A_STANDBY = [
     ("its own name, retained", {"postgres__row__slots": (*HERE, slot("b", active=False)), "dcs__remembered_slots": ("b",), "dcs__remembered_members": {"b": "x"}}, MaintainSlots(drop=("b",))),
     ("its own name, permanent: not on this node", {"postgres__row__slots": (*HERE, slot("b", active=False)), "settings__permanent_slots": ("b",)}, MaintainSlots(drop=("b",))),
     ("no slots are used", {"settings__use_slots": False, "postgres__row__slots": ()}, None),
+    ("no slots are used any more", {"settings__use_slots": False, "postgres__row__slots": (*HERE, IDLE, slot("b"))}, MaintainSlots(drop=("a", "c"))),
+    ("no slots are used any more, and some are kept", {"settings__use_slots": False, "settings__permanent_slots": ("c",), "settings__ignored_slots": (SlotMatcher(name="a"),)}, None),
+    ("no slots are used any more, in pause", {"settings__use_slots": False, "settings__pause": True}, None),
     ("PostgreSQL does not say", {"postgres__row": None}, None),
     # ignore_slots: everything that is given has to match
     ("ignored", {"postgres__row__slots": (*HERE, IDLE), "settings__ignored_slots": (SlotMatcher(name="x"),)}, None),
