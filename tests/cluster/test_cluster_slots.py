@@ -121,7 +121,7 @@ def test_a_permanent_slot_and_what_it_keeps_survive_a_failover(cluster):
     finally:
         reader.end()
         leader = cluster.leader() or cluster.wait_leader()
-        change(leader, {"slots": None, "ignore_slots": None})
+        change(leader, {"slots": None, "ignore_slots": None, "postgresql": {"parameters": {"wal_keep_size": "128MB"}}})
     cluster.wait(lambda: not any({"archive", "by_hand"} & slots(node).keys() for node in cluster.nodes), 15, "what the configuration names no more is dropped")
 
 
@@ -176,6 +176,13 @@ def test_tags_steer_who_streams_from_whom_who_is_copied_and_who_serves_reads(clu
         streams_from(cluster, reader, leader)
         write_segments(leader, 1)
         upstream.start_agent()
+        streams_from(cluster, reader, upstream)
+
+        # It is to read from an archive only, of which there is none here.
+        retag(reader, nostream=True)
+        cluster.wait(lambda: not any(reader.name in slots(node) for node in (leader, upstream)), 15, "nobody keeps a slot for it")
+        assert reader.ask("SELECT count(*) FROM pg_stat_wal_receiver") == 0
+        retag(reader, replicatefrom=upstream.name)
         streams_from(cluster, reader, upstream)
 
         # A copy is taken from who offers itself; its slot stays for member_slots_ttl when it goes.
