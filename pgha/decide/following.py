@@ -69,8 +69,9 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
         return replace(decision, summary=f"asked to restart: {let_go.because}", reasons=(*decision.reasons, wanted, let_go), memory=memory, wake_in_s=0.1,
                        actions=tuple(a for a in (*actions, *asked) if not isinstance(a, Restart)))
     actions += asked or (slots.upkeep(o) if wanted.holds else [])
-    return replace(decision, summary=f"no action. I am ({o.me.name}), a secondary, " + _whom(o, now),
-                   reasons=(*decision.reasons, wanted, *slots.obstacles(o)), actions=tuple(actions), memory=memory)
+    in_the_way = slots.obstacles(o)
+    return replace(decision, summary=f"no action. I am ({o.me.name}), a secondary, " + _whom(o, now) + slots.complaint(in_the_way),
+                   reasons=(*decision.reasons, wanted, *in_the_way), actions=tuple(actions), memory=memory)
 
 
 def _is_the_clusters(o: Observation, row: Row) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 from pgha.decide import failsafe
 from pgha.decide.cascade import cascades_from
-from pgha.decide.common import reason, view_of
+from pgha.decide.common import mib, reason, view_of
 from pgha.decide.standing import standing
 from pgha.model.action import Action, MaintainSlots
 from pgha.model.cluster import Member, slot_name
@@ -24,6 +24,9 @@ from pgha.model.decision import Reason
 from pgha.model.node import Row, Slot
 from pgha.model.observation import Observation, SlotMatcher
 from pgha.model.wal import format_lsn
+
+#: So much WAL kept by a logical slot that nobody moves is worth a word.
+MUCH_BYTES = 64 << 20
 
 
 def own_slot_name(o: Observation) -> str:
@@ -192,7 +195,12 @@ def obstacles(o: Observation) -> tuple[Reason, ...]:
     row = o.postgres.row
     if row is None or not o.settings.use_slots:
         return ()
-    return (*_shared_names(o), *_taken_names(o, row), *_late(o, row))
+    return (*_shared_names(o), *_taken_names(o, row), *_late(o, row), *_logical(row))
+
+
+def complaint(found: tuple[Reason, ...]) -> str:
+    """Of what only people can put right, to be said in the log; "" if there is nothing."""
+    return "".join(f"; {o.because}" for o in found if o.rule in ("slots.names_differ", "slots.name_is_free"))
 
 
 def _shared_names(o: Observation) -> Iterable[Reason]:
@@ -218,3 +226,11 @@ def _late(o: Observation, row: Row) -> Iterable[Reason]:
         if slot.name in o.settings.permanent_slots and 0 < needed < slot.restart_lsn:
             yield reason("slots.kept_from_the_readers_position", False,
                          f"{slot.name} keeps WAL from {format_lsn(slot.restart_lsn)} here, its reader is at {format_lsn(needed)}: until it is past, it could not go on here")
+
+
+def _logical(row: Row) -> Iterable[Reason]:
+    """A former primary's: left alone, for it goes on where it was should this server lead again, and on a full disk nothing does."""
+    for slot in row.slots if row.in_recovery else ():
+        kept = row.replayed_lsn - slot.restart_lsn
+        if slot.type == "logical" and not (slot.temporary or slot.active) and slot.restart_lsn and kept > MUCH_BYTES:
+            yield reason("slots.logical_move_along", False, f"the logical slot {slot.name} keeps {mib(kept)} of WAL on this standby, and nobody moves it: drop it if it is not to be read from here again")

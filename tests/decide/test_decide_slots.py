@@ -193,9 +193,14 @@ def test_what_stands_in_the_way_is_told():
     assert told(LEADER) == told(REPLICA) == []
     twins = {**LEADER.seen.dcs.view.members, "C": member("C")}
     assert told(LEADER.but(dcs__view__members=twins)) == [("slots.names_differ", "members C and c have one slot, c: rename all but one of them")]
+    for world in (LEADER, REPLICA):
+        assert world.but(dcs__view__members=twins).decide().summary.endswith("; members C and c have one slot, c: rename all but one of them"), "so the log has it"
     assert told(LEADER.but(postgres__row__slots=(slot("b"), slot("c", type="logical"), slot("p", temporary=True)), settings__permanent_slots=("p",))) == [
         ("slots.name_is_free", "a physical slot c is wanted, and a logical one has its name"),
         ("slots.name_is_free", "a physical slot p is wanted, and a temporary one has its name")]
+    left = REPLICA.but(postgres__row__slots=(*HERE, slot("l", type="logical", active=False, restart_lsn=MiB)), postgres__row__replayed_lsn=66 * MiB)
+    assert told(left) == [("slots.logical_move_along", "the logical slot l keeps 65.0 MiB of WAL on this standby, and nobody moves it: drop it if it is not to be read from here again")]
+    assert told(left.but(postgres__row__replayed_lsn=65 * MiB)) == told(left.but(postgres__row__in_recovery=False, postgres__row__lsn=LSN)) == []
     late = REPLICA.but(settings__permanent_slots=("x",), postgres__row__slots=(*HERE, IDLE), dcs__view__status=_status(x=MiB))
     assert told(late) == [("slots.kept_from_the_readers_position", "x keeps WAL from 0/3F00000 here, its reader is at 0/100000: until it is past, it could not go on here")]
     assert "slots.kept_from_the_readers_position" in {found.rule for found in late.decide().reasons}
