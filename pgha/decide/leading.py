@@ -216,8 +216,9 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
         actions.append(compact)
     asked = operator_requests(o, as_primary=True, synchronous_names=synchronous.primary_names(o, memory)) if restart.lock_seen_held(o).holds else []
     actions += asked or slots.upkeep(o)
+    in_the_way = slots.obstacles(o)
     lasts = licence_left(o) if o.licence.endless else f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"
-    reasons = (reason("leading.licence", True, lasts), *capacity.reasons(o), *kept.reasons, *(in_the_way := slots.obstacles(o)))
+    reasons = (reason("leading.licence", True, lasts), *capacity.reasons(o), *kept.reasons, *in_the_way)
     # Both texts are the reference's: people's alerts look for them.
     summary = f"no action. I am ({o.me.name}), the leader with the lock"
     if o.licence.by_failsafe:

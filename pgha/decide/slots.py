@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pgha.clock import remaining_s
 from pgha.decide import failsafe
 from pgha.decide.cascade import cascades_from
 from pgha.decide.common import mib, reason, view_of
@@ -137,8 +138,11 @@ def _matches(matcher: SlotMatcher, slot: Slot) -> bool:
 # --- which not -----------------------------------------------------------------------------------------------------------
 
 def _may_drop(o: Observation) -> bool:
-    """In pause what is there may be an operator's; a configuration that is gone or unreadable may keep what this node does not know of."""
-    return not o.settings.pause and o.settings.may_drop_slots and view_of(o).config is not None
+    """In pause what is there may be an operator's; a configuration that is gone, unreadable or of a store just restored may keep
+    what this node does not know of."""
+    if o.settings.pause or (o.dcs.trusted_from is not None and remaining_s(o.dcs.trusted_from, o.now) > 0):
+        return False
+    return o.settings.may_drop_slots and view_of(o).config is not None
 
 
 def _unwanted(o: Observation, row: Row, have: dict[str, Slot], wanted: set[str]) -> set[str]:
