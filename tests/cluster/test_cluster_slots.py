@@ -187,6 +187,7 @@ def test_tags_steer_who_streams_from_whom_who_is_copied_and_who_serves_reads(clu
 
         # A copy is taken from who offers itself; its slot stays for member_slots_ttl when it goes.
         added = cluster.add_node()
+        shutil.rmtree(added.directory, ignore_errors=True)      # another test's, of the same name
         added.start_agent()
         streams_from(cluster, added, leader)
         assert f"bootstrap from replica '{upstream.name}'" in added.log_path.read_text()
