@@ -73,6 +73,8 @@ def test_a_permanent_slot_and_what_it_keeps_survive_a_failover(cluster):
     others = [node for node in cluster.nodes if node is not old]
     change(old, {**LITTLE, "slots": {"archive": {"type": "physical"}}, "ignore_slots": [{"name": "by_hand", "type": "physical"}]})
     cluster.wait(lambda: all("archive" in slots(node) for node in cluster.nodes), 15, "every node has the permanent slot")
+    refused = old.request("PATCH", "/config", {"slots": {"debezium": {"type": "logical", "database": "postgres", "plugin": "pgoutput"}}})
+    assert (refused.status, "slots.debezium: is a logical slot" in refused.body) == (400, True), refused
     for node in cluster.nodes:
         for name in ("by_hand", "nobodys"):
             node.ask(f"SELECT pg_create_physical_replication_slot('{name}', true) IS NOT NULL")
