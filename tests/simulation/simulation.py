@@ -29,7 +29,7 @@ BORN_WITHIN_S = 120.0
 #: After the last fault has ended: time for records to expire, absence to be believed, clones to be made.
 CALM_S = 60.0
 #: How much is drawn for a world. Kept programs say under which number they were found; those of before say nothing.
-DRAWS = 3
+DRAWS = 4
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -42,7 +42,7 @@ class Options(Struct, frozen=True, kw_only=True):
     faults: int = 20
     for_s: float = 1500.0
     program: tuple[Step, ...] | None = None
-    draws: int = 1              # 2: also settings and tags that few clusters have; 3: also a permanent slot and its reader
+    draws: int = 1              # 2: also settings and tags that few clusters have; 3: also reinitialize, and what is scheduled; 4: also a permanent slot and its reader
 
 
 class Outcome(Struct, kw_only=True):
@@ -83,7 +83,7 @@ class Simulation(World):
                             "synchronous_node_count": random.choice((1, 1, 2))}
         if random.random() < 0.4:
             self.config["failsafe_mode"] = True
-        if options.draws >= 3 and Random(f"{options.seed}/slots").random() < 0.5:
+        if options.draws >= 4 and Random(f"{options.seed}/slots").random() < 0.5:
             self.config["slots"] = {SLOT: {"type": "physical"}}
         self.longest_ttl_s = float(self.ttl)
         make = make_agent or _level_a
@@ -127,7 +127,7 @@ class Simulation(World):
             program = options.program
         else:
             early = faults.draw_early(options.seed, self.names) if options.draws >= 2 else []
-            program = (*early, *faults.draw(options.seed, self.names, ttl_s=float(self.ttl), from_s=BORN_WITHIN_S, for_s=options.for_s, faults=options.faults - len(early)))
+            program = (*early, *faults.draw(options.seed, self.names, ttl_s=float(self.ttl), from_s=BORN_WITHIN_S, for_s=options.for_s, faults=options.faults - len(early), draws=options.draws))
         self.program = program
         self.ends_s = max([BORN_WITHIN_S, *(s.at_s + s.for_s for s in program)])
         for step in program:
