@@ -33,7 +33,8 @@ FILE_LIMIT_BYTES = 4 << 20
 
 
 class Loaded(Struct, frozen=True, kw_only=True):
-    """A node's configuration. `consumed_env`: variables to remove from os.environ, so that nobody inherits them.
+    """A node's configuration. `consumed_env`: variables to remove from os.environ, so that nobody inherits them. `sources`: what
+    set each key, a file's name or "environment NAME".
 
     Whoever reloads passes the same environment again: keep a copy of it.
     """
@@ -41,6 +42,7 @@ class Loaded(Struct, frozen=True, kw_only=True):
     local: LocalConfig
     warnings: tuple[str, ...]
     consumed_env: frozenset[str]
+    sources: dict[Path, str] = {}
 
 
 class Effective(Struct, frozen=True, kw_only=True):
@@ -82,7 +84,7 @@ def load(where: str | os.PathLike[str], environ: Mapping[str, str], *, purpose: 
     local = local if unread else finish(local, report)
     if problems or report.problems:
         raise ConfigError(*problems, *report.problems)
-    return Loaded(local=local, warnings=(*warnings, *report.warnings), consumed_env=consumed)
+    return Loaded(local=local, warnings=(*warnings, *report.warnings), consumed_env=consumed, sources=sources)
 
 
 def _files(where: FilePath, problems: list[str]) -> list[FilePath]:
@@ -178,6 +180,7 @@ def effective(local: LocalConfig, dynamic: Any, *, patroni_member_present: bool 
         may_compact_store=cluster.pgha.compaction, store_quota_bytes=cluster.pgha.store_quota_bytes,
         permanent_slots=kept.permanent, ignored_slots=kept.left_alone, may_drop_slots=kept.readable,
         replica_methods=methods, leaderless_methods=tuple(name for name in methods if name in postgresql.methods and postgresql.methods[name].no_leader),
+        overwriting_methods=tuple(name for name in methods if name in postgresql.methods and postgresql.methods[name].keep_data),
         pre_promote_s=local.pgha.pre_promote_timeout_s if postgresql.pre_promote else 0.0,
         before_stop_s=local.pgha.before_stop_timeout_s if postgresql.before_stop else 0.0,
         watchdog_required=local.watchdog.mode == "required",
