@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from test_bootstrap_clone import cancelled_at
 
 from pgha.act import steps
+from pgha.act.steps import closing
 from pgha.errors import OperationFailed, PostgresError, PostgresUnreachable
 from pgha.lock import recipe
 from pgha.model import action as a
@@ -382,6 +383,24 @@ def test_a_change_is_judged_by_the_server_and_without_one_by_its_program(bed):
             blind = await node.actor.judge_configuration(old, new | {"tll": 5})
             assert (blind.asked, blind.problems) == ("", ("/config: tll: unknown key; did you mean ttl?",))
             assert blind.warnings[0].startswith("PostgreSQL's parameters could not be checked on a: cannot start /nowhere/postgres")
+    trio.run(main)
+
+
+def test_a_report_that_fails_is_made_later(bed):
+    """What waits for a restart is told although PostgreSQL did not answer when it was asked; and its probes go on meanwhile."""
+    async def main():
+        async with bed.node("a") as node:
+            await node.primary()
+            await node.until(lambda: node.observer.facts.is_primary)
+            with closing(await node.machine.connect(node.wanted.local_conninfo(), deadline_s=5)) as locks:
+                await locks.query("BEGIN", deadline_s=5)
+                await locks.query("LOCK TABLE pg_catalog.pg_settings IN ACCESS EXCLUSIVE MODE", deadline_s=5)
+                await node.sql("ALTER SYSTEM SET max_files_per_process = 1100")
+                await node.sql("SELECT pg_reload_conf()")
+                await node.until(lambda: node.observer.facts.answer == "silent")
+                await node.until(lambda: node.observer.facts.answer == "sql")
+                assert node.observer.facts.row.pending_restart == {}
+            await node.until(lambda: node.observer.facts.row.pending_restart == {"max_files_per_process": ("1000", "1100")}, within_s=20)
     trio.run(main)
 
 
