@@ -297,7 +297,7 @@ def test_settings_that_postgresql_does_not_start_with_do_not_keep_it_down(bed, c
     assert sum(record.getMessage().startswith("PostgreSQL did not start with changed settings") for record in caplog.records) == 2
 
 
-def test_what_postgresql_started_with_outlives_the_agent_and_is_no_help_when_it_is_something_else(bed):
+def test_what_postgresql_started_with_outlives_the_agent_and_is_no_help_when_it_is_something_else(bed, caplog):
     from pgha.act.wanted import Wanted
 
     async def main():
@@ -310,11 +310,13 @@ def test_what_postgresql_started_with_outlives_the_agent_and_is_no_help_when_it_
             first.did_not_start("never started")        # nothing is known that is better
             assert first.prepared().file["work_mem"] == "5MB"
             first.note_started()
-            node.dynamic["postgresql"]["parameters"] = {"work_mem": "6MB", "max_connections": 200}
+            node.dynamic["postgresql"]["parameters"] = {"work_mem": "6MB", "max_connections": 200, "archive_command": "KEY=topsecret wal-g"}
             second = wanted()
             second.did_not_start("LOG:  x\nFATAL:  no memory\nLOG:  shut down\n")
             assert (second.prepared().file["work_mem"], second.command_line(None)["max_connections"]) == ("5MB", "100")
-            assert second.left_out == dict.fromkeys(("work_mem", "max_connections"), "PostgreSQL did not start with it: FATAL:  no memory")
+            assert second.left_out == dict.fromkeys(("work_mem", "max_connections", "archive_command"), "PostgreSQL did not start with it: FATAL:  no memory")
+            told = next(record for record in caplog.records if record.getMessage().startswith("PostgreSQL did not start with changed settings"))
+            assert told.facts["changed"].startswith("archive_command, max_connections: ")
             assert second.settings()["work_mem"] == "6MB", "what is configured waits for a restart"
             second.did_not_start("again")               # so it was not the settings
             assert second.prepared().file["work_mem"] == "6MB"
