@@ -104,9 +104,19 @@ async def restore_standby_signal(ctx: Context) -> None:
 
 
 async def maintain_slots(ctx: Context, action: MaintainSlots, *, deadline_s: float) -> None:
-    """Each slot on its own; those that failed are named together at the end, unless they are as wanted already."""
+    """Each slot on its own; those that failed are named together at the end, unless they are as wanted already. First what is
+    dropped: it may be made anew."""
     failed: list[str] = []
     with closing(await connect(ctx, deadline_s=min(SQL_DEADLINE_S, deadline_s))) as conn:
+        for name in action.drop:
+            try:
+                await slots.drop(conn, name, deadline_s=SQL_DEADLINE_S)
+                log.info("slot dropped", slot=name, to_be_made_anew=name in action.create)
+            except QueryFailed as error:
+                if error.sqlstate == _IN_USE:
+                    log.warning("slot is in use and is not dropped", slot=name)
+                elif error.sqlstate != _UNDEFINED:
+                    failed.append(f"drop {name}: {error}")
         for name in action.create:
             try:
                 await slots.create_physical(conn, name, deadline_s=SQL_DEADLINE_S)
@@ -120,14 +130,5 @@ async def maintain_slots(ctx: Context, action: MaintainSlots, *, deadline_s: flo
             except QueryFailed as error:
                 if error.sqlstate not in (*_NOT_MOVABLE, _IN_USE, _UNDEFINED):
                     failed.append(f"advance {name}: {error}")
-        for name in action.drop:
-            try:
-                await slots.drop(conn, name, deadline_s=SQL_DEADLINE_S)
-                log.info("slot dropped", slot=name)
-            except QueryFailed as error:
-                if error.sqlstate == _IN_USE:
-                    log.warning("slot is in use and is not dropped", slot=name)
-                elif error.sqlstate != _UNDEFINED:
-                    failed.append(f"drop {name}: {error}")
     if failed:
         raise OperationFailed("; ".join(failed))

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import field
 
-from pgha.config import gucs
+from pgha.config import gucs, slots
 from pgha.config.lists import lines, program_options, texts
 from pgha.config.programs import ReplicaMethod, command
 from pgha.config.schema import Key, Path, Report, Section, fields, read
@@ -167,7 +167,7 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     check_timeline: Annotated[bool, Key(flag())] = False
     pause: Annotated[bool, Key(flag())] = False
     member_slots_ttl_s: Annotated[float, Key(duration(0), name="member_slots_ttl")] = 1800.0
-    slots: Annotated[dict[str, Any], Key(Kind(_table, "a table of slots", shape="table"), aliases=("permanent_replication_slots", "permanent_slots"))] = field(default_factory=dict)
+    slots: Annotated[dict[str, Any], Key(Kind(_table, "a table of slots", shape="table"), aliases=slots.ALIASES)] = field(default_factory=dict)
     ignore_slots: Annotated[tuple[dict[str, Any], ...], Key(Kind(_tables, "a list of tables with name, type, database, plugin", shape="list"))] = ()
     standby_cluster: Annotated[dict[str, Any], Key(Kind(_table, "a table with host, port, primary_slot_name, restore_command and the like", shape="table"))] = field(default_factory=dict)
     postgresql: ClusterPostgresql = ClusterPostgresql()
@@ -180,9 +180,11 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
         config = read(ClusterConfig, {} if raw is None else raw, (), report)
         for key in unsupported(config):
             report.problem((key,), "not supported yet by this version; it has no effect")
+        for entry, fault in slots.faults(raw, strict=False):
+            report.problem(entry, fault)
         for name, value in config.postgresql.parameters.items():
-            if fault := gucs.problem(name, value):
-                report.problem(("postgresql", "parameters", name), f"{fault}; not used")
+            if wrong := gucs.problem(name, value):
+                report.problem(("postgresql", "parameters", name), f"{wrong}; not used")
         return _repaired(config, report, patroni_member_present=patroni_member_present), tuple(report.problems)
 
     @property
@@ -217,8 +219,6 @@ def _timing(ttl: float, loop_wait: float, retry: float) -> str:
 def unsupported(config: ClusterConfig) -> tuple[str, ...]:
     """Keys that are switched on but belong to a later version: saying so beats pretending."""
     return tuple(key for key, on in (
-        ("slots", bool(config.slots)),
-        ("ignore_slots", bool(config.ignore_slots)),
         ("standby_cluster", bool(config.standby_cluster)),
         ("primary_race_backoff", config.primary_race_backoff_s > 0),
     ) if on)
@@ -234,9 +234,11 @@ def read_strictly(raw: Any, at: Path, report: Report) -> ClusterConfig:
                        "allowed: a larger ttl, or smaller loop_wait and retry_timeout")
     for key in unsupported(config):
         report.problem((*at, key), "not supported yet by this version; allowed: leave it out or off")
+    for entry, fault in slots.faults(raw, strict=True):
+        report.problem((*at, *entry), fault)
     for name, value in config.postgresql.parameters.items():
-        if fault := gucs.problem(name, value):
-            report.problem((*at, "postgresql", "parameters", name), fault)
+        if wrong := gucs.problem(name, value):
+            report.problem((*at, "postgresql", "parameters", name), wrong)
     return config
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from pgha.config import gucs
+from pgha.config import gucs, slots
 from pgha.config.cluster import ClusterConfig, ClusterPostgresql, unsupported
 from pgha.config.local import CLUSTER_WIDE, Etcd3, LocalConfig
 from pgha.config.patroni_file import PatroniFile, leaves
@@ -225,6 +225,8 @@ class _Converter:
         reading = known.key.kind
         if kind is ClusterConfig and known.name in unsupported(ClusterConfig.from_json({known.name: value}, patroni_member_present=False)[0]):
             self._all_lines(Fate.MISSING, path, value, "not supported yet by this version")
+        elif kind is ClusterConfig and known.name == "ignore_slots" and (fault := next((f for _, f in slots.faults({"ignore_slots": value}, strict=True)), "")):
+            self._all_lines(Fate.MISSING, path, value, f"has an entry that {_quotes_nothing(fault)}")
         elif reading.shape == "table" and isinstance(value, dict) and value:
             for name, item in value.items():
                 self._item(reading, name, item, (*path, name), (*to, name))
@@ -252,7 +254,9 @@ class _Converter:
         """One entry of a table whose names are free: tags, parameters, loggers."""
         shared = path[:2] == ("bootstrap", "dcs")
         table, lower = path[-2], name.lower()
-        if value is None and table == "slots":
+        if to[:-1] == ("bootstrap", "dcs", "slots") and (fault := next((f for _, f in slots.faults({"slots": {name: value}}, strict=True)), "")):
+            self._all_lines(Fate.MISSING, path, value, _quotes_nothing(fault).removesuffix("; allowed: leave it out"))
+        elif value is None and to[:-1] == ("bootstrap", "dcs", "slots"):
             self._carry(path, to, value, {"type": "physical"}, "an empty slot is a physical one", show=True)
         elif value is None:
             self._line(Fate.DROPPED, path, why="is empty")

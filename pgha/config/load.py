@@ -23,6 +23,7 @@ from pgha.config.environment import WHOLE, overlay
 from pgha.config.local import LocalConfig, Postgresql
 from pgha.config.rules import finish, secret_paths
 from pgha.config.schema import Path, Report, dotted, fields, read
+from pgha.config.slots import slots_of
 from pgha.config.values import printable, too_deep
 from pgha.errors import ConfigError
 from pgha.model.observation import Settings
@@ -159,6 +160,7 @@ def effective(local: LocalConfig, dynamic: Any, *, patroni_member_present: bool 
     """All layers together. `dynamic`: the JSON of `/config`, or None where there is none yet. Never fails."""
     cluster, problems = ClusterConfig.from_json(dynamic, patroni_member_present=patroni_member_present)
     postgresql = _layered(local.postgresql, cluster)
+    kept = slots_of(dynamic)
     settings = Settings(
         ttl_s=cluster.ttl_s, loop_wait_s=cluster.loop_wait_s, retry_timeout_s=cluster.retry_timeout_s,
         maximum_lag_on_failover_bytes=cluster.maximum_lag_on_failover_bytes, check_timeline=cluster.check_timeline,
@@ -172,8 +174,7 @@ def effective(local: LocalConfig, dynamic: Any, *, patroni_member_present: bool 
         remove_data_directory_on_diverged_timelines=postgresql.remove_data_directory_on_diverged_timelines,
         has_bootstrap_section="bootstrap" in local.given, tags=local.tags,
         may_compact_store=cluster.pgha.compaction, store_quota_bytes=cluster.pgha.store_quota_bytes,
-        # `slots` and `ignore_slots` are carried out by a later version; until then at least nothing that they name is dropped.
-        ignored_slots=tuple(sorted({*cluster.slots, *(str(m["name"]) for m in cluster.ignore_slots if "name" in m)})),
+        permanent_slots=kept.permanent, ignored_slots=kept.left_alone, may_drop_slots=kept.readable,
         pre_promote_s=local.pgha.pre_promote_timeout_s if postgresql.pre_promote else 0.0,
         before_stop_s=local.pgha.before_stop_timeout_s if postgresql.before_stop else 0.0,
         watchdog_required=local.watchdog.mode == "required",

@@ -48,6 +48,9 @@ maximum_lag_on_failover = "1MB"         # a standby further behind does not beco
 # synchronous_node_count = 1            # how many of them
 # synchronous_mode_strict = true        # without any standby commits wait, instead of going on with the primary alone
 # maximum_lag_on_syncnode = "16MB"      # a standby further behind than the best is not waited for
+# member_slots_ttl = "30min"            # the slot of a member whose key is gone is kept for so long
+# slots.barman = { type = "physical" }  # a permanent slot: made on every node, still there after a failover
+# ignore_slots = [{ name = "by_hand" }] # what matches is never dropped; other slots that nobody knows are
 
 # [bootstrap.dcs.pgha]
 # store_quota = "8GB"                   # etcd's --quota-backend-bytes, which etcd itself tells only from 3.6 on
@@ -104,6 +107,9 @@ safety_margin = "5s"
 # nofailover = true                     # never primary
 # failover_priority = 1                 # at equal positions the higher one wins
 # clonefrom = true                      # others prefer to clone from here
+# replicatefrom = "node2"               # stream from this member while it runs, else from the primary
+# noloadbalance = true                  # GET /replica says 503
+# nostream = true                       # read from the archive only
 
 [log]
 type = "plain"                          # or json

@@ -57,6 +57,7 @@ class Remembered(Struct, frozen=True, kw_only=True):
     system_identifier: str = ""
     generation: StoreGeneration = StoreGeneration()
     members: dict[str, RememberedMember] = {}
+    slots: dict[str, float] = {}    # that a leader's status names: when their members were last seen, else when the slot was first
     history: tuple[HistoryRow, ...] = ()
 
 
@@ -129,6 +130,8 @@ def _makes_no_sense(facts: Remembered) -> str:
         return "generation"
     if not all(math.isfinite(m.seen_at_wall_s) and 0 <= m.lsn < _LARGEST and 0 <= m.timeline < 1 << 32 for m in facts.members.values()):
         return "members"
+    if not all(map(math.isfinite, facts.slots.values())):
+        return "slots"
     if not 0 <= facts.sync.quorum < _LARGEST:
         return "sync"
     return "" if all(0 <= row.switch_lsn < 1 << 64 and 0 <= row.timeline < 1 << 32 for row in facts.history) else "history"

@@ -29,6 +29,7 @@ from pgha.model.cluster import (
     Status,
     Sync,
     Tags,
+    is_slot_name,
 )
 from pgha.model.lock import Epoch, LockRecord
 from pgha.model.wal import LONGEST_CLAIM
@@ -268,7 +269,7 @@ class _Reader:
         return Status(
             optime=_integer(value.get("optime")),
             slots={k: v for k, v in slots.items() if _is_integer(v)} if isinstance(slots, dict) else {},
-            retain_slots=tuple(x for x in retain if isinstance(x, str)) if isinstance(retain, list) else (),
+            retain_slots=tuple(x for x in retain if isinstance(x, str) and is_slot_name(x)) if isinstance(retain, list) else (),
             raw=value,
         )
 

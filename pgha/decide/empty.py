@@ -143,10 +143,10 @@ def _finish_bootstrap(o: Observation, memory: Memory) -> Decision:
 
 # --- a copy ------------------------------------------------------------------------------------------------------------
 
-def clone_source(o: Observation) -> tuple[Member | None, Reason]:
-    """A running member tagged clonefrom, else the leader.
+def clone_source(o: Observation, failures: int = 0) -> tuple[Member | None, Reason]:
+    """A running member tagged clonefrom that is on the leader's timeline, else the leader.
 
-    Whoever may lead by /sync copies from the leader only: another's copy may lack what this name has confirmed before.
+    Of several each node takes another, as its name has it; who has failed goes on to the next, and last to the leader. Whoever may lead by /sync copies from the leader only: another's copy may lack what this name has confirmed before.
     """
     rule = "empty.has_source"
     view, now = view_of(o), standing(o)
@@ -155,16 +155,19 @@ def clone_source(o: Observation) -> tuple[Member | None, Reason]:
     leader = leader_member(o, now.holder)
     if leader is None or leader.role != "primary" or leader.state != "running" or not leader.host:
         return None, reason(rule, False, f"leader {now.holder} is not running as primary yet")
-    tagged = sorted(m.name for m in view.members.values() if m.tags.clonefrom and m.state == "running" and m.host and m.name not in (o.me.name, leader.name))
+    offers = sorted(m.name for m in view.members.values() if m.tags.clonefrom and m.state == "running" and m.host and m.name not in (o.me.name, leader.name)
+                    and m.timeline in (0, leader.timeline))
+    first = sum(o.me.name.encode()) % len(offers) if offers else 0
+    tagged = [*offers[first:], *offers[:first], ""][failures % (len(offers) + 1)]
     if tagged and eligible.is_active(o) and eligible.is_named(o, o.me.name):
         return leader, reason(rule, True, f"copying from {leader.name}, the leader, since /sync names {o.me.name}")
-    source = view.members[tagged[0]] if tagged else leader
+    source = view.members[tagged] if tagged else leader
     return source, reason(rule, True, f"copying from {source.name}" + (" (clonefrom)" if tagged else ", the leader"))
 
 
 def _clone(o: Observation, memory: Memory) -> Decision:
     view = view_of(o)
-    source, why = clone_source(o)
+    source, why = clone_source(o, memory.clone_failures)
     known = reason("empty.cluster_is_initialised", view.initialized, f"initialize is {view.initialize!r}")
     wait_s = backed_off(o, failures=memory.clone_failures, last=memory.last_clone_failed_at)
     ready = reason("empty.clone_backoff", wait_s <= 0, f"{memory.clone_failures} failures, next try in {wait_s:.1f} s")

@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s, remaining_s
 from pgha.decide import paused, rejoin, slots, synchronous
+from pgha.decide.cascade import cascades_from
 from pgha.decide.common import ask_others, leader_member, own_history, reason, source_of, view_of
 from pgha.decide.leading import operator_requests
 from pgha.decide.slots import own_slot_name
@@ -70,7 +71,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
                        actions=tuple(a for a in (*actions, *asked) if not isinstance(a, Restart)))
     actions += asked
     return replace(decision, summary=f"no action. I am ({o.me.name}), a secondary, " + _whom(o, now),
-                   reasons=(*decision.reasons, wanted), actions=tuple(actions), memory=memory)
+                   reasons=(*decision.reasons, wanted, *slots.obstacles(o)), actions=tuple(actions), memory=memory)
 
 
 def _is_the_clusters(o: Observation, row: Row) -> bool:
@@ -94,12 +95,10 @@ def _with_upstream(action: Action, upstream: Source | None, slot_name: str) -> A
 
 def _upstream(o: Observation, row: Row, leader: Member | None) -> Member | None:
     """Whom to stream from: the member named by replicatefrom if it runs on our timeline, else the leader; nobody with nostream."""
-    tags, view = o.settings.tags, view_of(o)
-    if tags.nostream:
+    if o.settings.tags.nostream:
         return None
-    chosen = view.members.get(tags.replicatefrom) if tags.replicatefrom else None
-    fit = chosen is not None and chosen.state == "running" and chosen.host and not _in_a_circle(o, leader) and _goes_along(o, row, chosen)
-    member = chosen if fit else leader
+    chosen = cascades_from(view_of(o), o.me.name, o.settings.tags, leader.name if leader is not None else "")
+    member = chosen if chosen is not None and _goes_along(o, row, chosen) else leader
     if member is None or not member.host or member.name == o.me.name:
         return None
     return member
@@ -142,19 +141,6 @@ def one_history(o: Observation, row: Row, server: Member | None) -> Reason:
 def _claims_differ(o: Observation, row: Row, server: Member | None) -> bool:
     own = claim_of(own_history(o, row.timeline) or ())
     return server is not None and server.timeline == row.timeline and None not in (own, server.claim) and own != server.claim
-
-
-def _in_a_circle(o: Observation, leader: Member | None) -> bool:
-    """Does the chain of replicatefrom come back to this node? Who streams from itself, over however many, gets nothing."""
-    view, passed = view_of(o), set[str]()
-    name = o.settings.tags.replicatefrom
-    while name and name not in passed and (leader is None or name != leader.name):
-        if name == o.me.name:
-            return True
-        passed.add(name)
-        member = view.members.get(name)
-        name = member.tags.replicatefrom if member is not None and member.state == "running" else None
-    return False
 
 
 def follows_wanted(o: Observation, upstream: Source | None) -> Reason:

@@ -12,7 +12,6 @@ from pgha.decide.common import (
     NONSENSE_AHEAD,
     ask_others,
     fence_in_s,
-    others,
     own_history,
     reason,
     stop_timeout_s,
@@ -33,7 +32,7 @@ from pgha.model.action import (
     WriteInitialize,
     WriteKey,
 )
-from pgha.model.cluster import HistoryEntry, is_system_identifier, slot_name
+from pgha.model.cluster import HistoryEntry, is_system_identifier
 from pgha.model.decision import Decision, Memory, Reason
 from pgha.model.observation import Observation
 from pgha.model.wal import format_lsn
@@ -201,7 +200,7 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
     if restart.lock_seen_held(o).holds:
         actions += operator_requests(o, as_primary=True, synchronous_names=synchronous.primary_names(o, memory))
     lasts = licence_left(o) if o.licence.endless else f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"
-    reasons = (reason("leading.licence", True, lasts), *capacity.reasons(o), *kept.reasons)
+    reasons = (reason("leading.licence", True, lasts), *capacity.reasons(o), *kept.reasons, *slots.obstacles(o))
     # Both texts are the reference's: people's alerts look for them.
     summary = f"no action. I am ({o.me.name}), the leader with the lock"
     if o.licence.by_failsafe:
@@ -233,8 +232,7 @@ def _status(o: Observation, memory: Memory) -> tuple[WriteKey | None, Memory]:
     published = slots.published_slots(o)
     if published:
         value["slots"] = published
-        retained = sorted({slot_name(n) for n in (*view.members, *others(o))})
-        value["retain_slots"] = retained
+        value["retain_slots"] = slots.retained_names(o)
     if value == view.status.raw:
         return None, memory
     return _leaders_write(o, "status", _compact(value)), replace(memory, last_status_at=o.now)

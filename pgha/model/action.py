@@ -94,7 +94,7 @@ class Follow(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class MaintainSlots(Struct, frozen=True, kw_only=True, tag=True):
-    """Create, advance and drop physical slots on this server."""
+    """Drop, create and advance physical slots on this server, in this order."""
 
     create: tuple[str, ...] = ()
     advance: tuple[tuple[str, int], ...] = ()

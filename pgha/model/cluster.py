@@ -211,6 +211,11 @@ _LIMIT = 63
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
 
 
+def is_slot_name(text: str) -> bool:
+    """Would PostgreSQL take it?"""
+    return 0 < len(text) <= _LIMIT and _PLAIN.issuperset(text)
+
+
 @lru_cache(maxsize=64)
 def slot_name(member_name: str) -> str:
     """The slot of a member (compatibility spec 2.4; every agent of a cluster must map alike).

@@ -38,6 +38,7 @@ class Slot(Struct, frozen=True, kw_only=True):
     plugin: str = ""
     database: str = ""
     temporary: bool = False
+    holds_back_vacuum: bool = False     # its reader's feedback (xmin) is kept in it, also when it has gone
 
 
 class Row(Struct, frozen=True, kw_only=True):

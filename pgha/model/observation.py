@@ -14,6 +14,15 @@ from pgha.model.node import DataDirectoryFacts, GuardFacts, PostgresFacts, Watch
 from pgha.model.wal import HistoryRow, Position
 
 
+class SlotMatcher(Struct, frozen=True, kw_only=True):
+    """An entry of `ignore_slots`: matches a slot that has all that is given here."""
+
+    name: str = ""
+    type: str = ""
+    database: str = ""
+    plugin: str = ""
+
+
 class Settings(Struct, frozen=True, kw_only=True):
     """What of the configuration decisions depend on. Effective values; units in the names."""
 
@@ -41,7 +50,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     pre_promote_s: float = 0.0               # how long the program that is asked before a promotion may take; 0: there is none
     before_stop_s: float = 0.0               # how long the program before a planned stop may take; 0: there is none
     permanent_slots: tuple[str, ...] = ()    # physical slots that every node keeps (`slots`)
-    ignored_slots: tuple[str, ...] = ()      # never dropped (`ignore_slots`)
+    ignored_slots: tuple[SlotMatcher, ...] = ()  # never touched (`ignore_slots`, and what of `slots` is not kept by this version)
+    may_drop_slots: bool = True              # false: the configuration does not say for certain which ones are to be kept
     has_bootstrap_section: bool = True
     tags: Tags = Tags()
     watchdog_required: bool = False
@@ -91,6 +101,7 @@ class DcsFacts(Struct, frozen=True, kw_only=True):
     remembered_ttl_s: float = 0.0         # largest ttl seen in a record, persisted
     remembered_identifier: str = ""       # the last system identifier that the store gave for the cluster, persisted
     remembered_members: dict[str, str] = {}   # name → api_url of members seen within member_slots_ttl
+    remembered_slots: tuple[str, ...] = ()    # that the leader's status names and no member here has, first seen within member_slots_ttl
     last_positions: dict[str, Position] = {}  # last position that each member published, also if its key is gone
 
 

@@ -24,7 +24,7 @@ from pgha.dcs.keys import UNREADABLE_LOCK, Keys, parse
 from pgha.dcs.outage import Outage
 from pgha.errors import Compacted, DcsError
 from pgha.log import Log
-from pgha.model.cluster import ClusterView, LockSeen, Member, PausedHolder, Sync
+from pgha.model.cluster import ClusterView, LockSeen, Member, PausedHolder, Sync, slot_name
 from pgha.model.lock import wait_s
 from pgha.model.observation import DcsFacts, StoreCapacity
 from pgha.model.overview import synchronous
@@ -86,7 +86,7 @@ class ClusterObserver:
             log.warning("remembered facts could not be read", why=problem)
         self.facts = DcsFacts(
             unreachable_since=clock.now(), remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused,
-            remembered_identifier=self._remembered.system_identifier, remembered_members=self._known_members(),
+            remembered_identifier=self._remembered.system_identifier, remembered_members=self._known_members(), remembered_slots=self._known_slots(),
             last_positions={n: Position(timeline=m.timeline, lsn=m.lsn) for n, m in self._remembered.members.items()},
         )
 
@@ -123,7 +123,7 @@ class ClusterObserver:
         self.facts = replace(
             before, view=view, lock_seen=lock_seen, read_at=began if snapshot is not None else before.read_at,
             remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused,
-            remembered_identifier=self._remembered.system_identifier, remembered_members=self._known_members(), last_positions=self._positions(view, before),
+            remembered_identifier=self._remembered.system_identifier, remembered_members=self._known_members(), remembered_slots=self._known_slots(), last_positions=self._positions(view, before),
             remembered_sync=self._former_sync(view),
         )
         if snapshot is not None or before.view is None or _matters(before.view, view, self._me):
@@ -177,12 +177,12 @@ class ClusterObserver:
         members = {n: m for n, m in self._remembered.members.items() if now_s - m.seen_at_wall_s < kept_s}
         for member in view.members.values():
             if member.api_url:
-                members[member.name] = _remembered(member, members.get(member.name), now_s)
+                members[member.name] = _remembered(member, members.get(member.name), now_s, kept_s)
         ttl_s = self._remembered.ttl_s
         if view.lock is not None and view.lock is not UNREADABLE_LOCK:
             ttl_s = view.lock.ttl_s     # the one that a candidate would have to wait for
         self._remember_sync(view)
-        self._remembered = replace(self._remembered, ttl_s=ttl_s, paused=self._paused_holder(view), members=members, system_identifier=view.initialize if view.initialized and view.initialize else
+        self._remembered = replace(self._remembered, ttl_s=ttl_s, paused=self._paused_holder(view), members=members, slots=self._retained(view, members, now_s), system_identifier=view.initialize if view.initialized and view.initialize else
                                    self._remembered.system_identifier)
 
     def _remember_sync(self, view: ClusterView) -> None:
@@ -216,6 +216,18 @@ class ClusterObserver:
 
     def _known_members(self) -> dict[str, str]:
         return {n: m.api_url for n, m in self._remembered.members.items() if m.api_url}
+
+    def _retained(self, view: ClusterView, members: dict[str, RememberedMember], now_s: float) -> dict[str, float]:
+        """Since when the slots that status names are without a member, as far as this node can know: one that came later
+        has never seen the member, and is not to let go of its slot at once when it leads. Who is past the time stays in the
+        list for as long as status goes on naming it, or it would begin anew."""
+        seen = {slot_name(name): member.seen_at_wall_s for name, member in members.items()}
+        before = self._remembered.slots
+        return {name: max(seen[name], before.get(name, 0.0)) if name in seen else before.get(name, now_s) for name in view.status.retain_slots}
+
+    def _known_slots(self) -> tuple[str, ...]:
+        now_s, kept_s = self._clock.wall_s(), self._settings()[3]
+        return tuple(sorted(name for name, since_s in self._remembered.slots.items() if now_s - since_s < kept_s))
 
     def _positions(self, view: ClusterView, before: DcsFacts) -> dict[str, Position]:
         if before.view is not None and before.view.members == view.members:
@@ -400,9 +412,9 @@ class ClusterObserver:
             self.facts = replace(self.facts, why=why)
 
 
-def _remembered(member: Member, before: RememberedMember | None, now_s: float) -> RememberedMember:
+def _remembered(member: Member, before: RememberedMember | None, now_s: float, kept_s: float) -> RememberedMember:
     """Positions and times are refreshed coarsely, so that an idle cluster writes nothing."""
-    if before is not None and before.api_url == member.api_url and now_s - before.seen_at_wall_s < 60 and before.lsn == member.lsn:
+    if before is not None and before.api_url == member.api_url and now_s - before.seen_at_wall_s < min(60, kept_s / 10) and before.lsn == member.lsn:
         return before
     if not member.lsn and before is not None:       # stopped: what it had stays what it has (safety model 6.4)
         return RememberedMember(api_url=member.api_url, seen_at_wall_s=now_s, timeline=before.timeline, lsn=before.lsn)

@@ -57,7 +57,7 @@ SELECT standby,
       sync_priority, sent_lsn - '0/0' AS sent_lsn, write_lsn - '0/0' AS write_lsn, flush_lsn - '0/0' AS flush_lsn,
       replay_lsn - '0/0' AS replay_lsn FROM pg_stat_replication) r),
   (SELECT json_agg(s) FROM (SELECT slot_name AS name, slot_type AS type, active, restart_lsn - '0/0' AS restart_lsn,
-      wal_status, plugin, datname AS database, temporary FROM pg_get_replication_slots() LEFT JOIN pg_database ON oid = datoid) s)
+      wal_status, plugin, datname AS database, temporary, xmin IS NOT NULL AS holds_back_vacuum FROM pg_get_replication_slots() LEFT JOIN pg_database ON oid = datoid) s)
 FROM now
 """
 

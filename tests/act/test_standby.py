@@ -151,6 +151,39 @@ def test_slots_are_made_moved_and_dropped_and_repetition_is_no_error(bed):
     trio.run(main)
 
 
+def test_a_slot_of_a_standby_that_has_gone_elsewhere_holds_back_vacuum_until_it_is_made_anew(bed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two, bed.node("c", parameters={"hot_standby_feedback": "on"}) as three:
+            await one.primary()
+            await two.standby_of(one)
+            await three.standby_of(one)
+
+            def slot():
+                row = two.observer.facts.row
+                return next((s for s in row.slots if s.name == "c"), None) if row is not None else None
+
+            await two.quick(a.MaintainSlots(create=("c",)))
+            await two.until(lambda: slot() is not None)
+            assert (slot().active, slot().holds_back_vacuum) == (False, False)
+            assert slot().restart_lsn > 0, "it keeps WAL from its beginning on, on a standby, too"
+            await three.quick(a.Follow(upstream=as_source(two), slot_name="c"))
+            await two.until(lambda: slot().active and slot().holds_back_vacuum)
+            await three.quick(a.Follow(upstream=as_source(one)))
+            await two.until(lambda: not slot().active)
+            assert slot().holds_back_vacuum, "PostgreSQL keeps the last feedback of who has gone"
+            await one.sql("SELECT pg_switch_wal(); CREATE TABLE t ()")
+            (lsn,) = (await one.sql("SELECT pg_current_wal_flush_lsn() - '0/0'"))[0]
+            await two.until(lambda: two.observer.facts.row.replayed_lsn >= int(lsn))
+            before = slot()
+            await two.quick(a.MaintainSlots(advance=(("c", 1 << 60),)))       # no further than it has replayed
+            await two.until(lambda: slot().restart_lsn > before.restart_lsn)
+            assert int(lsn) <= slot().restart_lsn <= two.observer.facts.row.replayed_lsn
+            await two.quick(a.MaintainSlots(create=("c",), drop=("c",)))
+            await two.until(lambda: slot() is not None and not slot().holds_back_vacuum)
+            assert slot().restart_lsn > 0
+    trio.run(main)
+
+
 def test_changed_configuration_is_applied_and_what_waits_for_a_restart_is_told(bed):
     async def main():
         async with bed.node("a") as node:

@@ -91,8 +91,8 @@ def test_a_file_that_has_grown(capfd, tmp_path):
     missing = {key for key, fate in got.items() if fate == "missing"}
     supported = {".".join(path) for path, _, _ in every_key(LocalConfig)} - {"bootstrap.method", "postgresql.create_replica_methods"}   # these by their value
     assert missing == {key for key in keys(yaml.safe_load(GROWN)) if key not in supported and key.startswith((
-        "log.dir", "log.file_", "log.format", "bootstrap.method", "bootstrap.pgbackrest", "bootstrap.dcs.slots",
-        "bootstrap.dcs.ignore_slots", "postgresql.bin_name", "postgresql.create_replica_methods", "postgresql.pgbackrest"))}
+        "log.dir", "log.file_", "log.format", "bootstrap.method", "bootstrap.pgbackrest", "bootstrap.dcs.slots.debezium",
+        "postgresql.bin_name", "postgresql.create_replica_methods", "postgresql.pgbackrest"))}
     for key in missing:
         assert f"missing  {key}: " in run.out
         assert key in run.err     # named again, where it cannot be overlooked
@@ -100,7 +100,7 @@ def test_a_file_that_has_grown(capfd, tmp_path):
         "log.deduplicate_heartbeat_logs", "log.loggers.patroni.postmaster", "bootstrap.dcs.postgresql.parameters.listen_addresses",
         "bootstrap.dcs.postgresql.recovery_conf.recovery_target_timeline", "postgresql.use_unix_socket_repl", "postgresql.parameters.max_connections",
         "watchdog.driver", "tags.replicatefrom", "postgresql.callbacks.on_stop"}
-    assert {key for key, fate in got.items() if fate == "changed"} == {"bootstrap.dcs.master_start_timeout", "postgresql.parameters.log_line_prefix"}
+    assert {key for key, fate in got.items() if fate == "changed"} == {"bootstrap.dcs.master_start_timeout", "bootstrap.dcs.slots.barman", "postgresql.parameters.log_line_prefix"}
 
 
 def test_what_is_missing_can_be_accepted(capfd, tmp_path):
@@ -118,6 +118,8 @@ def test_what_is_missing_can_be_accepted(capfd, tmp_path):
     assert local.restapi.http_extra_headers == {"X-Cluster": "orders"}
     assert local.postgresql.pg_hba == ("local all all peer", "hostssl all all 192.168.7.0/24 scram-sha-256")
     assert local.bootstrap.dcs["primary_start_timeout"] == 300
+    assert local.bootstrap.dcs["slots"] == {"barman": {"type": "physical"}, "warehouse": {"type": "physical", "cluster_type": "primary"}}
+    assert local.bootstrap.dcs["ignore_slots"] == [{"name": "by_hand", "type": "logical"}]
     assert local.watchdog.mode == "off"
 
 
@@ -201,6 +203,13 @@ KEYS = [
     ("bootstrap.dcs.ttl", "30", "changed bootstrap.dcs.ttl → 30: as Patroni takes it (plain seconds)"),
     ("bootstrap.dcs.standby_cluster", {"host": "h"}, None),
     ("bootstrap.dcs.slots", {}, "carried bootstrap.dcs.slots"),
+    ("bootstrap.dcs.slots.a", None, "changed bootstrap.dcs.slots.a → a table: an empty slot is a physical one"),
+    ("bootstrap.dcs.slots.a.type", "physical", "carried bootstrap.dcs.slots.a.type"),
+    ("bootstrap.dcs.slots.a.type", "hush", 'missing bootstrap.dcs.slots.a.type: has type "…"; allowed: physical or logical'),
+    ("bootstrap.dcs.slots.A-b", None, "missing bootstrap.dcs.slots.A-b: is no slot's name; allowed: 1 to 63 of a-z, 0-9 and _"),
+    ("bootstrap.dcs.permanent_slots.a.cluster_type", "standby", "carried bootstrap.dcs.permanent_slots.a.cluster_type → bootstrap.dcs.slots.a.cluster_type"),
+    ("bootstrap.dcs.ignore_slots", [{"name": "a", "type": "logical"}], "carried bootstrap.dcs.ignore_slots"),
+    ("bootstrap.dcs.ignore_slots", [{"nme": "a"}], 'missing bootstrap.dcs.ignore_slots: has an entry that has "…", which is unknown; did you mean name?'),
     ("bootstrap.dcs.postgresql.authentication", {"superuser": {"password": "hush-x"}}, None),
     ("bootstrap.dcs.postgresql.parameters.wal_level", "minimal", 'changed bootstrap.dcs.postgresql.parameters.wal_level → "replica": is "…"; allowed: replica or logical; Patroni uses this instead'),
     ("bootstrap.dcs.retry_timout", 1, "missing bootstrap.dcs.retry_timout: unknown key; did you mean retry_timeout?"),

@@ -19,7 +19,7 @@ from pgha.model.cluster import ClusterView, FailoverKey, HistoryEntry, PausedHol
 from pgha.model.decision import Election, Replica, SyncBook
 from pgha.model.lock import Epoch, Licence, LicenceState, licence_s
 from pgha.model.node import DataDirectoryFacts, WalReceiver
-from pgha.model.observation import Operation, Request, Upstream, WrittenNames
+from pgha.model.observation import Operation, Request, SlotMatcher, Upstream, WrittenNames
 from pgha.model.synchronous import Promise
 from pgha.model.wal import HistoryRow, Position
 
@@ -245,7 +245,8 @@ CHANGES: tuple[tuple[str, Any], ...] = (
     ("postgres__row__lsn", _lsn),
     ("postgres__row__system_identifier", one_of("", "x", "9" * 19)),
     ("postgres__row__primary_conninfo", one_of("", "host", "host=", "host='a b' port=x", "= = ==", "host=c port=99999999999")),
-    ("postgres__row__slots", one_of((), (w.slot("b"), w.slot("x", active=False), w.slot("a", type="logical"), w.slot("c", temporary=True)))),
+    ("postgres__row__slots", one_of((), (w.slot("b"), w.slot("x", active=False), w.slot("a", type="logical"), w.slot("c", temporary=True)),
+                                    (w.slot("a", active=False, holds_back_vacuum=True), w.slot("c", active=False, restart_lsn=0, wal_status="lost"), w.slot("p", active=False)))),
     ("directory", one_of(DataDirectoryFacts(), DataDirectoryFacts(state="missing"), DataDirectoryFacts(state="valid"))),
     ("directory__state", one_of("unknown", "missing", "empty", "valid", "partial", "unreadable")),
     ("directory__control", one_of(None)),
@@ -291,6 +292,11 @@ CHANGES: tuple[tuple[str, Any], ...] = (
     ("settings__maximum_lag_on_failover_bytes", one_of(0, 2**62)),
     ("settings__check_timeline", _bool),
     ("settings__use_slots", _bool),
+    ("settings__permanent_slots", one_of((), ("p", "b"), ("c",))),
+    ("settings__ignored_slots", one_of((), (SlotMatcher(),), (SlotMatcher(name="x", type="physical"),))),
+    ("settings__may_drop_slots", _bool),
+    ("settings__member_slots_ttl_s", one_of(0.0, 1.0)),
+    ("dcs__remembered_slots", one_of(("x",), ("a", "b", "p"))),
     ("settings__use_pg_rewind", _bool),
     ("settings__remove_data_directory_on_diverged_timelines", _bool),
     ("settings__remove_data_directory_on_rewind_failure", _bool),

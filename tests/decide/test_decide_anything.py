@@ -18,6 +18,7 @@ from pgha.model.action import (
     CancelOperation,
     Demote,
     LongAction,
+    MaintainSlots,
     Promote,
     QuickAction,
     ReleaseLock,
@@ -29,7 +30,7 @@ from pgha.model.action import (
     Stop,
     WriteKey,
 )
-from pgha.model.cluster import Tags
+from pgha.model.cluster import Tags, slot_name
 from pgha.model.decision import Decision
 from pgha.model.lock import LicenceState, wait_s
 from pgha.model.synchronous import Promise, covers, parse_requirement
@@ -103,10 +104,32 @@ def _is_safe(case: w.World, decision: Decision, because: object) -> None:
             assert o.directory.state == "valid", because
         if isinstance(action, SetSynchronousNames):
             _is_covered(case, decision, because)
+        if isinstance(action, MaintainSlots):
+            _keeps_what_is_to_be_kept(case, action, because)
         if isinstance(action, WriteKey) and action.key == "sync":
             assert action.if_revision == case.seen.dcs.view.revision_of("sync"), because
     if o.postgres.is_primary and not licensed(case) and o.operation is None and not decision.actions:
         assert standing(o).whose in (Whose.UNKNOWN, Whose.SETTLING) or decision.situation == "stopping", because
+
+
+def _keeps_what_is_to_be_kept(case: w.World, action: MaintainSlots, because: object) -> None:
+    """Of slots only physical ones that nobody uses go; a permanent one only for one of the same name that keeps something."""
+    o = case.seen
+    assert o.postgres.row is not None, because
+    found = {s.name: s for s in o.postgres.row.slots}
+    for name in action.drop:
+        assert found[name].type == "physical", because
+        assert not found[name].active, because
+        assert not o.settings.pause, because
+        assert o.settings.may_drop_slots, because
+        assert not any(m.name in ("", name) and m.type in ("", "physical") and not (m.database or m.plugin) for m in o.settings.ignored_slots), because
+        if name in o.settings.permanent_slots and name != slot_name(o.me.name):
+            assert name in action.create, because
+            assert found[name].wal_status == "lost" or not found[name].restart_lsn, because
+    for name, lsn in action.advance:
+        assert not found[name].active, because
+        assert found[name].restart_lsn < lsn <= max(o.postgres.row.lsn, o.postgres.row.replayed_lsn), because
+        assert o.postgres.row.in_recovery or name not in o.settings.permanent_slots or name in {slot_name(m) for m in o.dcs.view.members}, because
 
 
 def _is_covered(case: w.World, decision: Decision, because: object) -> None:

@@ -13,7 +13,9 @@ from decide_world import (
     MiB,
     ago,
     check,
+    identity,
     licence,
+    member,
     names,
     only,
     peer,
@@ -72,6 +74,9 @@ COPIES = [
         does="Clone", says="copying from c (clonefrom)"),
     row("… which does not run", dcs__view__members__c__tags=Tags(clonefrom=True), dcs__view__members__c__state="stopped", says="copying from a, the leader"),
     row("… whose address is not known", dcs__view__members__c__tags=Tags(clonefrom=True), dcs__view__members__c__host="", says="copying from a, the leader"),
+    row("… which is on another timeline", dcs__view__members__c__tags=Tags(clonefrom=True), dcs__view__members__c__timeline=2, says="copying from a, the leader"),
+    row("… which has failed", dcs__view__members__c__tags=Tags(clonefrom=True), memory__clone_failures=1, says="copying from a, the leader"),
+    row("… which has failed, and the leader has", dcs__view__members__c__tags=Tags(clonefrom=True), memory__clone_failures=2, says="copying from c (clonefrom)"),
     row("this node's own tag", dcs__view__members__b__tags=Tags(clonefrom=True), says="copying from a, the leader"),
     row("the leader is not primary yet", dcs__view__members__a__role="replica", refuses="empty.has_source", says="leader a is not running as primary yet", does=""),
     row("the leader does not run", dcs__view__members__a__state="starting", refuses="empty.has_source", does=""),
@@ -88,6 +93,13 @@ COPIES = [
 @pytest.mark.parametrize("case", COPIES)
 def test_a_copy(case):
     check(EMPTY, case)
+
+
+def test_copies_are_taken_of_all_who_offer_themselves_and_last_of_the_leader():
+    members = {"a": member("a", role="primary"), "d": member("d", tags=Tags(clonefrom=True)), "e": member("e", tags=Tags(clonefrom=True))}
+    for name, expected in {"b": ["d", "e", "a", "d"], "c": ["e", "d", "a", "e"]}.items():
+        world = EMPTY.but(me=identity(name), dcs__view__members=members)
+        assert [only(world.but(memory__clone_failures=n).decide(), Clone).source.name for n in range(4)] == expected, name
 
 
 def test_a_copy_is_of_the_clusters_system_and_replaces_nothing():

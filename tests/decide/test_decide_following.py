@@ -1,4 +1,4 @@
-"""Somebody else holds the lock (decide/following.py, slots.py): stream from the right server, keep the slots."""
+"""Somebody else holds the lock (decide/following.py, cascade.py): stream from the right server."""
 
 from __future__ import annotations
 
@@ -10,23 +10,18 @@ from decide_world import (
     REPLICA,
     SYSTEM,
     TIMELINE,
-    MiB,
     ago,
     ahead,
     check,
-    names,
     only,
     record,
     row,
-    slot,
-    standby_row,
     with_lock,
 )
 from msgspec import structs
 
-from pgha.decide.slots import maintenance, published_slots
-from pgha.model.action import Follow, MaintainSlots, Restart, Source, Stop, WriteInitialize
-from pgha.model.cluster import Tags, slot_name
+from pgha.model.action import Follow, Restart, Source, Stop, WriteInitialize
+from pgha.model.cluster import Tags
 from pgha.model.node import WalReceiver
 from pgha.model.observation import Request, Upstream
 from pgha.model.wal import HistoryRow
@@ -188,54 +183,6 @@ def test_a_standby_that_does_not_stream(case):
 
 def test_it_stops_for_what_it_found():
     assert "0/3FFFFFF" in only(LOST.but(upstream=WENT_ON).decide(), Stop).why
-
-
-# --- slots ---------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("member, slot_of", [("b", "b"), ("Node-1.db", "node_1_db"), ("ü", "u0252"), ("x" * 70, "x" * 63), ("a b", "au0032b")])
-def test_slot_names(member, slot_of):
-    assert slot_name(member) == slot_of
-
-
-SLOTS = [
-    ("as they are", {}, None),
-    ("one is missing", {"postgres__row__slots": (slot("c", active=False),)}, MaintainSlots(create=("a",))),
-    ("a logical one is not it", {"postgres__row__slots": (slot("a", type="logical"), slot("c"))}, MaintainSlots(create=("a",))),
-    ("a temporary one is not it", {"postgres__row__slots": (slot("a", temporary=True), slot("c"))}, MaintainSlots(create=("a",))),
-    ("one too many", {"postgres__row__slots": (*standby_row().slots, slot("x", active=False))}, MaintainSlots(drop=("x",))),
-    ("in use", {"postgres__row__slots": (*standby_row().slots, slot("x"))}, None),
-    ("the operator's", {"postgres__row__slots": (*standby_row().slots, slot("x", active=False)), "settings__ignored_slots": ("x",)}, None),
-    ("permanent", {"settings__permanent_slots": ("p", "b")}, MaintainSlots(create=("p",))),
-    ("of a member that went away", {"postgres__row__slots": (*standby_row().slots, slot("d", active=False)), "dcs__remembered_members": {"d": "x"}}, None),
-    ("retained by the leader", {"postgres__row__slots": (*standby_row().slots, slot("e", active=False)), "dcs__view__status__retain_slots": ("e",)}, None),
-    ("its own name", {"postgres__row__slots": (*standby_row().slots, slot("b", active=False))}, MaintainSlots(drop=("b",))),
-    ("its own name, in use", {"postgres__row__slots": (*standby_row().slots, slot("b"))}, None),
-    ("behind the leader's", {"postgres__row__slots": (slot("a", active=False, restart_lsn=LSN), slot("c", active=False, restart_lsn=MiB))}, MaintainSlots(advance=(("c", LSN - MiB),))),
-    ("behind, but in use", {"postgres__row__slots": (slot("a", active=False, restart_lsn=LSN), slot("c", restart_lsn=MiB))}, None),
-    ("behind, not reserved yet", {"postgres__row__slots": (slot("a", active=False, restart_lsn=LSN), slot("c", active=False, restart_lsn=0))}, None),
-    ("behind, not replayed so far", {"postgres__row__slots": (slot("a", active=False, restart_lsn=LSN), slot("c", active=False, restart_lsn=MiB)),
-                                     "postgres__row__replayed_lsn": 2 * MiB}, None),
-    ("a member that does not stream", {"dcs__view__members__c__tags": Tags(nostream=True), "postgres__row__slots": (slot("a", active=False, restart_lsn=LSN),)}, None),
-    ("no slots are used", {"settings__use_slots": False, "postgres__row__slots": ()}, None),
-    ("PostgreSQL does not say", {"postgres__row": None}, None),
-]
-
-
-@pytest.mark.parametrize("name, changes, wanted", SLOTS, ids=[r[0] for r in SLOTS])
-def test_slots(name, changes, wanted):
-    assert maintenance(REPLICA.but(**changes).seen) == wanted
-
-
-def test_slots_wait_until_the_right_server_is_followed():
-    assert names(REPLICA.but(postgres__row__slots=(), configured_upstream="").decide()) == ("Follow",)
-    assert names(REPLICA.but(postgres__row__slots=()).decide()) == ("MaintainSlots",)
-
-
-def test_what_is_published_of_slots():
-    world = REPLICA.but(postgres__row__in_recovery=False, postgres__row__lsn=5, postgres__row__slots=(slot("c"), slot("d", restart_lsn=0), slot("l", type="logical"), slot("t", temporary=True)))
-    assert published_slots(world.seen) == {"b": 5, "c": LSN - MiB}
-    assert published_slots(world.but(settings__use_slots=False).seen) == {}
-    assert published_slots(world.but(postgres__row=None).seen) == {}
 
 
 def test_streaming_again_is_noted():

@@ -27,7 +27,7 @@ from decide_world import (
 from msgspec.structs import replace
 
 from pgha.decide.leading import _timestamp
-from pgha.model.action import Demote, MaintainSlots, Promote, Restart, WriteInitialize, WriteKey
+from pgha.model.action import Demote, Promote, Restart, WriteInitialize, WriteKey
 from pgha.model.cluster import FailoverKey, HistoryEntry
 from pgha.model.observation import Request, StoreCapacity
 from pgha.model.wal import HistoryRow
@@ -174,11 +174,6 @@ def test_operators_requests_one_restart_a_pass():
     assert decision.actions[1].id == 1
     assert only(decision, Restart) == Restart(as_primary=True, timeout_s=7.0, request_id=2)
     assert only(LEADER.but(requests=(_request(2, "restart"),)).decide(), Restart).timeout_s == 300
-
-
-def test_slots_of_a_leader_never_advance():
-    action = only(LEADER.but(postgres__row__slots=(slot("b"),)).decide(), MaintainSlots)
-    assert action == MaintainSlots(create=("c",))
 
 
 # --- switchover ----------------------------------------------------------------------------------------------------------

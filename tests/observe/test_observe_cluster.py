@@ -449,6 +449,33 @@ def test_an_idle_store_has_nothing_written_down(tmp_path: Path):
     observed(tmp_path, main, threads=True)
 
 
+def test_a_members_slot_is_remembered_as_long_as_the_member_and_by_who_came_later_from_then_on(tmp_path: Path):
+    """Status naming a slot is the leader's word, and may be the own one of a moment ago: it begins no new time."""
+    async def main(scene: Scene) -> None:
+        scene.slots_ttl_s = 100.0
+        scene.put("members/b", member("b"))
+        await until(lambda: "b" in scene.facts.remembered_members, 1)
+        await trio.sleep(8)
+        scene.put("status", {"optime": 1, "slots": {}, "retain_slots": ["b", "gone", "No slot"]})
+        await until(lambda: scene.facts.remembered_slots == ("b", "gone"), 1)
+        scene.delete("members/b")
+        await trio.sleep(95)
+        await scene.observer.read()
+        assert scene.facts.remembered_slots == ("gone",), "b was last seen before this node saw the other"
+        await trio.sleep(10)
+        await scene.observer.read()
+        assert scene.facts.remembered_slots == ()
+        await trio.sleep(150)
+        await scene.observer.read()
+        assert scene.facts.remembered_slots == (), "status still names them"
+        scene.put("status", {"optime": 1, "slots": {}, "retain_slots": []})
+        await scene.observer.read()
+        scene.put("status", {"optime": 2, "slots": {}, "retain_slots": ["gone"]})
+        await until(lambda: scene.facts.remembered_slots == ("gone",), 1)
+
+    observed(tmp_path, main)
+
+
 def test_members_are_forgotten_after_member_slots_ttl(tmp_path: Path):
     async def main(scene: Scene) -> None:
         scene.slots_ttl_s = 100.0
