@@ -188,6 +188,7 @@ class Agent:
             last_position=self._last_position, bootstrap_config=self._bootstrap_config, private_dir=self.runtime_dir,
             beside=self.callbacks.beside, told=self.callbacks)
         self.actor = Actor(context)
+        self.inbox.judge = self.actor.judge_configuration
 
         self.memory = Memory()
         self.number = 0

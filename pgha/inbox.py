@@ -7,13 +7,14 @@ Switchovers, failovers and configuration are writes to the store, from where eve
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import trio
 
 from pgha.clock import Clock
-from pgha.config.cluster import merge_patch, validate_change
+from pgha.config.cluster import merge_patch, normalised
+from pgha.config.judgement import Judgement, by_schema
 from pgha.dcs import Compare, Put, Store
 from pgha.dcs.keys import Keys, encode, loads
 from pgha.errors import DcsError
@@ -41,6 +42,7 @@ class Inbox:
         self._wake = wake
         self._look = look
         self.accept: Callable[[Ping], tuple[Answer, int]] = _nobody_there     # who promises: the agent, once it is made
+        self.judge: Callable[[dict[str, Any] | None, Any], Awaitable[Judgement]] = _by_schema       # who asks PostgreSQL, too: the agent, as above
         self._number = 0
         self._waiting: dict[int, Request] = {}
         self._answers: dict[int, Answer] = {}
@@ -95,6 +97,8 @@ class Inbox:
                     return await self._cancel(deadline_s)
                 if kind in ("patch_config", "put_config"):
                     return await self._write_config(dict(payload), deadline_s, patch=kind == "patch_config")
+                if kind == "check_config":
+                    return await self._check_config(payload)
         except DcsError as error:
             log.warning("request could not be written to the store", kind=kind, why=str(error))
             return Answer(status=503, text=_FAILED.get(kind, "the store does not answer"))
@@ -151,15 +155,27 @@ class Inbox:
         if not isinstance(old, dict):
             old = {}
         new = merge_patch(old, change) if patch else change
-        problems = validate_change(old, new)
-        if problems:
-            return Answer(status=400, text="\n".join(problems))
         if new == old:
             return Answer(status=200, text=json.dumps(new), json=True)
+        judged = await self.judge(old, new)
+        if judged.problems:
+            return Answer(status=400, text="\n".join(judged.problems))
+        for warning in judged.warnings:
+            log.warning("configuration changed by request", warning=warning)
+        new = normalised(new)
         done, revision = await self._put("config", encode(new), entry.revision if entry else 0, deadline_s)
         if not done:
             return Answer(status=409 if patch else 502, text="the configuration was changed by somebody else meanwhile")
         return Answer(status=200, text=json.dumps(new), json=True, revision=revision)
+
+    async def _check_config(self, asked: Mapping[str, Any]) -> Answer:
+        """What would be wrong with `config`, in place of `old` (default: as seen in the store). Nothing is written."""
+        view = self._view()
+        old = asked.get("old", view.config if view is not None else None)
+        judged = await self.judge(old if isinstance(old, dict) else None, asked["config"])
+        restart = {name: {"old_value": was, "new_value": then} for name, (was, then) in judged.restart.items()}
+        return Answer(status=200, json=True, text=json.dumps({
+            "problems": judged.problems, "warnings": judged.warnings, "restart": restart, "asked": judged.asked, "postgres_version": judged.version}))
 
     async def _put(self, key: str, value: bytes, revision: int, deadline_s: float) -> tuple[bool, int]:
         path = self._keys.path(key)
@@ -176,6 +192,10 @@ _FAILED = {
     "patch_config": "the configuration could not be written",
     "put_config": "the configuration could not be written",
 }
+
+
+async def _by_schema(old: dict[str, Any] | None, new: Any) -> Judgement:
+    return by_schema(old, new)
 
 
 def _nobody_there(_ping: Ping) -> tuple[Answer, int]:

@@ -30,9 +30,11 @@ from pgha.act import (
     start,
     steps,
     stop,
+    vet,
 )
 from pgha.act.context import Context, Fence, Progress, Renewer, log
 from pgha.act.wanted import Wanted
+from pgha.config.judgement import Judgement
 from pgha.errors import OperationFailed, PghaError
 from pgha.model import action as a
 
@@ -149,6 +151,10 @@ class Actor:
         """standby.signal is there if a whole data directory is at rest; True if it was missing. A few `stat` calls, and
         /proc. OSError, OperationFailed."""
         return await steps.rest_as_found(self.ctx)
+
+    async def judge_configuration(self, old: dict[str, Any] | None, new: Any) -> Judgement:
+        """What is wrong with replacing the shared configuration `old` by `new`, and what it would do here. Changes nothing."""
+        return await vet.judge(self.ctx, old, new)
 
     async def discard_old(self) -> list[str]:
         """Delete the data directories that clones have replaced and marked: once the new one streams, also by a later agent."""

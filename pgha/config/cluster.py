@@ -260,13 +260,18 @@ def validate_change(old: dict[str, Any] | None, new: Any) -> list[str]:
     return [problem for problem in validate_dynamic(new) if problem not in before]
 
 
+_SCALARS = (str, int, float, bool)
+
+
 def merge_patch(old: Any, patch: Any, *, depth: int = 0) -> Any:
     """`patch` laid over `old`: tables merge, null deletes, everything else replaces (compatibility spec 3.5).
+    A value that reads the same ("30" for 30) is no change.
 
     `old` is not changed. What is nested deeper than DEEPEST replaces; `validate_dynamic` refuses it.
     """
     if not isinstance(patch, dict) or depth > DEEPEST:
-        return patch
+        same = type(old) in _SCALARS and type(patch) in _SCALARS and str(old) == str(patch)
+        return old if same else patch
     merged = dict(old) if isinstance(old, dict) else {}
     for key, value in patch.items():
         if value is None:

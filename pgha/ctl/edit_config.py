@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pgha.ctl import cluster as clusters
+from pgha.ctl.config_check import Checked, check, restart_plan, shown_restarts
 from pgha.ctl.ends import DONE, FAILED, USAGE, End
 from pgha.ctl.output import plain, to_toml
 from pgha.ctl.prompt import confirm, wanted
 from pgha.ctl.settings import Settings
 from pgha.ctl.store import Store
+from pgha.model.rolling import said
 
 #: the largest file that is read
 _FILE_BYTES = 1 << 20
@@ -38,15 +40,27 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     if key is not None and cluster.config is None and whole is None:
         raise End(FAILED, "the configuration in the store is not a JSON object; it is not changed (allowed: --replace)")
     old = cluster.config or {}
+    checked: Checked | None = None
+
+    def problems_of(config: dict[str, Any]) -> Sequence[str]:
+        """By the schema; if that finds nothing, and PostgreSQL's settings change, by the agents and their PostgreSQL."""
+        nonlocal checked
+        checked = None
+        found = validate_change(old, config)
+        if not found and isinstance(config.get("postgresql"), dict) and config["postgresql"] != old.get("postgresql"):
+            checked = check(settings, cluster, old, normalised(config))
+            found = checked.problems
+        return found
+
     if by_hand:
-        new = edited(old, lambda edit: validate_change(old, edit))
+        new = edited(old, problems_of)
     else:
         new = old if whole is None else merge_patch({}, whole)      # without nulls
         for path, value in ([((), patch)] if patch is not None else []) + changes:
             for part in reversed(path):
                 value = {part: value}      # noqa: PLW2901  (the same change, seen from further up)
             new = merge_patch(new, value)
-        problems = validate_change(old, new)
+        problems = problems_of(new)
         if problems:
             raise End(USAGE, "\n".join(problems))
     new = normalised(new)
@@ -56,12 +70,29 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
         return DONE
     if not given.quiet:
         print("\n".join(coloured(difference, colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))), flush=True)
+    if checked is not None:
+        tell(checked)
     confirm("Apply these changes?", force=given.force)
     value = json.dumps(new, separators=(",", ":"), ensure_ascii=False).encode()
     if not Store(settings.etcd).write(settings.root + "config", value, if_revision=key.revision if key else 0):
         raise End(FAILED, "Config modification aborted due to concurrent changes")
     print("Configuration changed")
+    if checked is not None and checked.restart and not given.quiet:
+        plan = restart_plan(cluster, checked)
+        print("\n".join(("Waiting for a restart:", *(f"  {plain(line)}" for line in shown_restarts(checked.restart)))))
+        order = f", in this order: {said(plan.steps, cluster.leader)} ({plan.because})" if plan.because else ""
+        print(f"`pgha ctl restart --pending` does that{order}")
     return DONE
+
+
+def tell(checked: Checked) -> None:
+    """What is doubtful, and who did not answer, on standard error."""
+    for line in checked.warnings:
+        clusters.warn(f"warning: {line}")
+    if not checked.asked:
+        clusters.warn("no agent answers, so that PostgreSQL has not checked its parameters; what it does not take, each member will leave out and log")
+    for line in checked.unheard:
+        clusters.warn(f"not asked: {line}")
 
 
 def _read(path: str) -> str:

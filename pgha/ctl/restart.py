@@ -1,4 +1,4 @@
-"""`ctl restart`: restart PostgreSQL on members, one after the other, the leader last.
+"""`ctl restart`: restart PostgreSQL on members, one after the other, the leader last, unless what is pending wants it first.
 
 Which members are meant is found here, when it is to be done at once; what is scheduled takes its conditions along.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import time
 from typing import Any
 
 from pgha.ctl import agents
@@ -17,10 +18,13 @@ from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
 from pgha.ctl.prompt import confirm
 from pgha.ctl.settings import Settings
+from pgha.model import rolling
 from pgha.model.overview import is_paused
 
 #: longer than the agent's own longest wait, so that its answer arrives
 _TIMEOUT_S = 890.0
+#: a standby that streams has replayed its primary's start in a moment
+_REPLAY_S, _LOOK_S = 30.0, 0.2
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
@@ -49,10 +53,57 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
         names = names[:1]
     if not names:
         raise End(max([REFUSED, *codes]), "no member is left to restart")
+    plan = rolling.plan({name: _pending(cluster, name) for name in names}, leader=cluster.leader)
+    if not schedule and plan.because:
+        names = list(plan.steps)
+        print(f"In this order: {rolling.said(plan.steps, cluster.leader)} ({plan.because})", flush=True)
     what = f"schedule restart of members {', '.join(names)} at {schedule}" if schedule else f"restart members {', '.join(names)}"
     confirm(f"Are you sure you want to {what}?", force=given.force)
+    if not schedule and plan.because:
+        return max([*codes, _in_order(settings, cluster, names, body)])
     codes += [_restart(settings, cluster, name, body) for name in names]
     return max(codes)
+
+
+def _pending(cluster: Cluster, name: str) -> dict[str, Any]:
+    reason = cluster.members[name].get("pending_restart_reason")
+    return reason if isinstance(reason, dict) else {}
+
+
+def _in_order(settings: Settings, cluster: Cluster, names: list[str], body: dict[str, Any]) -> int:
+    """One after the other, and no further than the first that fails: who comes later would be left with too little."""
+    for number, name in enumerate(names):
+        if number and names[number - 1] == cluster.leader:
+            _wait_replayed(settings, cluster, names[number:])
+        if code := _restart(settings, cluster, name, body):
+            if left := names[number + 1:]:
+                clusters.warn(f"not restarted, since the order matters: {', '.join(left)}")
+            return code
+    return DONE
+
+
+def _wait_replayed(settings: Settings, cluster: Cluster, standbys: list[str]) -> None:
+    """A standby may have less only once it has replayed that its primary has."""
+    until_s = time.monotonic() + _REPLAY_S
+    left = list(dict.fromkeys(standbys))
+    reached: int | None = None
+    while left and time.monotonic() < until_s:
+        reached = _position(settings, cluster, cluster.leader, "location") if reached is None else reached
+        left = [name for name in left if reached is None or (_position(settings, cluster, name, "replayed_location") or 0) < reached]
+        if left:
+            time.sleep(_LOOK_S)
+    if left:
+        clusters.warn(f"{', '.join(left)}: has not replayed up to the restart of {cluster.leader} within {_REPLAY_S:g} s; it may have to be restarted once more")
+
+
+def _position(settings: Settings, cluster: Cluster, name: str, key: str) -> int | None:
+    """None if it does not say."""
+    try:
+        xlog = agents.get_json(settings, cluster.api_url(name), "/patroni").get("xlog")
+    except End:
+        return None
+    value = xlog.get(key) if isinstance(xlog, dict) else None
+    return value if isinstance(value, int) else None
 
 
 def _version(text: str) -> int:

@@ -90,7 +90,10 @@ def parse_quantity(text: str, base_unit: str | None) -> Decimal | None:
     if match is None:
         return None
     try:
-        number = Decimal(int(match[1], 16)) if "x" in match[1].lower() else Decimal(match[1])
+        if re.fullmatch(r"0[0-7]+", match[1]):
+            number = Decimal(int(match[1], 8))      # file modes
+        else:
+            number = Decimal(int(match[1], 16)) if "x" in match[1].lower() else Decimal(match[1])
     except InvalidOperation:
         return None
     if not match[2]:

@@ -19,7 +19,7 @@ from typing import Any
 import trio
 from msgspec import Struct
 
-from pgha.errors import CommandFailed
+from pgha.errors import CommandFailed, PostgresTimeout
 from pgha.model.gucs import Guc
 from pgha.postgres.files import quote_setting, write_file
 from pgha.postgres.programs import Run, binary, run, run_checked
@@ -111,7 +111,7 @@ async def refused(settings: Mapping[str, str], *, bin_dir: Path | str, scratch: 
     found: dict[str, str] = {}
     directory = scratch / f"check-{next(_number)}"
     try:
-        with trio.fail_after(deadline_s):
+        with trio.move_on_after(deadline_s) as time:
             for _ in range(_ROUNDS):
                 await in_thread(partial(_write_checked, directory, left))
                 done = await run([binary(bin_dir, "postgres"), "-D", directory, "-C", "data_directory"], deadline_s=deadline_s, cwd=directory)
@@ -122,6 +122,8 @@ async def refused(settings: Mapping[str, str], *, bin_dir: Path | str, scratch: 
                     raise CommandFailed("postgres -C", done.exit_code, done.stderr)
                 found |= new
                 left = {name: value for name, value in left.items() if name not in new}
+        if time.cancelled_caught:
+            raise PostgresTimeout(f"postgres -C had not ended after {deadline_s:g} s")
         raise CommandFailed("postgres -C", done.exit_code, done.stderr)
     finally:
         with trio.CancelScope(shield=True):

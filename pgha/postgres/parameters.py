@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from msgspec import Struct
 
 from pgha.model.gucs import Guc, SettingValue, parse_quantity, same_value, setting_text, truth
+from pgha.model.rolling import STANDBY_AT_LEAST
 from pgha.postgres.controldata import ControlData
 from pgha.postgres.gucs import FileEntry
 
@@ -51,9 +52,6 @@ CONTROLLED: dict[str, Controlled] = {
     "wal_log_hints": Controlled(default="on", said=_boolean),
 }
 FORCED_BY_CALLER = ("listen_addresses", "port", "cluster_name")
-#: A standby must have at least what its primary had when it wrote the WAL being replayed (chapter 27.4.3).
-STANDBY_AT_LEAST = (
-    "max_connections", "max_prepared_transactions", "max_locks_per_transaction", "max_worker_processes", "max_wal_senders")
 #: Never the user's: they name what the agent works on.
 NEVER = frozenset({"data_directory", "config_file", "external_pid_file", "restart_after_crash"})
 

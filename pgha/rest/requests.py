@@ -47,7 +47,8 @@ class Requests(Protocol):
         switchover, failover: {"leader"?, "member"?, "pgha"?}: write /failover, answer 200 and the revision, or 503 and the text
         "failed to write failover key into DCS". cancel_switchover: {}: empty /failover. restart: {"timeout_s"?}: waits
         for its end. reload: {}: 202. patch_config, put_config: the object: a guarded write after validation; 200 and the
-        new configuration as JSON, 400 and the problems, 409, 503.
+        new configuration as JSON, 400 and the problems, 409, 503. check_config: {"config": …, "old"?: …}: the same judgement,
+        and what it would do to PostgreSQL on this node, as JSON; nothing is written.
         """
         ...
 
@@ -85,6 +86,7 @@ class Changes:
             ("DELETE", "switchover"): self._cancel_switchover,
             ("POST", "failover"): self._failover,
             ("POST", "failsafe"): self._failsafe,
+            ("POST", "pgha"): self._own,
         }
 
     def knows(self, method: str, name: str) -> bool:
@@ -107,6 +109,18 @@ class Changes:
 
     async def _put_config(self, request: Request) -> Response:
         return _response(await self._requests.submit("put_config", _object(request), deadline_s=WRITE_S))
+
+    async def _own(self, request: Request) -> Response:
+        """POST /pgha/…: questions that need a body, or an operator's credentials. None changes anything."""
+        parts = [part for part in request.path.split("/") if part]
+        match parts[1:]:
+            case ["config", "check"]:
+                body = _object(request)
+                if not isinstance(body.get("config"), dict) or not isinstance(body.get("old", {}), dict):
+                    raise _Wrong(400, "config is to be the whole configuration to check, a JSON object; old, if given, the one that it replaces")
+                return _response(await self._requests.submit("check_config", body, deadline_s=WRITE_S))
+            case _:
+                return text_response(404, "not known: " + request.path)
 
     # --- this node ---------------------------------------------------------------------------------------------------
 

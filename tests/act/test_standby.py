@@ -236,6 +236,46 @@ def test_a_value_that_postgresql_refuses_is_left_out_and_keeps_nothing_from_star
     assert len(said) == 2 * 2 * 5      # each node's each setting, by each agent
 
 
+def test_a_change_is_judged_by_the_server_and_without_one_by_its_program(bed):
+    def change(**parameters):
+        return {"ttl": 30, "postgresql": {"parameters": parameters}}
+
+    async def main():
+        async with bed.node("a", parameters={"log_min_messages": "warning"}) as node:
+            await node.primary()
+            await node.sql("ALTER SYSTEM SET effective_cache_size = '1GB'")
+            old = change(autovacuum_naptime="never", work_mem="4MB")     # what was wrong before is not held against the change
+            new = change(autovacuum_naptime="never", work_mem="4 parsecs", wrok_mem=1, max_connections=9999999, timezone="Mars", log_min_messages="error",
+                         effective_cache_size="2GB", shared_buffers="16MB", **{"pg_stat_statements.max": "x", "plpgsql.variable_conflict": "sometimes"})
+            where = "/config: postgresql.parameters."
+            judged = await node.actor.judge_configuration(old, new)
+            assert (judged.asked, judged.version) == ("server", 15)
+            assert judged.problems == (
+                f'{where}max_connections: is "9999999", out of range; allowed: a number from 1 to 262143',
+                f'{where}timezone: PostgreSQL 15 refuses it: invalid value for parameter "TimeZone": "Mars"',
+                f'{where}work_mem: is "4 parsecs", which is no number of this kind; allowed: a number from 64 to 2147483647, in kB or with a unit (B, kB, MB, GB, TB)',
+                f"{where}wrok_mem: is no parameter of PostgreSQL 15; did you mean work_mem?")
+            assert judged.warnings[0] == f'{where}log_min_messages: a\'s own file sets it to "warning", which wins there'
+            assert judged.warnings[1] == f'{where}shared_buffers: a\'s own file sets it to "8MB", which wins there'
+            assert judged.warnings[2].startswith(f"{where}effective_cache_size: ALTER SYSTEM has set it to 1GB, which wins over the configuration's 2GB")
+            assert judged.warnings[3].startswith(f'{where}autovacuum_naptime: is "never", which is no number')
+            assert judged.warnings[3].endswith("; it is left out, as before")
+            assert judged.restart == {}      # this node's own file says 8MB
+            good = await node.actor.judge_configuration(change(), change(max_connections=90, max_worker_processes=8, work_mem="5MB"))
+            assert (good.problems, good.restart) == ((), {"max_connections": ("100", "90")})
+            recovery = await node.actor.judge_configuration({}, {"postgresql": {"recovery_conf": {"recovery_min_apply_delay": "soon"}}})
+            assert recovery.problems[0].startswith('/config: postgresql.recovery_conf.recovery_min_apply_delay: is "soon", which is no number')
+            await node.operate(a.Demote(mode="fast", release=True, checkpoint=False, why="test", timeout_s=20))
+            without = await node.actor.judge_configuration(old, new)
+            assert (without.asked, without.version, without.restart) == ("program", 15, {})
+            assert [problem.split(": ")[1] for problem in without.problems] == [problem.split(": ")[1] for problem in judged.problems]
+            node.server.bin_dir = "/nowhere"
+            blind = await node.actor.judge_configuration(old, new | {"tll": 5})
+            assert (blind.asked, blind.problems) == ("", ("/config: tll: unknown key; did you mean ttl?",))
+            assert blind.warnings[0].startswith("PostgreSQL's parameters could not be checked on a: cannot start /nowhere/postgres")
+    trio.run(main)
+
+
 def test_alter_system_is_noticed_whoever_reloads(bed):
     async def main():
         async with bed.node("a") as node:

@@ -9,6 +9,7 @@ import pytest
 import trio
 from agent_world import KEYS, CountingStore, TrioClock, run, until
 
+from pgha.config.judgement import Judgement
 from pgha.dcs import Put
 from pgha.dcs.keys import encode, parse
 from pgha.dcs.memory import MemoryWorld
@@ -342,4 +343,47 @@ def test_whoever_asks_for_the_position_lets_it_be_looked_at():
         scene.inbox.wake("position asked", -1)
         assert (scene.wakes, scene.looks) == (0, 1)
 
+    run(main)
+
+
+# --- PostgreSQL has a word in it, too ----------------------------------------------------------------------------------
+
+def test_what_postgresql_refuses_is_not_written_and_a_question_writes_nothing() -> None:
+    async def main() -> None:
+        scene = Scene()
+        scene.put("config", CONFIG)
+        scene.look()
+        judged: list[tuple[Any, Any]] = []
+
+        async def judge(old: Any, new: Any) -> Judgement:
+            judged.append((old, new))
+            bad = new["postgresql"]["parameters"]["work_mem"] == "8 parsecs"
+            return Judgement(problems=("no such unit",) if bad else (), warnings=("doubtful",), restart={"max_connections": ("100", "200")}, asked="server", version=15)
+
+        scene.inbox.judge = judge
+        before = scene.revision("config")
+        assert await scene.ask("patch_config", {"postgresql": {"parameters": {"work_mem": "8 parsecs"}}}) == Answer(status=400, text="no such unit")
+        question = {"config": {**CONFIG, "postgresql": {"parameters": {"work_mem": "8 parsecs"}}}}
+        answer = await scene.ask("check_config", question)
+        assert (answer.status, json.loads(answer.text)) == (200, {
+            "problems": ["no such unit"], "warnings": ["doubtful"], "restart": {"max_connections": {"old_value": "100", "new_value": "200"}},
+            "asked": "server", "postgres_version": 15})
+        assert judged[-1] == (CONFIG, question["config"])
+        assert json.loads((await scene.ask("check_config", {**question, "old": {"ttl": 20}})).text)["problems"] == ["no such unit"]
+        assert judged[-1][0] == {"ttl": 20}
+        assert scene.revision("config") == before
+        assert (await scene.ask("patch_config", {"postgresql": {"parameters": {"work_mem": "8MB"}}})).status == 200
+        assert scene.revision("config") > before
+    run(main)
+
+
+def test_what_reads_the_same_is_no_change_and_units_are_written_as_numbers() -> None:
+    async def main() -> None:
+        scene = Scene()
+        scene.put("config", CONFIG)
+        before = scene.revision("config")
+        assert (await scene.ask("patch_config", {"ttl": "30", "loop_wait": 10})).status == 200
+        assert scene.revision("config") == before
+        assert json.loads((await scene.ask("patch_config", {"ttl": "1min"})).text)["ttl"] == 60
+        assert json.loads(scene.stored("config"))["ttl"] == 60
     run(main)

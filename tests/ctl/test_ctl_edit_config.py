@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 from ctl_world import World
+from rest_world import app_for, published
 
 from pgha.ctl.edit_config import coloured
+from pgha.rest.routes import App
+from pgha.rest.wire import Request, Response, json_response
 
 pytestmark = pytest.mark.etcd
 
@@ -30,13 +33,15 @@ def test_a_file_is_laid_over_the_configuration(world: World, tmp_path: Path) -> 
     file = tmp_path / "change.toml"
     file.write_text('ttl = 21\n[postgresql.parameters]\nwork_mem = "8MB"\n')
     code, out, err = world.ctl("edit-config", "--force", "--apply", str(file))
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert err.startswith("pgha: no agent answers, so that PostgreSQL has not checked its parameters; what it does not take, each member will leave out and log\n")
+    assert err.count("\npgha: not asked: n") == 3
     assert "-ttl = 20\n+ttl = 21\n" in out
     assert "\033[" not in out
     parameters = {**before["postgresql"]["parameters"], "work_mem": "8MB"}
     assert config(world) == {**before, "ttl": 21, "postgresql": {**before["postgresql"], "parameters": parameters}}
     file.write_text('{"postgresql": {"parameters": {"work_mem": null}}, "ttl": 20}')
-    assert world.ctl("edit-config", "-q", "--force", "--apply", str(file)) == (0, "Configuration changed\n", "")
+    assert world.ctl("edit-config", "-q", "--force", "--apply", str(file))[:2] == (0, "Configuration changed\n")
     assert config(world) == before
     assert world.ctl("edit-config", "bench", "--force", "--apply", str(file)) == (0, "Not changed\n", "")
 
@@ -77,6 +82,58 @@ def test_a_file_that_is_wrong_changes_nothing(world: World, tmp_path: Path, cont
         assert err in errors
     assert config(world) == before
     assert world.ctl("edit-config", "--force", "--apply", str(tmp_path / "nothing"))[0] == 2
+
+
+class Agent(App):
+    """An agent that judges every configuration in the same way."""
+
+    def __init__(self, **judgement: Any) -> None:
+        _, board, inbox, clock = app_for(published())
+        super().__init__(board, inbox, clock=clock)
+        self.judgement = {"problems": [], "warnings": [], "restart": {}, **judgement}
+        self.asked: list[Any] = []
+
+    async def handle(self, request: Request) -> Response:
+        assert (request.method, request.path) == ("POST", "/pgha/config/check"), request
+        self.asked.append(json.loads(request.body))
+        return json_response(self.judgement)
+
+
+def change_of(parameter: str, old: int, new: int) -> dict[str, Any]:
+    return {parameter: {"old_value": str(old), "new_value": str(new)}}
+
+
+def test_the_agents_are_asked_and_what_one_refuses_is_not_written(world: World, start_agent: Any) -> None:
+    world.load("steady")
+    before = config(world)
+    everybody = "/config: postgresql.parameters.work_mem: is no parameter"
+    of = {"n1": Agent(problems=[everybody], warnings=["the same"]), "n2": Agent(problems=[everybody, "/config: only here"], warnings=["the same", "my own"])}
+    for name, agent in of.items():
+        world.agent_at(name, start_agent(agent))
+    code, out, err = world.ctl("edit-config", "--force", "-p", "work_mem=8MB", "-s", "ttl=21")
+    assert (code, out) == (2, "")
+    assert err == f"pgha: {everybody}\npgha: n2: /config: only here\n"
+    assert config(world) == before
+    (asked,) = of["n2"].asked
+    assert asked["old"] == before
+    assert asked["config"]["postgresql"]["parameters"]["work_mem"] == "8MB"
+    # what has nothing to do with PostgreSQL is not asked for
+    assert world.ctl("edit-config", "-q", "--force", "-s", "ttl=21") == (0, "Configuration changed\n", "")
+    assert len(of["n2"].asked) == 1
+
+
+@pytest.mark.parametrize(("old", "new", "order"), [
+    (100, 200, "n2, n3, n1 (primary) (max_connections is raised: standbys before the primary)"),
+    (100, 50, "n1 (primary), n2, n3 (max_connections is lowered: the primary before the standbys)"),
+])
+def test_what_will_need_a_restart_is_said_with_the_order(world: World, start_agent: Any, old: int, new: int, order: str) -> None:
+    world.load("steady")
+    for name in ("n1", "n2", "n3"):
+        world.agent_at(name, start_agent(Agent(restart=change_of("max_connections", old, new), warnings=["doubtful"] if name == "n3" else [])))
+    code, out, err = world.ctl("edit-config", "--force", "-p", f"max_connections={new}")
+    assert (code, err) == (0, "pgha: warning: n3: doubtful\n")
+    assert out.endswith(f"Configuration changed\nWaiting for a restart:\n  n1: max_connections {old} → {new}\n  n2: max_connections {old} → {new}\n"
+                        f"  n3: max_connections {old} → {new}\n`pgha ctl restart --pending` does that, in this order: {order}\n")
 
 
 def on_a_terminal(world: World, editor: Path, typed: bytes) -> tuple[int, str]:

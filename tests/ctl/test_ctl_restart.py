@@ -111,3 +111,46 @@ def test_a_moment_without_its_distance_from_utc_is_this_machines_time() -> None:
     assert re.fullmatch(r"2099-01-31T03:00:00[+-]\d\d:\d\d", moment("2099-01-31T03:00"))
     with pytest.raises(End):
         moment("0001-01-01T00:00")
+
+
+class Member(Agent):
+    """One whose restarts are remembered in `order`, and that answers where its WAL is."""
+
+    def __init__(self, name: str, order: list[str], *, replayed: int = 100, **more: Any) -> None:
+        super().__init__(**more)
+        self.name, self.order, self.replayed = name, order, replayed
+
+    async def handle(self, request: Request) -> Response:
+        if request.method == "GET":
+            self.replayed += 50
+            return json_response({"state": "running", "xlog": {"location": 200} if self.name == "n1" else {"replayed_location": self.replayed}})
+        self.order.append(self.name)
+        return self.answer
+
+
+@pytest.mark.parametrize("row", [
+    ({"max_connections": (100, 200)}, "", "n2 n3 n1", "n2, n3, n1 (primary) (max_connections is raised: standbys before the primary)"),
+    ({"max_connections": (200, 100)}, "", "n1 n2 n3", "n1 (primary), n2, n3 (max_connections is lowered: the primary before the standbys)"),
+    ({"max_connections": (100, 200), "max_wal_senders": (10, 5)}, "", "n2 n3 n1 n2 n3",
+     "n2, n3, n1 (primary), n2, n3 (max_connections is raised: standbys before the primary; max_wal_senders is lowered: the primary before the standbys)"),
+    ({"shared_buffers": (100, 200)}, "", "n2 n3 n1", ""),
+    ({"max_connections": (100, 200)}, "n3", "n2 n3", "n2, n3, n1 (primary) (max_connections is raised: standbys before the primary)"),
+    ({"max_connections": (200, 100)}, "n1", "n1", "n1 (primary), n2, n3 (max_connections is lowered: the primary before the standbys)"),
+    ({"shared_buffers": (100, 200)}, "n3", "n2 n3 n1", ""),
+])
+def test_what_standbys_must_not_have_less_of_is_restarted_in_order(world: World, start_agent: Any, row: tuple[dict[str, tuple[int, int]], str, str, str]) -> None:
+    changes, failing, restarted, said = row
+    world.load("steady")
+    order: list[str] = []
+    for name in ("n1", "n2", "n3"):
+        broken = {"status": 503, "text": "restart failed"} if name == failing else {}
+        world.agent_at(name, start_agent(Member(name, order, **broken)))
+        raw = json.loads(world.get(f"members/{name}"))
+        reason = {parameter: {"old_value": str(old), "new_value": str(new)} for parameter, (old, new) in changes.items()}
+        world.put(f"members/{name}", {**raw, "pending_restart": True, "pending_restart_reason": reason}, leased=True)
+    code, out, err = world.ctl("restart", "--force", "--pending")
+    assert order == restarted.split()
+    assert code == (1 if failing else 0)
+    assert (f"In this order: {said}\n" in out) == bool(said)
+    left = [name for name in said.split(" (max", maxsplit=1)[0].replace(" (primary)", "").split(", ")[len(order):] if name]
+    assert (f"not restarted, since the order matters: {', '.join(left)}\n" in err) == bool(failing and left)
