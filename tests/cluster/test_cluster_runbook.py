@@ -119,7 +119,7 @@ class Reader:
         place.mkdir()
         program = bed.settings.program
         shim = place / "pgha"
-        shim.write_text(f"#!/bin/sh\nexec {shlex.join(program.argv)} \"$@\"\n")
+        shim.write_text(f'#!/bin/sh\nexec {shlex.join(program.argv)} "$@"\n')
         shim.chmod(0o755)
 
     def adapted(self, text: str) -> str:
