@@ -96,6 +96,8 @@ ON_A_STANDBY = [
     ("holds back vacuum for the leader", {"postgres__row__slots": (slot("a", active=False, holds_back_vacuum=True), slot("c", active=False))}, MaintainSlots(create=("a",), drop=("a",), advance=())),
     ("holds back vacuum for c, which streams elsewhere", {"postgres__row__slots": (AT_A, slot("c", active=False, holds_back_vacuum=True)), "dcs__view__members__c__replication_state": "streaming"},
      MaintainSlots(create=("c",), drop=("c",))),
+    ("holds back vacuum for c, which streams elsewhere, and is permanent", {"postgres__row__slots": (AT_A, slot("c", active=False, holds_back_vacuum=True)),
+        "dcs__view__members__c__replication_state": "streaming", "settings__permanent_slots": ("c",)}, None),
     ("holds back vacuum for c, which may need it", {"postgres__row__slots": (AT_A, slot("c", active=False, holds_back_vacuum=True))}, None),
     ("holds back vacuum for c, which streams from here", {"postgres__row__slots": (AT_A, slot("c", active=False, holds_back_vacuum=True)), "dcs__view__members__c__replication_state": "streaming",
                                                           "dcs__view__members__c__tags": Tags(replicatefrom="b")}, None),
