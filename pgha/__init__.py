@@ -18,7 +18,8 @@ Who may import whom (kept by tests/test_architecture.py):
     machine.py lock, postgres, rest, systemd: this machine as the agent uses it, the seam for the simulation
     observe/   machine, dcs, postgres, lock, model, and config.state (what outlives the agent)
     act/       machine, dcs, postgres, lock, model, and config's values (how PostgreSQL is to be configured)
-    rest/      model, decide (for pure health answers), foresee, observe's values; never act
+    rest/      model, decide (for pure health answers), foresee, observe's values, events.py; never act
+    events.py  model; chronicle.py (what has happened, from pass to pass): model, rest, events
     ctl/       model, config, dcs, foresee; never the agent
 """
 

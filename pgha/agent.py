@@ -30,6 +30,7 @@ from pgha.act.callbacks import EVENTS, Callbacks
 from pgha.act.context import Context
 from pgha.act.wanted import Wanted
 from pgha.announce import Announcer, member_value
+from pgha.chronicle import Chronicle
 from pgha.clock import Clock, Deadline, Instant, SystemClock, candidate_age_s, remaining_s
 from pgha.config.cluster import normalised
 from pgha.config.directories import agent_lock, data_directory_lock, pgpass, prepare_runtime_dir, prepare_state_dir
@@ -50,6 +51,7 @@ from pgha.errors import (
     PostgresError,
     Refused,
 )
+from pgha.events import EventLog
 from pgha.inbox import Inbox
 from pgha.lock import watchdog
 from pgha.lock.failsafe import HttpAsker, Rounds
@@ -97,6 +99,7 @@ from pgha.rest.access import Access
 from pgha.rest.published import Board, nothing_yet, publish_pass, store_gauges
 from pgha.rest.requests import Answer
 from pgha.rest.routes import App
+from pgha.rest.stream import Readers
 from pgha.surface import Surface
 from pgha.systemd import status, watchdog_every_s
 
@@ -176,6 +179,8 @@ class Agent:
         self.failsafe = Rounds(renewer=self.renewer, clock=clock, timing=self._timing, wake=self.wake, conn_url=self._conn_url, api_url=self._api_url,
                                asker=HttpAsker(self.surface.peers(machine), authorization=self.surface.authorization))
         self.inbox.accept = self._accept_failsafe
+        self.events = EventLog(run=self.me.incarnation, node=self.me.name, scope=local.scope)
+        self.chronicle = Chronicle(self.events)
         self.board = Board(nothing_yet(name=self.me.name, scope=local.scope, at=clock.now(), wall_s=clock.wall_s()))
         self.callbacks = Callbacks(
             run=machine.run, scope=local.scope, limit_s=lambda: self.local.pgha.callback_timeout_s,
@@ -293,7 +298,8 @@ class Agent:
         await self._meet_guard()
         await self._rest_as_standby()
         listen = await self.surface.listen()
-        app = self._app = App(self.board, self.inbox, clock=self.clock, access=self.surface.access, headers=listen.headers)
+        app = self._app = App(self.board, self.inbox, clock=self.clock, access=self.surface.access, headers=listen.headers,
+                              readers=Readers(self.events, clock=self.clock, at_most=lambda: self.local.pgha.event_readers))
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             await nursery.start(self._take_signals)
@@ -551,9 +557,12 @@ class Agent:
     def _publish(self, seen: Observation, decision: Decision, remembered: Memory) -> None:
         if decision.summary.startswith("refused to hand over"):
             self._refusal = decision.summary.partition(": ")[2]
-        self.board.publish(publish_pass(seen, decision, scope=self.local.scope, memory=remembered, failover_refusal=self._refusal, gauges=store_gauges(seen)))
+        published = publish_pass(seen, decision, scope=self.local.scope, memory=remembered, failover_refusal=self._refusal, gauges=store_gauges(seen))
+        self.board.publish(published)
         said = _what_is_said(decision)
-        if said != self._said and (decision.situation != "busy" or decision.actions):
+        news = said != self._said and (decision.situation != "busy" or bool(decision.actions))
+        self.chronicle.tell(seen, decision, published, news=news)
+        if news:
             self._said = said
             self._summary = f"PAUSE: {decision.summary}" if decision.paused else decision.summary
             log.info(self._summary, situation=decision.situation, **({"pass": self.number}))

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pgha"
 
-THIRD_PARTY = {"trio", "trio_websocket", "httpx", "h11", "psycopg", "msgspec", "tomli_w"}
+THIRD_PARTY = {"trio", "trio_websocket", "wsproto", "httpx", "h11", "psycopg", "msgspec", "tomli_w"}
 #: In the archive, but optional elsewhere: the one file that may import each, inside a function.
 OPTIONAL = {"yaml": "pgha.config.patroni_file"}
 #: What nearly everybody needs: errors, instants, lines in the log.
@@ -41,7 +41,7 @@ RULES = {
     "lock": Rule(COMMON | {"pgha.model", "pgha.dcs", "pgha.systemd"}, "lock/ must work when nothing else does: take a callable or a value, and wire it in agent.py"),
     "observe": Rule(COMMON | {"pgha.model", "pgha.dcs", "pgha.postgres", "pgha.lock", "pgha.config.state", "pgha.machine"}, "observe/ only tells what is so: wire it in agent.py"),
     "act": Rule(COMMON | {"pgha.model", "pgha.config", "pgha.dcs", "pgha.postgres", "pgha.lock", "pgha.machine"}, "act/ carries out what it is given: put what it needs into the action, or wire it in agent.py"),
-    "rest": Rule(COMMON | {"pgha.model", "pgha.decide", "pgha.foresee", "pgha.observe"}, "rest/ answers from the last observation and never acts: a request becomes a fact of the next pass"),
+    "rest": Rule(COMMON | {"pgha.model", "pgha.decide", "pgha.foresee", "pgha.observe", "pgha.events"}, "rest/ answers from the last observation and never acts: a request becomes a fact of the next pass"),
     "ctl": Rule(COMMON | {"pgha.model", "pgha.config", "pgha.dcs", "pgha.foresee"}, "ctl/ is another program: what it needs of an agent it asks by HTTP"),
     "demo": Rule(COMMON | {"pgha.model", "pgha.config", "pgha.dcs", "pgha.postgres", "pgha.ctl"}, "demo/ is another program: it starts agents as processes and looks at them from outside"),
 }
@@ -56,6 +56,8 @@ LOOSE = {
     "pgha.replay": COMMON | {"pgha.model", "pgha.decide"},
     "pgha.announce": COMMON | {"pgha.model", "pgha.dcs"},
     "pgha.inbox": COMMON | {"pgha.model", "pgha.dcs", "pgha.config", "pgha.rest"},
+    "pgha.events": COMMON | {"pgha.model"},
+    "pgha.chronicle": COMMON | {"pgha.model", "pgha.rest", "pgha.events"},
     "pgha.systemd": set[str](),
     "pgha.surface": COMMON | {"pgha.model", "pgha.config", "pgha.dcs", "pgha.machine", "pgha.rest"},
     "pgha.machine": COMMON | {"pgha.postgres", "pgha.lock", "pgha.rest", "pgha.systemd"},

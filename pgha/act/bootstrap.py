@@ -11,6 +11,7 @@ half-made cluster would look like a whole one. It says "made" at the end, and go
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -18,6 +19,7 @@ import trio
 
 from pgha.act.clone import forget_markers, set_aside_unfinished
 from pgha.act.context import Context, Progress, log
+from pgha.act.methods import METHOD_DEADLINE_S, bootstrap_arguments, kill_left, run_method
 from pgha.act.steps import (
     CLEAN_UP_S,
     SQL_DEADLINE_S,
@@ -33,6 +35,8 @@ from pgha.act.steps import (
 )
 from pgha.act.vet import vet
 from pgha.act.wanted import Conninfo, options_of
+from pgha.config.local import INITDB
+from pgha.config.programs import BootstrapMethod
 from pgha.dcs import ABSENT, Compare, Delete, Put
 from pgha.errors import DcsError, DcsUnreachable, OperationFailed, PghaError, Refused
 from pgha.model.action import Bootstrap
@@ -47,6 +51,8 @@ STORE_DEADLINE_S = 5.0
 INITDB_DEADLINE_S = 600.0
 START_DEADLINE_S = 60.0
 STOP_DEADLINE_S = 60.0
+#: A restored cluster ends its recovery as a primary, and serves nobody before: whatever limits it was written under.
+AT_THE_TARGET = {"hot_standby": "off", "recovery_target_action": "promote"}
 #: The operator's script may load a schema, not a data warehouse.
 SCRIPT_DEADLINE_S = 1800.0
 
@@ -123,29 +129,40 @@ async def _give_up(ctx: Context, revision: int, lease: int) -> None:
 
 
 async def _make(ctx: Context, progress: Progress, times: Timeline) -> str:
-    """initdb, users, script, stop. Returns the system identifier."""
+    """initdb, or the operator's program; users, script, stop. Returns the system identifier."""
     local = ctx.wanted.effective().local
     name, password = ctx.wanted.user("superuser")
     await ctx.on_disk(directories.note_bootstrap, ctx.data_dir, "making")
-    progress("initdb")
-    await initdb(ctx.data_dir, ctx.server.bin_dir, options_of(local.bootstrap.initdb), superuser=name, password=password,
-                 deadline_s=INITDB_DEADLINE_S, run=ctx.machine.run)
+    method = local.bootstrap.methods.get(local.bootstrap.method) if local.bootstrap.method != INITDB else None
+    if method is None:
+        progress("initdb")
+        await initdb(ctx.data_dir, ctx.server.bin_dir, options_of(local.bootstrap.initdb), superuser=name, password=password,
+                     deadline_s=INITDB_DEADLINE_S, run=ctx.machine.run)
+    else:
+        progress(f"{local.bootstrap.method} runs")
+        await _restore(ctx, local.bootstrap.method, method)
     ctx.directory.refresh()
-    times.mark("initdb")
+    times.mark("initdb" if method is None else "method")
     await ctx.on_disk(ctx.wanted.bootstrap_hba)
     said = await control(ctx)
     await vet(ctx)
+    left = b"" if method is None else await ctx.on_disk(_auto_conf, ctx)
     await ctx.on_disk(ctx.wanted.write_stopped, said, standby=False)
+    recovers = method is not None and await ctx.on_disk(prepare_recovery, ctx.data_dir, method, left)
     private = await ctx.on_disk(_private_files, ctx)
     progress("first start, for nobody else to connect")
     alone = {"listen_addresses": "", "unix_socket_directories": str(ctx.private_dir), "unix_socket_permissions": "0700",
-             "hba_file": str(private), "synchronous_standby_names": ""}
+             "hba_file": str(private), "synchronous_standby_names": "", **(AT_THE_TARGET if recovers else {})}
     server = await ctx.server.start({**ctx.wanted.command_line(said, standby=False), **alone})
     try:
-        await ctx.server.wait_ready(server, deadline_s=START_DEADLINE_S)
-        times.mark("start")
+        if recovers:
+            progress("waiting for end of recovery after bootstrap")
+        await ctx.server.wait_ready(server, deadline_s=START_DEADLINE_S if method is None else METHOD_DEADLINE_S)
+        times.mark("start" if not recovers else "recovery")
         where: Conninfo = {"host": str(ctx.private_dir), "port": local.postgresql.listen.port, "user": name,
                            "dbname": ctx.wanted.effective().postgresql.database}
+        if method is not None:
+            await _is_primary_with_our_superuser(ctx, where, password)
         await _ensure_database(ctx, where)
         await _script(ctx, where, local.bootstrap.post_bootstrap or local.bootstrap.post_init, progress)
         progress("creating users")
@@ -165,6 +182,61 @@ async def _make(ctx: Context, progress: Progress, times: Timeline) -> str:
     await ctx.on_disk(directories.note_bootstrap, ctx.data_dir, "made")
     times.mark("stop")
     return said.system_identifier
+
+
+# --- by the operator's program ---------------------------------------------------------------------------------------
+
+async def _restore(ctx: Context, name: str, method: BootstrapMethod) -> None:
+    """Fill the data directory. OperationFailed with the program's last words."""
+    await ctx.on_disk(ctx.wanted.write_passfile)
+    await kill_left(ctx, ctx.data_dir)
+    await run_method(ctx, name, bootstrap_arguments(method, scope=ctx.wanted.effective().local.scope, data_dir=ctx.data_dir), ctx.data_dir)
+    if (found := await ctx.on_disk(directories.content, ctx.data_dir)) != "valid":
+        raise OperationFailed(f"{name} has left a data directory that is {found}")
+    await ctx.on_disk(_configuration_is_there, ctx)
+
+
+def _configuration_is_there(ctx: Context) -> None:
+    """Where configuration lies elsewhere (config_dir), a backup has none: an empty file of the operator's to include."""
+    files.restore_configuration(ctx.wanted.config_dir, ctx.data_dir)
+    if not any((ctx.wanted.config_dir / name).exists() for name in ("postgresql.conf", files.BASE_CONF)):
+        files.write_file(ctx.wanted.config_dir / "postgresql.conf", "")
+
+
+def _auto_conf(ctx: Context) -> bytes:
+    path = ctx.data_dir / "postgresql.auto.conf"
+    return path.read_bytes() if path.exists() else b""
+
+
+def prepare_recovery(data_dir: Path, method: BootstrapMethod, auto_conf: bytes) -> bool:
+    """Set the restored directory up for its first start: recovered as the configuration says, or as the program has left it
+    (`auto_conf`, from before our own settings were written), or simply opened. Is it to be recovered?
+
+    Recovery settings go where they are read last, and are taken away from by the next start (`Wanted.write_stopped`).
+    Not into arguments: commands may hold credentials.
+    """
+    if data_dir.stat().st_mode & 0o027:
+        data_dir.chmod(0o700)
+    files.remove_file(data_dir / files.STANDBY_SIGNAL)      # nobody is followed yet
+    signal, path = data_dir / files.RECOVERY_SIGNAL, data_dir / "postgresql.auto.conf"
+    if method.keep_existing_recovery_conf:
+        files.write_file(path, auto_conf)
+        return signal.exists()
+    files.remove_file(signal)
+    if not method.recovery_conf:
+        return False
+    settings = "".join(f"{name} = {files.quote_setting(value)}\n" for name, value in method.recovery_conf.items())
+    files.write_file(path, (path.read_bytes() if path.exists() else b"") + settings.encode())
+    files.write_file(signal, "")
+    return True
+
+
+async def _is_primary_with_our_superuser(ctx: Context, where: Conninfo, password: str | None) -> None:
+    """What was restored is open for writes, and its superuser has the password of the configuration."""
+    with closing(await ctx.machine.connect({**where, "dbname": "template1"}, deadline_s=SQL_DEADLINE_S)) as conn:
+        if (await conn.query("SELECT pg_is_in_recovery()", deadline_s=SQL_DEADLINE_S))[0][0] != "f":
+            raise OperationFailed("PostgreSQL is still in recovery after the bootstrap: it has not ended at its target")
+        await roles.set_superuser(conn, str(where["user"]), password, deadline_s=SQL_DEADLINE_S)
 
 
 def _private_files(ctx: Context) -> Any:

@@ -1,5 +1,7 @@
 """Copy another server's data directory, and swap it in only when it is whole. The old one stays until the new one
-streams, unless there is no room and its removal was asked for."""
+streams, unless there is no room and its removal was asked for.
+
+The methods of `create_replica_methods` are tried in order: pg_basebackup here, the operator's programs by methods.py."""
 
 from __future__ import annotations
 
@@ -9,6 +11,15 @@ from typing import Any, Literal
 import trio
 
 from pgha.act.context import Context, Progress, log
+from pgha.act.methods import (
+    connection_url,
+    copy_in_place,
+    kill_left,
+    make_standby,
+    replica_arguments,
+    run_method,
+    verify,
+)
 from pgha.act.steps import (
     SQL_DEADLINE_S,
     Timeline,
@@ -20,8 +31,10 @@ from pgha.act.steps import (
     while_offline,
 )
 from pgha.act.wanted import options_of
-from pgha.errors import OperationFailed, PostgresError
-from pgha.model.action import Clone
+from pgha.config.cluster import BASEBACKUP
+from pgha.config.programs import ReplicaMethod
+from pgha.errors import OperationFailed, PghaError, PostgresError
+from pgha.model.action import Clone, Source
 from pgha.postgres import basebackup, directories, files, pg_rewind
 from pgha.postgres.connection import identify_system
 from pgha.postgres.controldata import read_control
@@ -45,44 +58,84 @@ def in_words(size_bytes: float) -> str:
 
 
 async def clone(ctx: Context, action: Clone, progress: Progress) -> dict[str, Any]:
-    """Facts: old (path of the data directory that was replaced, "" if there was none), size_bytes, times."""
+    """Facts: old (path of the data directory that was replaced, "" if there was none), size_bytes, method, times."""
     times = Timeline()
     await set_aside_unfinished(ctx)
     nothing_lives(ctx)
     target = directories.clone_directory(ctx.data_dir)
     present = await ctx.on_disk(directories.content, ctx.data_dir)
-    if action.replace == "nothing_there" and present not in ("missing", "empty"):
+    half = await ctx.on_disk(directories.bootstrapping, ctx.data_dir)       # by a method in place, which has not ended
+    if action.replace == "nothing_there" and present not in ("missing", "empty") and not half.startswith("copying"):
         raise OperationFailed(f"{ctx.data_dir} is {present}: it is replaced only if that was asked for")
     await ctx.on_disk(ctx.wanted.write_passfile)
-    size_bytes = await _source(ctx, action)
+    size_bytes = await _source(ctx, action.source, action.system_identifier) if action.source is not None else 0
     await _finish_removals(ctx)
+    old: Path | None = None
+    name = action.methods[0]
     if not await _left_between_renames(ctx, action, target):
-        await _remove_leftover(ctx, target)
-        await _make_room(ctx, action, present, size_bytes)
-        log.info("cloning", source=action.source.name, size_bytes=size_bytes, why=action.why)
-        await _copy_whole(ctx, action, target, progress)
+        log.info("cloning", source=action.source.name if action.source else "", methods=action.methods, size_bytes=size_bytes, why=action.why)
+        name, old, whole = await _by_the_first_that_can(ctx, action, target, size_bytes, progress)
         times.mark("copy")
-    progress("syncing and swapping in")
-    nothing_lives(ctx)
-    old = await while_offline(ctx, lambda: _swap_in(ctx))
+    else:
+        whole = False
+    if not whole:
+        progress("syncing and swapping in")
+        nothing_lives(ctx)
+        old = await while_offline(ctx, lambda: _swap_in(ctx))
+    else:
+        await ctx.on_disk(forget_markers, ctx.data_dir)
     ctx.directory.refresh()
     await ctx.fence.standby()
     times.mark("swap")
-    log.info("cloned", source=action.source.name, old_kept_as=old or "", took_s=times.total_s, **times.took)
-    return {"old": str(old) if old else "", "size_bytes": size_bytes, **times.took}
+    log.info("cloned", source=action.source.name if action.source else "", method=name, old_kept_as=old or "", took_s=times.total_s, **times.took)
+    return {"old": str(old) if old else "", "size_bytes": size_bytes, "method": name, **times.took}
 
 
-async def _copy_whole(ctx: Context, action: Clone, target: Path, progress: Progress) -> None:
+async def _by_the_first_that_can(ctx: Context, action: Clone, target: Path, size_bytes: int, progress: Progress) -> tuple[str, Path | None, bool]:
+    """(its name, where the old data is, is the new in place already). OperationFailed: what each of them said."""
+    failures: list[str] = []
+    for name in action.methods:
+        method = None if name == BASEBACKUP else ctx.wanted.effective().postgresql.methods.get(name)
+        if (method is None and name != BASEBACKUP) or (action.source is None and not (method is not None and method.no_leader)):
+            continue
+        try:
+            if method is not None and method.in_place:
+                return name, await copy_in_place(ctx, name, method, source=action.source, system_identifier=action.system_identifier, progress=progress), True
+            await _clear_half_a_copy(ctx)
+            await _remove_leftover(ctx, target)
+            await _make_room(ctx, action, await ctx.on_disk(directories.content, ctx.data_dir), size_bytes)
+            await _copy_whole(ctx, action, target, progress, name=name, method=method)
+            return name, None, False
+        except (PghaError, OSError) as error:
+            if len(action.methods) == 1:
+                raise
+            log.warning("method failed", method=name, why=str(error))
+            failures.append(str(error))
+    raise OperationFailed("; ".join(failures) or f"none of {', '.join(action.methods)} can make a copy" + ("" if action.source else " without a source"))
+
+
+async def _clear_half_a_copy(ctx: Context) -> None:
+    """What a method in place has left half-made of nothing is nobody's data: the room is needed."""
+    if await ctx.on_disk(directories.bootstrapping, ctx.data_dir) == "copying":
+        await kill_left(ctx, ctx.data_dir)
+        await directories.empty_out(ctx.data_dir, in_thread=ctx.machine.in_thread)
+        await ctx.on_disk(directories.end_bootstrap, ctx.data_dir)
+
+
+async def _copy_whole(ctx: Context, action: Clone, target: Path, progress: Progress, *, name: str, method: ReplicaMethod | None) -> None:
     """Fill `target`, verified, a standby, on disk; on any failure, or a cancel, there is no `target`."""
     try:
-        await _copy(ctx, action, target, progress)
+        if method is None:
+            assert action.source is not None, name
+            await _copy(ctx, action.source, target, progress)
+        else:
+            progress(f"{name} runs")
+            await run_method(ctx, name, replica_arguments(method, scope=ctx.wanted.effective().local.scope, data_dir=target, connection=connection_url(ctx, action.source)), target)
         progress("verifying the copy")
-        said = await read_control(target, ctx.server.bin_dir, deadline_s=CONTROL_DEADLINE_S, run=ctx.machine.run)
-        if said.system_identifier != action.system_identifier:
-            raise OperationFailed(f"{action.source.name} has system identifier {said.system_identifier}, expected {action.system_identifier}")
-        await ctx.on_disk(_make_standby, target)
+        await verify(ctx, target, name, action.system_identifier)
+        await ctx.on_disk(make_standby, target)
         progress("syncing the copy")
-        await directories.complete_clone(ctx.data_dir, said.system_identifier, in_thread=ctx.machine.in_thread)
+        await directories.complete_clone(ctx.data_dir, action.system_identifier, in_thread=ctx.machine.in_thread)
     except BaseException:   # also trio.Cancelled: half a copy is of no use to anybody
         with trio.move_on_after(60.0, shield=True):
             await directories.delete_clone(ctx.data_dir, in_thread=ctx.machine.in_thread)
@@ -151,27 +204,26 @@ async def _discard(ctx: Context, *suffixes: Literal["old", "removing"]) -> list[
 
 
 async def _remove_leftover(ctx: Context, target: Path) -> None:
-    if killed := await ctx.on_disk(ctx.machine.kill_copies, target):
-        log.info("killed what an earlier pg_basebackup left", pids=killed)
+    await kill_left(ctx, target)
     if await ctx.on_disk(directories.content, target) != "missing":
         log.info("removing what an earlier clone left", path=target)
     await directories.delete_clone(ctx.data_dir, in_thread=ctx.machine.in_thread)
 
 
-async def _source(ctx: Context, action: Clone) -> int:
+async def _source(ctx: Context, source: Source, system_identifier: str) -> int:
     """Verify who the source is before a byte is copied; its databases' size in bytes (0: it would not say)."""
-    where = await reachable(ctx.wanted.source_conninfo(action.source, "replication"), deadline_s=SQL_DEADLINE_S)
+    where = await reachable(ctx.wanted.source_conninfo(source, "replication"), deadline_s=SQL_DEADLINE_S)
     with closing(await ctx.machine.connect(where, deadline_s=SQL_DEADLINE_S)) as conn:
         system = await identify_system(conn, deadline_s=SQL_DEADLINE_S)
-    if system.system_identifier != action.system_identifier:
-        raise OperationFailed(f"{action.source.name} has system identifier {system.system_identifier}, expected {action.system_identifier}")
+    if system.system_identifier != system_identifier:
+        raise OperationFailed(f"{source.name} has system identifier {system.system_identifier}, expected {system_identifier}")
     try:
-        where = await reachable(ctx.wanted.source_conninfo(action.source, "superuser"), deadline_s=SQL_DEADLINE_S)
+        where = await reachable(ctx.wanted.source_conninfo(source, "superuser"), deadline_s=SQL_DEADLINE_S)
         with closing(await ctx.machine.connect(where, deadline_s=SQL_DEADLINE_S)) as conn:
             rows = await conn.query("SELECT sum(pg_database_size(oid)) FROM pg_database", deadline_s=30.0)
             return int(rows[0][0] or 0)
     except PostgresError as error:
-        log.warning("the source does not tell its size; free space is not checked", source=action.source.name, why=str(error))
+        log.warning("the source does not tell its size; free space is not checked", source=source.name, why=str(error))
         return 0
 
 
@@ -199,7 +251,7 @@ async def _make_room(ctx: Context, action: Clone, present: str, size_bytes: int)
     await while_offline(ctx, remove)
 
 
-async def _copy(ctx: Context, action: Clone, target: Path, progress: Progress) -> None:
+async def _copy(ctx: Context, source: Source, target: Path, progress: Progress) -> None:
     last_s = trio.current_time()
 
     def on_progress(at: basebackup.Progress) -> None:
@@ -216,13 +268,6 @@ async def _copy(ctx: Context, action: Clone, target: Path, progress: Progress) -
     options = ctx.wanted.effective().postgresql.basebackup
     if not any(name == "checkpoint" for name, _ in options):
         options = (*options, ("checkpoint", "fast"))    # a spread one may take minutes before the first byte
-    conninfo = ctx.wanted.program_conninfo(action.source, "replication")
+    conninfo = ctx.wanted.program_conninfo(source, "replication")
     await while_keeping(watch, lambda: basebackup.base_backup(
         target, ctx.server.bin_dir, conninfo, options_of(options), deadline_s=CLONE_DEADLINE_S, on_progress=on_progress, run=ctx.machine.run))
-
-
-def _make_standby(target: Path) -> None:
-    """What the source was is not what the copy is."""
-    files.create_standby_signal(target)
-    files.clean_auto_conf(target)
-    files.remove_file(target / directories.REPLACED)

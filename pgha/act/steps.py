@@ -76,7 +76,7 @@ async def rest_as_found(ctx: Context) -> bool:
     A kill of the agent between the removal and the start as primary leaves none: whatever starts PostgreSQL next, a
     person's pg_ctl for one, would start a primary.
     """
-    if ctx.directory.processes() or await ctx.on_disk(directories.bootstrapping, ctx.data_dir) == "making":
+    if ctx.directory.processes() or await ctx.on_disk(directories.bootstrapping, ctx.data_dir) not in ("", "made"):
         return False
     if await ctx.on_disk(directories.content, ctx.data_dir) != "valid":
         return False
@@ -179,7 +179,10 @@ async def ready_to_start(ctx: Context) -> None:
     nothing_lives(ctx)
     if await ctx.on_disk(pg_rewind.interrupted, ctx.data_dir):
         raise OperationFailed(f"a rewind of {ctx.data_dir} was interrupted: it is not started before it was rewound again, or cloned")
-    if await ctx.on_disk(directories.bootstrapping, ctx.data_dir) == "making":
+    mark = await ctx.on_disk(directories.bootstrapping, ctx.data_dir)
+    if mark.startswith("copying"):
+        raise OperationFailed(f"a copy into {ctx.data_dir} was cut off: it is not started before another has ended")
+    if mark == "making":
         raise OperationFailed(f"the bootstrap of {ctx.data_dir} was cut off: it is not started, but set aside")
     await ctx.on_disk(directories.end_bootstrap, ctx.data_dir)     # who starts has the lock, or follows who has
     await ctx.on_disk(files.remove_file, ctx.data_dir / directories.REPLACED)  # a swap that did not happen

@@ -297,7 +297,7 @@ class Wanted:
         effective = self._effective()
         if effective.local.bootstrap.pg_hba and not effective.postgresql.pg_hba:
             path = self.config_dir / "pg_hba.conf"
-            files.write_file(path, path.read_text() + "".join(f"{line}\n" for line in effective.local.bootstrap.pg_hba))
+            files.write_file(path, (path.read_text() if path.exists() else "") + "".join(f"{line}\n" for line in effective.local.bootstrap.pg_hba))
 
 
 def _prepare(effective: Effective, parameters: Mapping[str, SettingValue], *, names: str | None = None, control: ControlData | None = None,

@@ -19,7 +19,7 @@ from msgspec import field
 
 from pgha.config import gucs, slots
 from pgha.config.lists import lines, program_options, texts
-from pgha.config.programs import ReplicaMethod, command
+from pgha.config.programs import ReplicaMethod, command, method_name, replica_method
 from pgha.config.schema import Key, Path, Report, Section, fields, read
 from pgha.config.values import (
     DEEPEST,
@@ -65,10 +65,13 @@ BASEBACKUP = "basebackup"
 
 def _replica_methods(value: Any) -> tuple[str, ...]:
     methods: tuple[str, ...] = texts().parse(value)
-    if not methods or not all(methods):
+    if not methods:
         raise Wrong("names no method")
-    if methods != (BASEBACKUP,):
-        raise Wrong("has something else than basebackup")
+    for name in methods:
+        try:
+            method_name(name)
+        except Wrong as wrong:
+            raise Wrong(f"has an item that {wrong.what}") from None
     return tuple(dict.fromkeys(methods))
 
 
@@ -90,6 +93,8 @@ class SharedPostgresql(Section, frozen=True, kw_only=True):
         **dict.fromkeys((f"{key}_{role}" for key in ("parameters", "pg_hba", "pg_ident") for role in ("primary", "replica", "standby_leader")), LATER),
     }
 
+    CHOSEN: ClassVar = ("methods", replica_method())
+
     methods: dict[str, ReplicaMethod] = field(default_factory=dict)     # [postgresql.NAME] of each NAME in create_replica_methods
     database: Annotated[str, Key(text())] = "postgres"
     bin_dir: Annotated[str, Key(path())] = ""
@@ -101,7 +106,7 @@ class SharedPostgresql(Section, frozen=True, kw_only=True):
     basebackup: Annotated[OptionList, Key(program_options(
         "pgdata", "format", "wal-method", "xlog-method", "gzip", "version", "dbname", "host", "port", "username", "password",
         program="pg_basebackup"))] = ()
-    create_replica_methods: Annotated[tuple[str, ...], Key(Kind(_replica_methods, '["basebackup"]; other methods are not supported yet by this version', shape="list"))] = (BASEBACKUP,)
+    create_replica_methods: Annotated[tuple[str, ...], Key(Kind(_replica_methods, "a list of basebackup and names of tables beside it that have a command, in the order in which they are tried", shape="list"))] = (BASEBACKUP,)
     callbacks: Callbacks = Callbacks()
     pre_promote: Annotated[str, Key(command())] = ""
     before_stop: Annotated[str, Key(command())] = ""
@@ -110,6 +115,13 @@ class SharedPostgresql(Section, frozen=True, kw_only=True):
     remove_data_directory_on_rewind_failure: Annotated[bool, Key(flag())] = False
     remove_data_directory_on_diverged_timelines: Annotated[bool, Key(flag())] = False
     krbsrvname: Annotated[str, Key(text())] = ""
+
+
+def known_methods(postgresql: SharedPostgresql) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(the methods for a copy that can be run, those that cannot); pg_basebackup if there would be none."""
+    named = postgresql.create_replica_methods
+    known = tuple(name for name in named if name == BASEBACKUP or name in postgresql.methods)
+    return known or (BASEBACKUP,), tuple(name for name in named if name not in known)
 
 
 class ClusterPostgresql(SharedPostgresql, frozen=True, kw_only=True):

@@ -25,10 +25,10 @@ from typing import Any
 from msgspec import Struct
 
 from pgha.config import gucs, slots
-from pgha.config.cluster import ClusterConfig, ClusterPostgresql, unsupported
-from pgha.config.local import CLUSTER_WIDE, Etcd3, LocalConfig
+from pgha.config.cluster import BASEBACKUP, ClusterConfig, ClusterPostgresql, unsupported
+from pgha.config.local import CLUSTER_WIDE, INITDB, Etcd3, LocalConfig
 from pgha.config.patroni_file import PatroniFile, leaves
-from pgha.config.schema import Field, Path, Section, dotted, fields, nearest
+from pgha.config.schema import Field, Path, Section, dotted, fields, is_chosen, nearest
 from pgha.config.values import Kind, Wrong, boolean, plain, shown, type_name
 
 
@@ -94,6 +94,8 @@ PARAMETER_DEFAULTS: dict[str, Any] = {
     "max_locks_per_transaction": 64, "max_replication_slots": 10, "max_worker_processes": 8, "wal_level": "replica",
     "track_commit_timestamp": "off", "wal_log_hints": "on", "hot_standby": "on",
 }
+#: Keys that name tables beside them.
+METHODS: frozenset[Path] = frozenset({("postgresql", "create_replica_methods"), ("bootstrap", "method")})
 _TIMING = ("ttl", "loop_wait", "retry_timeout")
 ETCD_V2 = ("etcd: Patroni used etcd's v2 API, pgha uses v3, which does not see the keys that v2 wrote: "
            "before pgha takes this cluster over, let Patroni itself use etcd3")
@@ -210,10 +212,12 @@ class _Converter:
             self._line(Fate.DROPPED, here, why="off is what pgha does")
         elif here == ("etcd",):
             self._all_lines(Fate.MISSING, here, value, "etcd3 is given, too; allowed: the one that is used")
+        elif kind.CHOSEN is not None and is_chosen(kind, name, value):
+            self._chosen(kind.CHOSEN[1], value, here, (*to, name))
         elif name in kind.REFUSED:
             self._all_lines(Fate.MISSING, here, value, kind.REFUSED[name].removesuffix("; allowed: leave it out"))
         elif _is_method(here, raw):
-            self._all_lines(Fate.MISSING, here, value, "belongs to a method that this version does not support")
+            self._all_lines(Fate.MISSING, here, value, "belongs to a method without a command; allowed: command, as an absolute path")
         else:
             close = nearest(name, [known.name for known in fields(kind)])
             self._all_lines(Fate.MISSING, here, value, "unknown key" + (f"; did you mean {close}?" if close else ""))
@@ -230,6 +234,8 @@ class _Converter:
         elif reading.shape == "table" and isinstance(value, dict) and value:
             for name, item in value.items():
                 self._item(reading, name, item, (*path, name), (*to, name))
+        elif to in METHODS and self._names_no_table(reading, value, path):
+            self._all_lines(Fate.MISSING, path, value, "names a method that has no table with a command beside it; allowed: names of such tables, and what pgha itself can")
         elif without := self._without_effect(path, to):
             self._all_lines(Fate.DROPPED, path, value, f"has no effect without {without}")
         else:
@@ -249,6 +255,13 @@ class _Converter:
             self._carry(path, to, value, candidate, why)
             return
         self._all_lines(Fate.MISSING, path, value, faults[0])
+
+    def _chosen(self, reading: Kind, value: dict[str, Any], path: Path, to: Path) -> None:
+        """The table of a method, of a name of the operator's own."""
+        for name, item in value.items():
+            if item is None:
+                self._line(Fate.DROPPED, (*path, name), why="is empty")
+        self._judged(reading, {name: item for name, item in value.items() if item is not None}, path, to)
 
     def _item(self, reading: Kind, name: str, value: Any, path: Path, to: Path) -> None:
         """One entry of a table whose names are free: tags, parameters, loggers."""
@@ -272,6 +285,20 @@ class _Converter:
             self._all_lines(Fate.DROPPED, path, value, "Patroni sets it itself, and so does pgha")
         else:
             self._judged(reading, value, path, to, name=name)
+
+    def _names_no_table(self, reading: Kind, value: Any, path: Path) -> bool:
+        """Is there a method without a command of its own? (What cannot be read is `_judged`.)"""
+        names: Any = ()
+        for candidate, _ in _spellings(value, secret=False):
+            try:
+                names = reading.parse(candidate)
+                break
+            except Wrong:
+                continue
+        section = self._source.raw.get(path[0])
+        beside = section if isinstance(section, dict) else {}
+        tables = {name for name, table in beside.items() if isinstance(table, dict) and "command" in table}
+        return not {names} <= tables | {INITDB} if isinstance(names, str) else not set(names) <= tables | {BASEBACKUP}
 
     def _without_effect(self, path: Path, to: Path) -> str:
         """What this key needs to mean anything, to Patroni as well, and has not got; or ""."""

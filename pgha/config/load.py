@@ -18,7 +18,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from pgha.config import gucs
-from pgha.config.cluster import ClusterConfig, SharedPostgresql
+from pgha.config.cluster import ClusterConfig, SharedPostgresql, known_methods
 from pgha.config.environment import WHOLE, overlay
 from pgha.config.local import LocalConfig, Postgresql
 from pgha.config.rules import finish, secret_paths
@@ -160,6 +160,8 @@ def effective(local: LocalConfig, dynamic: Any, *, patroni_member_present: bool 
     """All layers together. `dynamic`: the JSON of `/config`, or None where there is none yet. Never fails."""
     cluster, problems = ClusterConfig.from_json(dynamic, patroni_member_present=patroni_member_present)
     postgresql = _layered(local.postgresql, cluster)
+    methods, unknown = known_methods(postgresql)
+    problems += tuple(f"postgresql.create_replica_methods: {name} is left out, since there is no table [postgresql.{name}] with a command" for name in unknown)
     kept = slots_of(dynamic)
     settings = Settings(
         ttl_s=cluster.ttl_s, loop_wait_s=cluster.loop_wait_s, retry_timeout_s=cluster.retry_timeout_s,
@@ -175,6 +177,7 @@ def effective(local: LocalConfig, dynamic: Any, *, patroni_member_present: bool 
         has_bootstrap_section="bootstrap" in local.given, tags=local.tags,
         may_compact_store=cluster.pgha.compaction, store_quota_bytes=cluster.pgha.store_quota_bytes,
         permanent_slots=kept.permanent, ignored_slots=kept.left_alone, may_drop_slots=kept.readable,
+        replica_methods=methods, leaderless_methods=tuple(name for name in methods if name in postgresql.methods and postgresql.methods[name].no_leader),
         pre_promote_s=local.pgha.pre_promote_timeout_s if postgresql.pre_promote else 0.0,
         before_stop_s=local.pgha.before_stop_timeout_s if postgresql.before_stop else 0.0,
         watchdog_required=local.watchdog.mode == "required",

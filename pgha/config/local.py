@@ -17,7 +17,7 @@ from msgspec import field
 from pgha.config.addresses import Address, Listen, address, addresses, bracketed, listen, url
 from pgha.config.cluster import LATER, OptionList, SharedPostgresql
 from pgha.config.lists import lines, mapping, program_options, texts
-from pgha.config.programs import command
+from pgha.config.programs import BootstrapMethod, bootstrap_method, command, method_name
 from pgha.config.schema import Key, Section
 from pgha.config.values import (
     Kind,
@@ -37,6 +37,7 @@ from pgha.config.values import (
 from pgha.model.cluster import Tags
 
 CLUSTER_WIDE = "belongs to the whole cluster, not to this file; allowed: bootstrap.dcs before the first start, `pgha ctl edit-config` after it"
+INITDB = "initdb"
 NO_THREADS = "has no meaning, since pgha has no thread pool; allowed: leave it out"
 
 
@@ -160,20 +161,16 @@ def _dcs(value: Any) -> dict[str, Any]:
     return value
 
 
-def _method(value: Any) -> str:
-    if value != "initdb":
-        raise Wrong(f"is {shown(value)}")
-    return "initdb"
-
-
 class Bootstrap(Section, frozen=True, kw_only=True):
     """[bootstrap]: used once, by the node that makes the cluster. `dcs` becomes `/config` (see `cluster.normalised`)."""
 
     REFUSED: ClassVar = {"users": "has been removed from the reference; allowed: a post_bootstrap script"}
     EXCLUSIVE: ClassVar = (("post_bootstrap", "post_init"),)
+    CHOSEN: ClassVar = ("methods", bootstrap_method())
 
     dcs: Annotated[dict[str, Any], Key(Kind(_dcs, "the cluster's keys", shape="table"))] = field(default_factory=dict)
-    method: Annotated[str, Key(Kind(_method, "initdb; other methods are not supported yet by this version"))] = "initdb"
+    method: Annotated[str, Key(Kind(method_name, "initdb, or the name of a table beside it that has a command"))] = INITDB
+    methods: dict[str, BootstrapMethod] = field(default_factory=dict)      # [bootstrap.NAME] of the NAME in `method`
     initdb: Annotated[OptionList, Key(program_options("pgdata", "nosync", "pwfile", "sync-only", "version", program="initdb"))] = ()
     pg_hba: Annotated[tuple[str, ...], Key(lines("a list of pg_hba.conf lines"))] = ()
     post_bootstrap: Annotated[str, Key(command())] = ""
@@ -236,12 +233,14 @@ class Own(Section, frozen=True, kw_only=True):
     """[pgha]: what the reference does not have. "" = the default of directories.py.
 
     `guard`: who starts the guard process: the agent, or a service of its own ("service", under systemd).
+    `event_readers`: who may follow GET /pgha/events at once; never more than a quarter of the files that the agent may open.
     `…_timeout_s`: how long one of the operator's programs may take before it is ended by force.
     """
 
     state_dir: Annotated[str, Key(path())] = ""
     runtime_dir: Annotated[str, Key(path())] = ""
     guard: Annotated[Literal["agent", "service"], Key(choice("agent", "service"))] = "agent"
+    event_readers: Annotated[int, Key(integer(0, 10_000))] = 100
     callback_timeout_s: Annotated[float, Key(duration(1, 86400), name="callback_timeout")] = 60.0
     pre_promote_timeout_s: Annotated[float, Key(duration(1, 86400), name="pre_promote_timeout")] = 60.0
     before_stop_timeout_s: Annotated[float, Key(duration(1, 86400), name="before_stop_timeout")] = 60.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import Any
 
@@ -51,6 +52,17 @@ def _command(value: Any) -> str:
 def command() -> Kind:
     """A program and its arguments, as a shell would split them; no shell runs it."""
     return Kind(_command, "a command: a program and its arguments")
+
+
+_METHOD_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def method_name(value: Any) -> str:
+    """The name of a method's table."""
+    name: str = text().parse(value)
+    if not _METHOD_NAME.fullmatch(name):
+        raise Wrong(f"is {shown(name)}, which is no name of a method")
+    return name
 
 
 def _argument(name: str, value: Any) -> str:

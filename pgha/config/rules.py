@@ -14,10 +14,10 @@ from msgspec.structs import replace
 
 from pgha.config import gucs
 from pgha.config.addresses import Address
-from pgha.config.cluster import read_strictly
-from pgha.config.local import Credentials, Etcd3, LocalConfig, Postgresql, PostgresUser, RestApi
+from pgha.config.cluster import known_methods, read_strictly
+from pgha.config.local import INITDB, Credentials, Etcd3, LocalConfig, Postgresql, PostgresUser, RestApi
 from pgha.config.schema import Path, Report, every_key
-from pgha.config.values import Secret
+from pgha.config.values import Secret, shown
 
 #: A password file holds one line; anything longer is the wrong file.
 PASSWORD_FILE_LIMIT_BYTES = 4096
@@ -29,6 +29,9 @@ def finish(local: LocalConfig, report: Report) -> LocalConfig:
     """`local` with everything that follows from it; what contradicts itself is reported."""
     _tags(local, report)
     _private_keys(local, report)
+    method = local.bootstrap.method
+    if method != INITDB and method not in local.bootstrap.methods:
+        report.problem(("bootstrap", "method"), f"is {shown(method)}; allowed: initdb, or a name that has a table with a command, here [bootstrap.{method}]")
     if "dcs" in local.bootstrap.given:
         read_strictly(local.bootstrap.dcs, ("bootstrap", "dcs"), report)
     return replace(
@@ -87,6 +90,13 @@ def _postgresql(local: LocalConfig, report: Report) -> Postgresql:
         elif lower in gucs.CONTROLLED:
             remedy = "leave it out" if lower in gucs.FORCED else "bootstrap.dcs.postgresql.parameters before the first start, `pgha ctl edit-config` after it"
             report.warn(("postgresql", "parameters", name), f"is the same on all nodes, so it is ignored here; allowed: {remedy}")
+    if "create_replica_methods" in postgres.given:
+        _, unknown = known_methods(postgres)
+        for name in unknown:
+            report.problem(("postgresql", "create_replica_methods"), f"names {shown(name)}; allowed: basebackup, and names that have a table with a command, here [postgresql.{name}]")
+        for name in postgres.methods:
+            if name not in postgres.create_replica_methods:
+                report.warn(("postgresql", name), "has no effect, since create_replica_methods does not name it; allowed: leave it out, or name it")
     if postgres.data_dir == "/":
         report.problem(("postgresql", "data_dir"), 'is "/"; allowed: a directory of its own')
     for key in ("state_dir", "runtime_dir"):

@@ -35,6 +35,10 @@ hosts = ["10.0.0.11:2379", "10.0.0.12:2379", "10.0.0.13:2379"]
 # Used once, when the cluster is made; afterwards these live in etcd: pgha ctl edit-config
 [bootstrap]
 initdb = ["data-checksums", { encoding = "UTF8" }, { locale = "C.UTF-8" }]
+# method = "restore"                    # instead of initdb: a cluster from a backup, made by your own program
+# [bootstrap.restore]
+# command = "/etc/pgha/restore"         # gets --scope=, --datadir=, and --key=value of each further key here
+# recovery_conf = { restore_command = "cp /archive/%f %p", recovery_target_time = "2026-01-31 12:00:00" }
 
 # The fast profile: a dead primary is replaced in about 6 s. An etcd election may block it for 1 to 3 s, so do not go
 # below ttl 5 without measuring. The defaults, for slow networks: ttl 30, loop_wait 10, retry_timeout 10.
@@ -78,6 +82,12 @@ pg_hba = [
 # pre_promote = "/etc/pgha/may-promote" # asked before a promotion; anything but exit code 0 leaves it to others for ttl
 # before_stop = "/etc/pgha/drain"       # run before a planned stop, as far as the lock leaves time
 
+# How a replica is made: your own programs before, or instead of, pg_basebackup; each has a table
+# create_replica_methods = ["backup", "basebackup"]
+# [postgresql.backup]
+# command = "/etc/pgha/copy"            # gets --scope=, --role=replica, --datadir=, --connstring=, and --key=value of each further key
+# no_leader = true                      # it needs no running server; also: no_params, keep_data (then it writes to data_dir itself)
+
 # Give each user its password: password_file, or password = "...", or PGHA_SUPERUSER_PASSWORD and so on in the environment.
 [postgresql.authentication.superuser]
 username = "postgres"
@@ -120,6 +130,7 @@ level = "INFO"
 # runtime_dir = "/run/pgha/demo"        # default: $RUNTIME_DIRECTORY, else below /dev/shm; must be tmpfs
 # callback_timeout = "60s"              # also pre_promote_timeout, before_stop_timeout: then a program is ended by force
 guard = "agent"                         # who starts the guard: agent, or service (pgha-guard.service; pgha.service sets this itself)
+# event_readers = 100                   # how many may follow GET /pgha/events at once; 0 to 10000
 """
 
 

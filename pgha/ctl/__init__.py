@@ -49,7 +49,7 @@ def _run(given: argparse.Namespace, settings: object) -> int:
     from importlib import import_module
 
     # A module named list would hide the builtin in this package.
-    module = {"failover": "switchover", "list": "listing", "resume": "pause"}.get(given.command, given.command.replace("-", "_"))
+    module = {"failover": "switchover", "list": "listing", "resume": "pause", "watch": "live"}.get(given.command, given.command.replace("-", "_"))
     code: int = import_module(f"pgha.ctl.{module}").run(settings, given)
     return code
 
@@ -79,6 +79,10 @@ def parser() -> argparse.ArgumentParser:
     watch_options(listing)
 
     watch_options(command("topology", "the members as a tree: who streams from whom, by the tag replicatefrom"))
+
+    live = command("watch", "the cluster live: its members, and what happens on them, until q or Ctrl-C", form="table", forms=("table", "json"))
+    live.add_argument("--once", action="store_true", help="print it once, with the last events (json: all that are kept)")
+    live.add_argument("--kinds", metavar="KIND,…", default="", help="only events of these kinds: agent, configuration, decision, lag, lock, member, operation, role")
 
     member_options(command("dsn", "a connection string for a member's PostgreSQL: host and port"))
 

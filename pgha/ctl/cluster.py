@@ -53,10 +53,14 @@ def read_or_ask(settings: Settings) -> Cluster:
         except End as second:
             raise End(UNREACHABLE, f"{end.text}\nand no agent either: {second.text}") from None
         warn(f"{end.text}\nshowing what the agent at {settings.rest.own_url} last saw")
-        members = [m for m in body.get("members", ()) if isinstance(m, dict) and isinstance(m.get("name"), str)]
-        leader = next((m["name"] for m in members if m.get("role") in ("leader", "standby_leader")), "")
-        return Cluster(settings.scope, leader, {m["name"]: m for m in members}, {**body, "members": members}, None, [],
-                       str(own.get("database_system_identifier", "")), {})
+        return seen_by_agent(settings.scope, body, str(own.get("database_system_identifier", "")))
+
+
+def seen_by_agent(scope: str, body: dict[str, Any], system_identifier: str) -> Cluster:
+    """From an agent's GET /cluster."""
+    members = [m for m in body.get("members", ()) if isinstance(m, dict) and isinstance(m.get("name"), str)]
+    leader = next((m["name"] for m in members if m.get("role") in ("leader", "standby_leader")), "")
+    return Cluster(scope, leader, {m["name"]: m for m in members}, {**body, "members": members}, None, [], system_identifier, {})
 
 
 def understood(scope: str, keys: dict[str, Key], *, quiet: bool = False, whatever: bool = False) -> Cluster:

@@ -9,6 +9,7 @@ from pgha.decide import eligible, rejoin, restart, synchronous
 from pgha.decide.common import (
     ask_others,
     backed_off,
+    by_name,
     fresh_peers,
     leader_member,
     own_history,
@@ -236,8 +237,9 @@ def _diverged(o: Observation, memory: Memory, leader: Member, judged: rejoin.Jud
         wait_s = backed_off(o, failures=memory.clone_failures, last=memory.last_clone_failed_at)
         identifier = view_of(o).initialize or ""
         if wait_s <= 0 and identifier:
-            clone = Clone(source=source_of(leader), system_identifier=identifier, replace="remove_first", why=judged.because.because)
-            return replace(_one(f"copying anew from {leader.name} with pg_basebackup: {judged.because.because}", reasons, clone, memory), state="creating replica")
+            methods, by = eligible.copy_methods(o)
+            clone = Clone(source=source_of(leader), system_identifier=identifier, replace="remove_first", why=judged.because.because, methods=methods)
+            return replace(_one(f"copying anew from {leader.name} with {by_name(methods)}: {judged.because.because}", (*reasons, *by), clone, memory), state="creating replica")
         return Decision(situation="broken", summary=f"copying anew failed, next try in {wait_s:.1f} s", reasons=reasons, memory=memory, wake_in_s=max(0.2, wait_s))
     return Decision(situation="broken", summary=f"stays down: {judged.because.because}; {permission.because}", reasons=reasons, memory=memory,
                     wake_in_s=o.settings.loop_wait_s, state="stopped")

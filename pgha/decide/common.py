@@ -85,6 +85,11 @@ def own_history(o: Observation, timeline: int) -> tuple[HistoryRow, ...] | None:
     return o.directory.history_on(timeline)
 
 
+def by_name(methods: tuple[str, ...]) -> str:
+    """How a copy is made, for people."""
+    return ", then ".join("pg_basebackup" if name == "basebackup" else name for name in methods)
+
+
 def reason(rule: str, holds: bool, because: str) -> Reason:  # noqa: FBT001  (the verdict is what the reader looks for)
     return Reason(rule=rule, holds=holds, because=because)
 

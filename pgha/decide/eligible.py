@@ -20,6 +20,8 @@ from pgha.model.decision import Election, Reason
 from pgha.model.observation import Observation, Peer
 from pgha.model.wal import Position
 
+BASEBACKUP = "basebackup"
+
 
 def words(o: Observation) -> tuple[Sync, ...]:
     """`/sync`, and what it said before the store went back: one of them is true, so both must be borne out."""
@@ -51,6 +53,17 @@ def _said(o: Observation) -> str:
 
     former = o.dcs.remembered_sync
     return f"/sync names {named(view_of(o).sync)}" + (f" (before the store went back: {named(former)})" if former is not None else "")
+
+
+def copy_methods(o: Observation) -> tuple[tuple[str, ...], tuple[Reason, ...]]:
+    """How this node may be copied anew. Whom /sync names may lead as soon as it runs: made from a backup, its data may lack
+    what its name has confirmed, so then it is copied from the running leader, whatever is configured."""
+    rule, configured = "empty.copy_method", o.settings.replica_methods
+    if configured == (BASEBACKUP,):
+        return configured, ()
+    if is_active(o) and is_named(o, o.me.name):
+        return (BASEBACKUP,), (reason(rule, True, f"by {BASEBACKUP} alone, since {_said(o)}: a backup may lack what {o.me.name} has confirmed"),)
+    return configured, (reason(rule, True, f"by {', then '.join(configured)}"),)
 
 
 def is_synchronous(o: Observation, *, chosen: bool) -> Reason:

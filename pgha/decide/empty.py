@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
 from pgha.decide import eligible, failsafe, paused, restart
-from pgha.decide.common import ask_others, backed_off, leader_member, others, reason, source_of, view_of
+from pgha.decide.common import ask_others, backed_off, by_name, leader_member, others, reason, source_of, view_of
 from pgha.decide.standing import Whose, because, licensed, standing
 from pgha.model.action import AbandonDirectory, AcquireLock, Action, Bootstrap, Clone, ReadCluster, ReleaseLock, Stop
 from pgha.model.cluster import Member
@@ -34,7 +34,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
                         reasons=(reason("empty.bootstrap_was_ended", False, "the bootstrap's mark is still there"),), role="uninitialized")
     if state == "valid":
         return None
-    if state in ("unknown", "unreadable", "partial"):
+    if state in ("unknown", "unreadable") or (state == "partial" and not o.directory.unfinished_copy):
         # A server that runs says itself what it holds; a disk that does not answer us must not stop its books.
         return None if o.postgres.alive else _unusable(o, memory)
     if o.postgres.alive and paused.in_force(o):
@@ -53,7 +53,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
         promised = failsafe.nothing_is_promised(o)
         return Decision(situation="empty", summary="adopting this node's own paused lock record, to give it back: there is no data here", reasons=(because(now), promised),
                         actions=(restart.readopt(o),) if promised.holds else (), memory=memory, wake_in_s=0.2, role="uninitialized")
-    if may_bootstrap(o)[0].holds:
+    if may_bootstrap(o)[0].holds and not o.directory.unfinished_copy:
         return _bootstrap(o, memory)
     return _clone(o, memory)
 
@@ -165,6 +165,19 @@ def clone_source(o: Observation, failures: int = 0) -> tuple[Member | None, Reas
     return source, reason(rule, True, f"copying from {source.name}" + (" (clonefrom)" if tagged else ", the leader"))
 
 
+def without_leader(o: Observation, methods: tuple[str, ...]) -> tuple[Reason, ...]:
+    """May this node be made from a backup, though nobody leads? Only where nobody with data could: such data is older."""
+    now = standing(o)
+    able = sorted(p.name for p in o.peers.values() if p.answered and p.system_identifier and not p.tags.nofailover)
+    return (
+        reason("empty.nobody_leads", now.whose in (Whose.FREE, Whose.NEVER, Whose.OWN_FORMER), now.because),
+        reason("empty.nobody_else_has_data", not able, f"{', '.join(able)} answer with data, and may lead" if able else "no other member answers with data"),
+        reason("empty.peers_were_asked", all(n in o.peers for n in others(o)), f"{len(o.peers)} of {len(others(o))} peers asked"),
+        reason("empty.a_backup_will_do", set(o.settings.leaderless_methods) <= set(methods), f"{by_name(o.settings.leaderless_methods)} needs no leader"
+               if set(o.settings.leaderless_methods) <= set(methods) else "/sync names this node: a backup may lack what it has confirmed"),
+    )
+
+
 def _clone(o: Observation, memory: Memory) -> Decision:
     view = view_of(o)
     source, why = clone_source(o, memory.clone_failures)
@@ -172,13 +185,21 @@ def _clone(o: Observation, memory: Memory) -> Decision:
     wait_s = backed_off(o, failures=memory.clone_failures, last=memory.last_clone_failed_at)
     ready = reason("empty.clone_backoff", wait_s <= 0, f"{memory.clone_failures} failures, next try in {wait_s:.1f} s")
     # What speaks against a new cluster is of interest only where there is none.
-    reasons = (known, why, ready, *(() if known.holds else may_bootstrap(o)[1:]))
+    methods, by = eligible.copy_methods(o)
+    reasons = (known, why, ready, *(by if known.holds else may_bootstrap(o)[1:]))
     actions: tuple[Action, ...] = ()
     summary = "waiting for leader to bootstrap" if not wait_s else f"the copy failed {memory.clone_failures} times, next try in {wait_s:.1f} s"
     if source is not None and view.initialized and wait_s <= 0:
         assert view.initialize is not None
-        actions = (Clone(source=source_of(source), system_identifier=view.initialize, why=why.because),)
-        summary = f"bootstrap from {'leader' if source.role == 'primary' else 'replica'} '{source.name}' with pg_basebackup"
+        actions = (Clone(source=source_of(source), system_identifier=view.initialize, why=why.because, methods=methods),)
+        summary = f"bootstrap from {'leader' if source.role == 'primary' else 'replica'} '{source.name}' with {by_name(methods)}"
+    elif source is None and known.holds and o.settings.leaderless_methods:
+        alone = without_leader(o, methods)
+        reasons = (*reasons, *alone)
+        if all(r.holds for r in alone) and wait_s <= 0:
+            assert view.initialize is not None
+            actions = (Clone(source=None, system_identifier=view.initialize, why=why.because, methods=o.settings.leaderless_methods),)
+            summary = f"bootstrap (without leader) with {by_name(o.settings.leaderless_methods)}"
     return Decision(situation="empty", summary=summary, reasons=reasons, actions=actions, memory=memory, ask_peers=ask_others(o, every_s=1.0),
                     wake_in_s=min(o.settings.loop_wait_s, max(0.2, wait_s) if wait_s else 1.0), state="creating replica" if actions else "", role="uninitialized")
 

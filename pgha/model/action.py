@@ -142,10 +142,12 @@ class Clone(Struct, frozen=True, kw_only=True, tag=True):
 
     remove_first: keep the old one until the new one streams, if there is room for both; else remove it first. Only where
     the operator allows it, and a running primary of the same system identifier was verified just before.
+    `methods`: names in `create_replica_methods`, tried in order; without a `source` only those that need none.
     """
 
-    source: Source
+    source: Source | None
     system_identifier: str
+    methods: tuple[str, ...] = ("basebackup",)
     replace: Literal["nothing_there", "keep_old_until_streaming", "remove_first"] = "nothing_there"
     why: str = ""
 

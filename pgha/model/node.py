@@ -124,6 +124,7 @@ class DataDirectoryFacts(Struct, frozen=True, kw_only=True):
     history_of: int = 0                  # 0: not told
     major_version: int = 0
     rewind_interrupted: bool = False     # a rewind was begun and not ended: rewound again, or cloned; never started
+    unfinished_copy: bool = False        # half a copy, made in place: unless one runs now, the next goes on from it or clears it away
     abandoned_bootstrap: bool = False    # a bootstrap was begun and not ended: unless one runs now, it is nobody's
     bootstrap_unregistered: bool = False  # a bootstrap ended, and nothing was started since: the cluster's only if `initialize` says so
 

@@ -128,11 +128,13 @@ class DataDirectoryReader:
             return DataDirectoryFacts(state="empty", why=f"{self._data_dir} is empty")
         facts = DataDirectoryFacts(
             state="partial", standby_signal="standby.signal" in looked.names, major_version=looked.major_version,
-            rewind_interrupted=looked.rewind_interrupted, abandoned_bootstrap=looked.bootstrapping == "making",
+            rewind_interrupted=looked.rewind_interrupted, abandoned_bootstrap=looked.bootstrapping == "making", unfinished_copy=looked.bootstrapping.startswith("copying"),
             bootstrap_unregistered=looked.bootstrapping == "made")
         stamp = looked.control_stamp
         if looked.bootstrapping == "making" and not running:     # also when it looks whole: users, script, configuration may lack
             return replace(facts, why=f"{self._data_dir}: a bootstrap was begun here and has not ended")
+        if facts.unfinished_copy and not running:
+            return replace(facts, why=f"{self._data_dir}: a copy was begun here and has not ended")
         if not looked.major_version or stamp is None:
             missing = "global/pg_control" if looked.major_version else "PG_VERSION"
             return replace(facts, why=f"{self._data_dir} is not empty, but has no {missing}")

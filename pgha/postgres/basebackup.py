@@ -18,6 +18,8 @@ from pgha.postgres.programs import Run, binary, clean_environment, run
 #: Options that we give ourselves, or that would leave no data directory behind.
 FORBIDDEN = ("pgdata", "format", "wal-method", "xlog-method", "gzip", "version", "dbname", "host", "port", "username",
              "password", "no-password", "progress", "no-sync", "nosync", "write-recovery-conf", "no-clean", "help")
+#: In the environment of the operator's programs, and of what they start: into which directory they copy.
+COPIES_INTO = "COPIES_INTO_OF_PGHA"
 #: "123456/789012 kB (15%), 0/1 tablespace"
 _PROGRESS = re.compile(rb"(\d+)/(\d+) kB")
 
@@ -58,12 +60,13 @@ def progress_reader(on_progress: Callable[[Progress], None]) -> Callable[[bytes]
 
 
 def kill_leftovers(target_dir: Path) -> list[int]:
-    """SIGKILL what an earlier pg_basebackup into `target_dir` left; their process ids.
+    """SIGKILL what an earlier pg_basebackup, or another program that copies, into `target_dir` left; their process ids.
 
     Its WAL receiver is a fork with the same arguments, which outlives a killed parent until it has a segment to tell it
     of (measured: for 20 s and more on an idle source), and would write into the next copy.
     """
     killed = []
+    mark = os.fsencode(f"{COPIES_INTO}={target_dir}")
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -73,7 +76,8 @@ def kill_leftovers(target_dir: Path) -> list[int]:
             continue
         try:
             argv = (entry / "cmdline").read_bytes().split(b"\0")
-            if Path(os.fsdecode(argv[0])).name == "pg_basebackup" and os.fsencode(f"--pgdata={target_dir}") in argv:
+            ours = Path(os.fsdecode(argv[0])).name == "pg_basebackup" and os.fsencode(f"--pgdata={target_dir}") in argv
+            if ours or mark in (entry / "environ").read_bytes().split(b"\0"):
                 signal.pidfd_send_signal(fd, signal.SIGKILL)
                 killed.append(int(entry.name))
         except (ProcessLookupError, FileNotFoundError, PermissionError):

@@ -3,7 +3,8 @@ by accident: deletion is its own call, with the path spelt out.
 
 Names beside `<data_dir>`: `.clone` (being filled; the file `.clone.whole` says that it is whole and on disk), `.old`,
 `.old.1`, … (replaced by a clone; the caller deletes it once the new one streams), `.removing`, … (being deleted),
-`.failed`, `.failed.1`, … (kept for people, never removed), the file `.bootstrapping` (a cluster is being made there).
+`.failed`, `.failed.1`, … (kept for people, never removed), the file `.bootstrapping` (a cluster is being made there, or a
+copy by a program that writes to the data directory itself).
 
 A name alone gives nobody the right to delete: people move directories to `.old`, too. What may go carries the file
 `pgha.replaced`, which was written before the rename and names the directory that it was to become.
@@ -37,8 +38,9 @@ _PIECE_ENTRIES = 500
 REPLACED = "pgha.replaced"
 
 Content = Literal["missing", "empty", "valid", "partial"]
-#: How far a bootstrap came that was not seen through to the first start: "" is no bootstrap.
-Bootstrapping = Literal["", "making", "made"]
+#: How far a bootstrap came that was not seen through to the first start: "" is no bootstrap. Or a copy that is made in
+#: place: "copying" from nothing, "copying over" what was there.
+Bootstrapping = Literal["", "making", "made", "copying", "copying over"]
 
 
 def clone_directory(data_dir: Path) -> Path:
@@ -56,8 +58,8 @@ def bootstrap_marker(data_dir: Path) -> Path:
     return data_dir.with_name(data_dir.name + ".bootstrapping")
 
 
-def note_bootstrap(data_dir: Path, stage: Literal["making", "made"]) -> None:
-    """"making": what is there is nobody's if we die. "made": whole, but the store has not been told of it."""
+def note_bootstrap(data_dir: Path, stage: Literal["making", "made", "copying", "copying over"]) -> None:
+    """"making", "copying": what is there is nobody's if we die. "made": whole, but the store has not been told of it."""
     write_file(bootstrap_marker(data_dir), stage + "\n", mode=0o600)
 
 
@@ -67,7 +69,8 @@ def bootstrapping(data_dir: Path) -> Bootstrapping:
         text = bootstrap_marker(data_dir).read_text(errors="replace").strip()
     except FileNotFoundError:
         return ""
-    return "made" if text == "made" else "making"
+    known: dict[str, Bootstrapping] = {"made": "made", "copying": "copying", "copying over": "copying over"}
+    return known.get(text, "making")
 
 
 def end_bootstrap(data_dir: Path) -> None:
@@ -138,6 +141,18 @@ def move_to_failed(data_dir: Path) -> Path:
 def move_to_removing(data_dir: Path, why: str) -> Path:
     """The first step of deleting a data directory: from here on it is never taken for one. Its new name."""
     return _put_aside(data_dir, "removing", to_be_deleted=why)
+
+
+def move_to_old(data_dir: Path, why: str) -> Path:
+    """Out of the way of what takes its place; deleted once that streams, or brought back. Its new name."""
+    return _put_aside(data_dir, "old", to_be_deleted=why)
+
+
+def bring_back(aside: Path, data_dir: Path) -> None:
+    """What was to be replaced is in place again. OSError if there is something else by now."""
+    aside.rename(data_dir)      # only over an empty directory
+    sync_directory(data_dir.parent)
+    remove_file(data_dir / REPLACED)
 
 
 async def complete_clone(data_dir: Path, identity: str, *, in_thread: InThread = in_thread) -> None:
@@ -283,6 +298,24 @@ async def sync_tree(top: Path, *, in_thread: InThread = in_thread) -> None:
             yield 1
     await _in_pieces(steps(), in_thread)
     sync_directory(top.parent)
+
+
+async def empty_out(data_dir: Path, *, in_thread: InThread = in_thread) -> None:
+    """Delete what is in the data directory, not itself: only for what a copy in place has made there out of nothing."""
+    if living := living_processes(data_dir):
+        raise PostgresError(f"{data_dir} is in use by processes {living}")
+
+    def steps() -> Iterator[int]:
+        for entry in _walk(data_dir):
+            if entry.name == "lost+found" and Path(entry.path).parent == data_dir:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                os.rmdir(entry.path)  # noqa: PTH106  (entry.path is a str)
+            else:
+                os.unlink(entry.path)  # noqa: PTH108  (entry.path is a str)
+            yield 1
+
+    await _in_pieces(steps(), in_thread)
 
 
 async def delete_tree(top: Path, *, also: Iterable[Path] = (), in_thread: InThread = in_thread) -> None:

@@ -28,6 +28,7 @@ from pgha.rest.metrics import metrics_text
 from pgha.rest.published import Board, Published
 from pgha.rest.refusals import Refusals
 from pgha.rest.requests import Changes, Requests
+from pgha.rest.stream import Readers, Upgraded
 from pgha.rest.wire import (
     JSON,
     METRICS,
@@ -65,8 +66,9 @@ class App:
     """The REST API. `headers` are those of every answer (the listener needs the same)."""
 
     def __init__(self, board: Board, requests: Requests, *, clock: Clock, access: Access | None = None,
-                 headers: Mapping[str, str] | None = None) -> None:
+                 headers: Mapping[str, str] | None = None, readers: Readers | None = None) -> None:
         self.board = board
+        self.readers = readers
         self.requests = requests
         self.clock = clock
         self.access = access or Access()      # replaced on reload
@@ -155,6 +157,12 @@ class App:
             return _without_body(response) if request.method == "OPTIONS" else response
         return await self.changes.handle(request, name)
 
+    def upgrade(self, request: Request) -> Response | Upgraded | None:
+        """See server.Application."""
+        if self.readers is None or [part for part in request.path.split("/") if part] != ["pgha", "events"]:
+            return None
+        return self.readers.upgrade(request)
+
     async def _read(self, request: Request, name: str) -> Response:
         published = self.board.current()
         facts = published.health_at(self.clock.now())
@@ -186,6 +194,8 @@ class App:
             case ["decision"]:
                 age_s = round(holder_age_s(published.at, self.clock.now()), 3)
                 return json_response({"node": published.node.name, "scope": published.node.scope, "age_s": age_s, **published.decision})
+            case ["events"] if self.readers is not None and len(parts) == 2:
+                return self.readers.page(request)
             case ["vote"]:
                 return await self._vote(request, published)
             case ["observation"]:
@@ -271,10 +281,15 @@ def _without_secrets(text: bytes) -> bytes:
         return b""
 
 
+def is_secret(key: str) -> bool:
+    """Does what stands under this key look like a secret?"""
+    return any(word in key.lower() for word in _SECRET_KEYS)
+
+
 def redact(value: Any) -> Any:
     """Plain values without anything that looks like a secret: by key, and inside connection strings."""
     if isinstance(value, dict):
-        return {str(k): "***" if any(word in str(k).lower() for word in _SECRET_KEYS) and v else redact(v) for k, v in value.items()}
+        return {str(k): "***" if is_secret(str(k)) and v else redact(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [redact(item) for item in value]
     return scrub(value) if isinstance(value, str) else value

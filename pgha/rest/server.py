@@ -25,6 +25,7 @@ import trio
 from pgha.log import Log
 from pgha.rest.listen import Limits, Listen, open_sockets
 from pgha.rest.refusals import Refusals
+from pgha.rest.stream import Upgraded
 from pgha.rest.wire import Request, Response, exact_request, head_bytes, split_target, text_response
 
 log = Log(__name__)
@@ -58,6 +59,10 @@ class Application(Protocol):
         """Answer any request, within bounds of its own."""
         ...
 
+    def upgrade(self, request: Request) -> Response | Upgraded | None:
+        """For a GET that asks for a WebSocket: what the connection goes on as (at once), the refusal, or None: an answer as always."""
+        ...
+
 
 class _Refused(Exception):
     """This request gets `status` and the connection ends."""
@@ -88,9 +93,11 @@ class _Connection:
     """One client. In `_Server.waiting` while we wait for it (for a head, a body, or that it reads): then a newcomer may take
     its place."""
 
-    def __init__(self, stream: trio.SocketStream, peer: str) -> None:
+    def __init__(self, stream: trio.SocketStream, peer: str, sock: socket.socket) -> None:
         self.stream: trio.SocketStream | trio.SSLStream[trio.SocketStream] = stream
+        self.sock = sock       # the same, for who may not wait
         self.peer = peer
+        self.counted = True    # among those that share the places for requests
         self.scope = trio.CancelScope()
         self.buffer = b""
         self.unsent = b""      # of an answer that the accept loop began: all that is left to do
@@ -170,7 +177,7 @@ class _Server:
         except OSError:
             sock.close()   # the client reset it in the meantime
             return
-        connection = _Connection(stream, peer)
+        connection = _Connection(stream, peer, sock)
         connection.buffer, connection.unsent = data, unsent
         self.count += 1
         self._waits_for(connection)
@@ -225,7 +232,7 @@ class _Server:
         except (trio.BrokenResourceError, OSError):
             pass   # the client went away, or never spoke our protocol
         finally:
-            if not connection.scope.cancel_called:   # an evicted one has given its place away already
+            if connection.counted and not connection.scope.cancel_called:   # an evicted one has given its place away already
                 self.count -= 1
             self.waiting.pop(connection, None)
             await trio.aclose_forcefully(connection.stream)
@@ -318,6 +325,15 @@ class _Server:
                 return False
             body = await self._body(connection, parser, head)
             self.waiting.pop(connection, None)
+            if refusal is None and _wants_websocket(head):
+                upgraded = self.app.upgrade(request)
+                if isinstance(upgraded, Response):
+                    await self._send(connection, self._bytes(upgraded, keep_alive=False))
+                    await self._linger(connection)
+                    return False
+                if upgraded is not None:
+                    await self._go_on_as(connection, upgraded, parser.trailing_data[0])
+                    return False
             response = refusal or await self._handled(msgspec.structs.replace(request, body=body))
             keep_alive = parser.our_state is h11.SEND_RESPONSE and parser.their_state is not h11.MUST_CLOSE and _wants_keep_alive(head)
             connection.buffer = parser.trailing_data[0]
@@ -328,6 +344,13 @@ class _Server:
         except h11.RemoteProtocolError as error:
             raise _Refused(error.error_status_hint or 400, str(error)[:200]) from None
         return keep_alive
+
+    async def _go_on_as(self, connection: _Connection, upgraded: Upgraded, received: bytes) -> None:
+        """No request any more: it has limits of its own, and takes no place from those who ask."""
+        if connection.counted:
+            connection.counted = False
+            self.count -= 1
+        await upgraded.run(connection.stream, connection.sock if isinstance(connection.stream, trio.SocketStream) else None, received, self.nursery)
 
     async def _body(self, connection: _Connection, parser: h11.Connection, head: h11.Request) -> bytes:
         length = next((value for name, value in head.headers if name == b"content-length"), b"0")
@@ -424,3 +447,7 @@ def _has_body(head: h11.Request) -> bool:
 def _wants_keep_alive(head: h11.Request) -> bool:
     tokens = {token.strip().lower() for name, value in head.headers if name == b"connection" for token in value.split(b",")}
     return head.http_version >= b"1.1" and b"close" not in tokens
+
+
+def _wants_websocket(head: h11.Request) -> bool:
+    return head.method == b"GET" and head.http_version == b"1.1" and any(name == b"upgrade" and b"websocket" in value.lower() for name, value in head.headers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 from pgha.demo.bed import Bed
 from pgha.demo.processes import CLEAN_ENVIRONMENT
 from tests.clients.patroni_env import patronictl
+
+_numbers = itertools.count(1)
 
 
 class Said(NamedTuple):
@@ -25,7 +28,7 @@ class PatroniCtl:
 
     def __init__(self, bed: Bed, **more: Any) -> None:
         self.bed = bed
-        self._config = bed.directory / "patroni.yml"
+        self._config = bed.directory / f"patroni.{next(_numbers)}.yml"
         wanted = {"scope": bed.settings.scope, "namespace": "/service/", "etcd3": {"hosts": list(bed.etcd.endpoints)}, **more}
         self._config.write_text(json.dumps(wanted), encoding="utf-8")     # JSON is YAML
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 from pgha.demo.bed import Bed
 from pgha.demo.etcd import EtcdMember
 from pgha.demo.node import Answer, Node
-from pgha.demo.processes import spawn
+from pgha.demo.processes import CLEAN_ENVIRONMENT, spawn
 
 #: node → restapi keys beside certificate and password
 DOORS: dict[str, dict[str, Any]] = {
@@ -43,8 +43,9 @@ class Authority:
         self._openssl("req", "-x509", *self._key("other-ca"), "-out", "other-ca.crt", "-subj", "/CN=another ca", "-days", "2")
         self._own()
 
-    def _openssl(self, *arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=self.place, check=True, capture_output=True, timeout=30)
+    def _openssl(self, *arguments: str, passphrase: str = "") -> None:
+        """The passphrase, of which "env:PASSPHRASE" speaks, stands in no argument: a spy looks at those of all processes."""
+        subprocess.run(["openssl", *arguments], cwd=self.place, check=True, capture_output=True, timeout=30, env={**CLEAN_ENVIRONMENT, "PASSPHRASE": passphrase})
 
     def _key(self, name: str) -> list[str]:
         return ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", f"{name}.key"]
@@ -60,7 +61,7 @@ class Authority:
         self._openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{ca}.crt", "-CAkey", f"{ca}.key", "-CAcreateserial", "-days", str(days),
                       "-extfile", f"{name}.ext", "-out", f"{name}.crt")
         if passphrase:
-            self._openssl("ec", "-in", f"{name}.key", "-aes256", "-passout", f"pass:{passphrase}", "-out", f"{name}.key.new")
+            self._openssl("ec", "-in", f"{name}.key", "-aes256", "-passout", "env:PASSPHRASE", "-out", f"{name}.key.new", passphrase=passphrase)
             (self.place / f"{name}.key.new").replace(self.place / f"{name}.key")
         self._own()
         return self.place / f"{name}.crt"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 
 import pytest
+from patronictl import PatroniCtl
 from secured import DOORS, ETCD_PASSWORD, KEY_PASSPHRASE, REST_PASSWORD, LockedBed, Spy
 
 from pgha.demo.processes import CLEAN_ENVIRONMENT, as_user
@@ -123,6 +124,33 @@ def test_ctl_has_the_same_keys(locked, tmp_path_factory):
         assert ended != DONE
         assert code is None or ended == code, err
         assert said in out + err
+
+
+def test_patronictl_has_the_same_keys(locked):
+    """The real one, with the same files in a configuration as Patroni's users have it."""
+    bed, _ = locked
+    place = bed.authority.place
+
+    def with_keys(*, password=REST_PASSWORD):
+        return PatroniCtl(
+            bed, etcd3={"hosts": list(bed.etcd.endpoints), "protocol": "https", "cacert": f"{place}/ca.crt", "cert": f"{place}/client.crt", "key": f"{place}/client.key",
+                        "username": "pgha", "password": ETCD_PASSWORD},
+            ctl={"cacert": f"{place}/ca.crt", "certfile": f"{place}/client.crt", "keyfile": f"{place}/client.key",
+                 "authentication": {"username": "admin", "password": password}})
+
+    patronictl = with_keys()
+    old = bed.wait_healthy(30)
+    assert patronictl.members()[old.name]["Role"] == "Leader"
+    target = next(node for node in bed.nodes if node is not old and not node.patroni().get("tags"))
+    assert f'Successfully switched over to "{target.name}"' in patronictl("switchover", "--force", "--candidate", target.name)
+    bed.wait_healthy(30)
+    assert "Success: cluster management is paused" in patronictl("pause", "--wait")
+    assert "Success: cluster management is resumed" in patronictl("resume", "--wait")
+    assert patronictl("edit-config", "--force", "-q", "-s", "pgha_test=1") == "Configuration changed\n"
+    patronictl("edit-config", "--force", "-q", "-s", "pgha_test=null")
+    out = with_keys(password="hush-guess")("reload", bed.settings.scope, target.name, "--force")
+    assert f"Failed: reload for member {target.name}, status code=401, (not authenticated)" in out
+    assert f"Reload request received for member {target.name}" in patronictl("reload", bed.settings.scope, target.name, "--force")
 
 
 def test_certificates_and_passwords_change_while_it_runs(locked):

@@ -25,6 +25,7 @@ from pgha.config.convert import DROPPED, PARAMETER_DEFAULTS, Fate, convert
 from pgha.config.load import load
 from pgha.config.local import LocalConfig
 from pgha.config.patroni_file import PatroniFile, parse, read_patroni, variable_path
+from pgha.config.programs import ReplicaMethod
 from pgha.config.schema import every_key
 from pgha.errors import ConfigError
 
@@ -89,10 +90,9 @@ def test_a_file_that_has_grown(capfd, tmp_path):
     assert not run.target.exists()
     got = fates(GROWN)
     missing = {key for key, fate in got.items() if fate == "missing"}
-    supported = {".".join(path) for path, _, _ in every_key(LocalConfig)} - {"bootstrap.method", "postgresql.create_replica_methods"}   # these by their value
+    supported = {".".join(path) for path, _, _ in every_key(LocalConfig)} | {"bootstrap.pgbackrest", "postgresql.pgbackrest"}
     assert missing == {key for key in keys(yaml.safe_load(GROWN)) if key not in supported and key.startswith((
-        "log.dir", "log.file_", "log.format", "bootstrap.method", "bootstrap.pgbackrest", "bootstrap.dcs.slots.debezium",
-        "postgresql.bin_name", "postgresql.create_replica_methods", "postgresql.pgbackrest"))}
+        "log.dir", "log.file_", "log.format", "bootstrap.dcs.slots.debezium", "postgresql.bin_name"))}
     for key in missing:
         assert f"missing  {key}: " in run.out
         assert key in run.err     # named again, where it cannot be overlooked
@@ -113,7 +113,10 @@ def test_what_is_missing_can_be_accepted(capfd, tmp_path):
             assert f"#   {key}: " in text   # whoever reads the file later sees it, too
     assert check(run.target, {})[0] == 0
     local = load(run.target, {}).local
-    assert local.postgresql.create_replica_methods == ("basebackup",)
+    assert local.postgresql.create_replica_methods == ("pgbackrest", "basebackup")
+    assert local.postgresql.methods == {"pgbackrest": ReplicaMethod(command="/usr/bin/pgbackrest --stanza=orders restore --type=none", keep_data=True, no_params=True, no_leader=True)}
+    assert local.bootstrap.method == "pgbackrest" and local.bootstrap.methods["pgbackrest"].keep_existing_recovery_conf
+    assert local.postgresql.callbacks.on_start == "/etc/patroni/vip.sh"
     assert local.postgresql.parameters == {"work_mem": "64MB", "log_line_prefix": "%m [%p]"}
     assert local.restapi.http_extra_headers == {"X-Cluster": "orders"}
     assert local.postgresql.pg_hba == ("local all all peer", "hostssl all all 192.168.7.0/24 scram-sha-256")
@@ -155,6 +158,22 @@ def test_no_password_is_shown(capfd, tmp_path, name, options):
 
 # --- one key ---------------------------------------------------------------------------------------------------------
 
+def test_methods():
+    """A method's table has a name of the operator's own: it is known by its command."""
+    def lines(at, table):
+        raw = changed(at, table)
+        raw["postgresql"]["create_replica_methods"] = ["walg"]
+        return {line.key.removeprefix(f"{at}."): str(line).split(":")[0].split()[0] for line in converted(raw).lines if line.key.startswith(f"{at}.")}
+
+    assert lines("postgresql.walg", {"command": "/x", "no_leader": 1, "level": 3, "env": None}) == {"command": "carried", "no_leader": "carried", "level": "carried", "env": "dropped"}
+    assert lines("postgresql.walg", {"command": "/x 'hush-1", "level": 3}) == {"command": "missing", "level": "missing"}
+    assert lines("postgresql.walg", {"envdir": "/x"}) == {"envdir": "missing"}      # there the name is the command; here it is said
+    assert lines("postgresql.other", {"threshold": "/x"}) == {"threshold": "missing"}
+    assert lines("bootstrap.dcs.postgresql.walg", {"command": "/x"}) == {"command": "carried"}
+    assert lines("bootstrap.walg", {"command": "/x", "recovery_conf": {"recovery_target_time": "2026-01-01"}}) == {"command": "carried", "recovery_conf.recovery_target_time": "carried"}
+    assert lines("bootstrap.walg", {"command": "/x", "recovery_conf": {"recovery_target_action": "pause"}}) == {"command": "missing", "recovery_conf.recovery_target_action": "missing"}
+
+
 LOADED = {text: yaml.safe_load(text) for text in ALL.values()}
 
 
@@ -184,6 +203,11 @@ KEYS = [
     ("postgresql.callbacks.on_start", None, "dropped postgresql.callbacks.on_start: is empty"),
     ("postgresql.callbacks.on_stop", "/x --password 'hush-1 2", "missing postgresql.callbacks.on_stop: has a quote that is not closed; allowed: a command: a program and its arguments"),
     ("postgresql.before_stop", "/x y", "carried postgresql.before_stop"),
+    ("postgresql.create_replica_methods", [], "missing postgresql.create_replica_methods: names no method; allowed: a list of basebackup and names of tables beside it that have a command, in the order in which they are tried"),
+    ("postgresql.create_replica_methods", ["walg", "basebackup"], "missing postgresql.create_replica_methods: names a method that has no table with a command beside it; allowed: names of such tables, and what pgha itself can"),
+    ("bootstrap.method", "walg", "missing bootstrap.method: names a method that has no table with a command beside it; allowed: names of such tables, and what pgha itself can"),
+    ("bootstrap.method", "initdb", "carried bootstrap.method"),
+    ("bootstrap.dcs.postgresql.create_replica_methods", ["basebackup"], "carried bootstrap.dcs.postgresql.create_replica_methods"),
     ("postgresql.custom_conf", "/x", "missing postgresql.custom_conf: not supported yet by this version"),
     ("postgresql.use_unix_socket_repl", False, "dropped postgresql.use_unix_socket_repl: off is what pgha does"),
     ("postgresql.use_unix_socket_repl", True, "missing postgresql.use_unix_socket_repl: not supported yet by this version"),

@@ -1,14 +1,19 @@
-"""pre_promote and before_stop: when they are asked for, what a no means, and that no emergency waits for a script."""
+"""The operator's programs: when pre_promote and before_stop are asked for, what a no means, that no emergency waits for a
+script; and by which method a copy is made, with a leader and without."""
 
 from __future__ import annotations
 
 import pytest
 from decide_world import (
+    BIRTH,
     CANDIDATE,
     CRASHED,
+    EMPTY,
+    HISTORY,
     LEADER,
     LSN,
     REPLICA,
+    STOPPED,
     TIMELINE,
     TTL_S,
     WINNER,
@@ -17,14 +22,17 @@ from decide_world import (
     ahead,
     check,
     only,
+    peer,
     row,
+    silent,
 )
 from msgspec.structs import replace
 
 from pgha.clock import remaining_s
-from pgha.model.action import Demote, PrePromote, Restart, StandDown, Stop
-from pgha.model.cluster import FailoverKey
+from pgha.model.action import Clone, Demote, PrePromote, Restart, StandDown, Stop
+from pgha.model.cluster import FailoverKey, Sync, Tags
 from pgha.model.lock import Licence, LicenceState
+from pgha.model.node import DataDirectoryFacts, PostgresFacts
 from pgha.model.observation import Operation, Request
 
 ASKED = WINNER.but(settings__pre_promote_s=20.0)
@@ -143,3 +151,60 @@ def test_the_mandate_allows_for_it():
     until = world.decide().mandate.until
     assert until is not None and remaining_s(until, world.seen.now) > 20
     assert replace(world.decide().mandate, until=None).kind == "stopping"
+
+
+# --- how a copy is made ---------------------------------------------------------------------------------------------------
+
+BY_BACKUP = EMPTY.but(settings__replica_methods=("walg", "basebackup"))
+NAMED = {"settings__synchronous_mode": "on", "dcs__view__sync": Sync(leader="a", members=("b",))}
+#: a is gone, and so is all data but a backup.
+ALL_LOST = CANDIDATE.but(postgres=PostgresFacts(), directory=DataDirectoryFacts(state="missing"), memory__election=None, settings__replica_methods=("walg", "basebackup"),
+                         settings__leaderless_methods=("walg",), peers={"a": silent("a"), "c": peer("c", in_recovery=None, system_identifier="")})
+
+COPIES = [
+    (EMPTY, ("basebackup",), "bootstrap from leader 'a' with pg_basebackup"),
+    (BY_BACKUP, ("walg", "basebackup"), "bootstrap from leader 'a' with walg, then pg_basebackup"),
+    (BY_BACKUP.but(**NAMED), ("basebackup",), "bootstrap from leader 'a' with pg_basebackup"),
+    (BY_BACKUP.but(**NAMED, settings__replica_methods=("walg",)), ("basebackup",), "bootstrap from leader 'a' with pg_basebackup"),
+    (BY_BACKUP.but(settings__leaderless_methods=("walg",)), ("walg", "basebackup"), "bootstrap from leader 'a' with walg"),
+    (BY_BACKUP.but(directory=DataDirectoryFacts(state="partial", unfinished_copy=True)), ("walg", "basebackup"), "bootstrap from leader"),
+    (STOPPED.but(settings__replica_methods=("walg",), upstream__history=HISTORY[:1], upstream__timeline=4, settings__remove_data_directory_on_diverged_timelines=True,
+                 directory__control__timeline=3), ("walg",), "copying anew from a with walg"),
+]
+
+
+@pytest.mark.parametrize(("world", "methods", "summary"), COPIES)
+def test_how_a_copy_is_made(world, methods, summary):
+    decision = world.decide()
+    clone = only(decision, Clone)
+    assert (clone.methods, clone.source is not None) == (methods, True)
+    assert decision.summary.startswith(summary)
+
+
+WITHOUT = [
+    row("all are gone", does="Clone", refuses="empty.has_source", summary="bootstrap (without leader) with walg"),
+    row("no method can", settings__leaderless_methods=(), does="", refuses="empty.has_source"),
+    row("somebody leads", dcs__lock_seen__since=ago(2), dcs__view__members={}, does="", refuses="empty.has_source empty.nobody_leads"),
+    row("somebody has data", peers__c=peer("c"), does="", refuses="empty.has_source empty.nobody_else_has_data", says="c answer with data, and may lead"),
+    row("somebody has data who may not lead", peers__c=peer("c", tags=Tags.of({"nofailover": True})), does="Clone"),
+    row("not all were asked", peers={}, does="", refuses="empty.has_source empty.peers_were_asked"),
+    row("/sync names this node", **NAMED, does="", refuses="empty.has_source empty.a_backup_will_do", says="a backup may lack what it has confirmed"),
+    row("/sync names another", settings__synchronous_mode="on", dcs__view__sync=Sync(leader="a", members=("c",)), does="Clone"),
+    row("the last try has just failed", memory__clone_failures=3, memory__last_clone_failed_at=ago(1), does="", refuses="empty.has_source empty.clone_backoff"),
+    row("half a copy is there", directory=DataDirectoryFacts(state="partial", unfinished_copy=True), does="Clone"),
+    row("half of something else is there", directory=DataDirectoryFacts(state="partial"), does=""),
+]
+
+
+@pytest.mark.parametrize("case", WITHOUT)
+def test_a_copy_without_a_leader(case):
+    decision = check(ALL_LOST, case)
+    for action in decision.actions:
+        if isinstance(action, Clone):
+            assert (action.source, action.methods) == (None, ("walg",))
+
+
+def test_half_a_copy_is_no_place_for_a_new_cluster():
+    half = BIRTH.but(directory=DataDirectoryFacts(state="partial", unfinished_copy=True))
+    assert [type(a).__name__ for a in BIRTH.decide().actions] == ["Bootstrap"]
+    assert half.decide().actions == ()

@@ -51,6 +51,9 @@ class ModelDir:
     def __str__(self) -> str:
         return f"{self.instance.name}:{self.kind}"
 
+    def stat(self) -> Any:
+        return SimpleNamespace(st_mode=0o700)
+
     def mkdir(self, **_: Any) -> None: ...
     def chmod(self, _: int) -> None: ...
     def unlink(self, **_: Any) -> None: ...

@@ -43,7 +43,7 @@ SIGNALS = {signal.SIGHUP: "HUP", signal.SIGINT: "INT", signal.SIGQUIT: "QUIT", s
 SESSION, WALSENDER = 100_000, 500_000
 #: What a full disk refuses.
 WRITES = frozenset({"create_standby_signal", "write_running", "write_stopped", "write_passfile", "block_timeline", "claim_timeline", "unclaim", "note_bootstrap", "_private_files", "write",
-                    "bootstrap_hba", "_close_gaps", "_make_standby", "save"})
+                    "bootstrap_hba", "_close_gaps", "make_standby", "save"})
 _CONF = re.compile(r"^(primary_conninfo|primary_slot_name|restore_command|synchronous_standby_names) = '((?:[^']|'')*)'$", re.MULTILINE)
 
 

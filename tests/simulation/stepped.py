@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[2]
 #: What waits, and therefore is loaded again; in the order of their imports.
 SOURCES = (
     "pgha.dcs.outage", "tests.simulation.store", "pgha.lock.renewer", "pgha.lock.promise", "pgha.lock.failsafe", "pgha.lock.fence", "pgha.lock.watchdog", "pgha.announce", "pgha.observe.cluster",
-    "pgha.act.context", "pgha.act.steps", "pgha.act.scripts", "pgha.act.hooks", "pgha.act.keys", "pgha.act.start", "pgha.act.stop", "pgha.act.demote", "pgha.act.promote", "pgha.act.follow",
-    "pgha.act.inspect", "pgha.act.clone", "pgha.act.rewind", "pgha.act.abandon", "pgha.act.bootstrap",
+    "pgha.act.context", "pgha.act.steps", "pgha.act.vet", "pgha.act.scripts", "pgha.act.hooks", "pgha.act.keys", "pgha.act.start", "pgha.act.stop", "pgha.act.demote", "pgha.act.promote", "pgha.act.follow",
+    "pgha.act.inspect", "pgha.act.methods", "pgha.act.clone", "pgha.act.rewind", "pgha.act.abandon", "pgha.act.bootstrap",
     "pgha.act",
 )
 

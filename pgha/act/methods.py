@@ -1,0 +1,138 @@
+"""Make a copy, or a new cluster's data, with one of the operator's programs (compatibility spec 17).
+
+Where it can be told where to write, it fills a fresh directory, which is swapped in when it is whole. One that cannot be
+told (`no_params`), or that works on what is there (`keep_data`), writes to the data directory itself: from before its first
+byte a mark beside it says that what is there is half a copy, which nobody starts, and which the next copy goes on from or
+sets aside.
+
+Rules of this file:
+* Nothing that was there before is deleted here: without keep_data it is moved to `.old`, and comes back if the program
+  fails. What the program itself has overwritten is its own.
+* Whatever it leaves running is killed: its processes are known by a variable of their environment, also to the next agent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import trio
+
+from pgha.act.context import Context, Progress, log
+from pgha.act.scripts import command_of, run_script
+from pgha.act.steps import CONTROL_DEADLINE_S, while_offline
+from pgha.config.addresses import bracketed
+from pgha.config.programs import BootstrapMethod, ReplicaMethod
+from pgha.errors import OperationFailed
+from pgha.model.action import Source
+from pgha.postgres import basebackup, directories, files
+from pgha.postgres.controldata import read_control
+
+#: Restoring a backup may take days; one that takes longer hangs.
+METHOD_DEADLINE_S = 7 * 86400.0
+#: What a failed program has left is cleared away within this time, or by the next copy.
+CLEAR_S = 60.0
+
+
+def replica_arguments(method: ReplicaMethod, *, scope: str, data_dir: Path, connection: str) -> list[str]:
+    """The whole command line."""
+    own = [] if method.no_params else [f"--scope={scope}", "--role=replica", f"--datadir={data_dir}", f"--connstring={connection}"]
+    return [*command_of(method.command), *(f"--{name}={value}" for name, value in method.arguments), *own]
+
+
+def bootstrap_arguments(method: BootstrapMethod, *, scope: str, data_dir: Path) -> list[str]:
+    own = [] if method.no_params else [f"--scope={scope}", f"--datadir={data_dir}"]
+    return [*command_of(method.command), *own, *(f"--{name}={value}" for name, value in method.arguments)]
+
+
+def connection_url(ctx: Context, source: Source | None) -> str:
+    """To the source, as the replication user, whose password is in the passfile; "" if there is none."""
+    if source is None:
+        return ""
+    user, _ = ctx.wanted.user("replication")
+    return f"postgres://{quote(user, safe='')}@{bracketed(source.host)}:{source.port}/{quote(ctx.wanted.effective().postgresql.database, safe='')}"
+
+
+async def run_method(ctx: Context, name: str, argv: Sequence[str], target: Path) -> None:
+    """Returns when it has ended well, and nothing of it runs. OperationFailed with its last words."""
+    env = {
+        "PGPASSFILE": str(ctx.wanted.passfile), basebackup.COPIES_INTO: str(target),
+        "PGAPPNAME": f"pgha_copy_{ctx.me.name}",     # a WAL stream of its own confirms: under no member's name
+    }
+    log.info("method begins", method=name, target=target)
+    try:
+        ended = await run_script(name, argv, run=ctx.machine.run, limit_s=METHOD_DEADLINE_S, env=env, dies_with_us=True)
+    finally:
+        with trio.move_on_after(CLEAR_S, shield=True):
+            await kill_left(ctx, target)
+    log.info("method has ended", method=name, how=str(ended), took_s=ended.took_s)
+    if not ended.ok:
+        raise OperationFailed(f"{name}: {ended}")
+
+
+async def kill_left(ctx: Context, target: Path) -> None:
+    """Processes that an earlier program, maybe of an earlier agent, has left at work on `target`."""
+    if killed := await ctx.on_disk(ctx.machine.kill_copies, target):
+        log.info("killed what an earlier copy left", pids=killed)
+
+
+async def copy_in_place(ctx: Context, name: str, method: ReplicaMethod, *, source: Source | None, system_identifier: str, progress: Progress) -> Path | None:
+    """Have the program write to the data directory; where what was there before is now (None: nowhere else).
+
+    OperationFailed, PostgresError: then the directory is as it was, or (keep_data) marked as half a copy.
+    """
+    data_dir = ctx.data_dir
+    await kill_left(ctx, data_dir)
+    mark = await ctx.on_disk(directories.bootstrapping, data_dir)
+    if mark == "copying" and not method.keep_data:
+        await directories.empty_out(data_dir, in_thread=ctx.machine.in_thread)     # half a copy, made from nothing
+        mark = ""
+    present = await ctx.on_disk(directories.content, data_dir)
+    from_nothing = present in ("missing", "empty") or mark == "copying"
+    old: Path | None = None
+    if not from_nothing and not method.keep_data:
+        old = await ctx.on_disk(directories.move_to_old, data_dir, f"replaced by a copy that {name} makes")
+        from_nothing = True
+    await ctx.on_disk(directories.note_bootstrap, data_dir, "copying" if from_nothing else "copying over")
+    try:
+        await ctx.on_disk(_make_directory, data_dir)
+        progress(f"{name} runs")
+        await while_offline(ctx, lambda: run_method(ctx, name, replica_arguments(
+            method, scope=ctx.wanted.effective().local.scope, data_dir=data_dir, connection=connection_url(ctx, source)), data_dir))
+        progress("verifying the copy")
+        await verify(ctx, data_dir, name, system_identifier)
+        await ctx.on_disk(make_standby, data_dir)
+        progress("syncing the copy")
+        await directories.sync_tree(data_dir, in_thread=ctx.machine.in_thread)
+    except BaseException:   # also trio.Cancelled
+        if not method.keep_data:
+            with trio.move_on_after(CLEAR_S, shield=True):
+                await directories.empty_out(data_dir, in_thread=ctx.machine.in_thread)
+                if old is not None:
+                    await ctx.on_disk(directories.bring_back, old, data_dir)
+                await ctx.on_disk(directories.end_bootstrap, data_dir)
+        raise
+    return old
+
+
+async def verify(ctx: Context, copy: Path, name: str, system_identifier: str) -> None:
+    """Whole, and of this cluster."""
+    if (found := await ctx.on_disk(directories.content, copy)) != "valid":
+        raise OperationFailed(f"{name} has left a data directory that is {found}")
+    said = await read_control(copy, ctx.server.bin_dir, deadline_s=CONTROL_DEADLINE_S, run=ctx.machine.run)
+    if said.system_identifier != system_identifier:
+        raise OperationFailed(f"the copy by {name} has system identifier {said.system_identifier}, expected {system_identifier}")
+
+
+def make_standby(copy: Path) -> None:
+    """What the source was is not what the copy is, whatever the program has set up."""
+    files.create_standby_signal(copy)
+    files.clean_auto_conf(copy)
+    files.remove_file(copy / directories.REPLACED)
+    if copy.stat().st_mode & 0o027:      # PostgreSQL does not start where others may look
+        copy.chmod(0o700)
+
+
+def _make_directory(path: Path) -> None:
+    path.mkdir(mode=0o700, exist_ok=True)
