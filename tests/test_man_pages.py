@@ -22,7 +22,8 @@ from pgha.rest.requests import Changes
 MAN = Path(__file__).parents[1] / "man"
 PAGES = sorted(MAN.iterdir())
 USERS = ("superuser", "replication", "rewind")
-COMMON = {"--help", "-h", "--config-file", "-c", "--scope", "--dcs-url", "-d"}
+#: Answered for the sake of the reference's clients, and of no use to a reader.
+UNSPOKEN = {"citus", "mpp", "sigterm"}
 
 
 def entries(page: str, macro: str) -> dict[str, str]:
@@ -137,11 +138,9 @@ def test_every_endpoint_is_described() -> None:
     described = re.findall(r"^\.It (GET|POST|PUT|PATCH|DELETE) (\S+)", text, re.MULTILINE)
     reads = {path.strip("/").partition("/")[0] for method, path in described if method == "GET"}
     assert routes._GET <= reads
-    changes = Changes.__new__(Changes)
-    for method in ("POST", "PUT", "PATCH", "DELETE"):
-        for name in {path.strip("/").partition("/")[0] for _, path in described} | {"citus", "mpp", "sigterm"}:
-            if Changes.knows(changes, method, name):
-                assert any(said == method and path.strip("/").partition("/")[0] == name for said, path in described), f"{method} /{name}"
+    nobody: Any = None
+    changes = {(method, name) for method, name in Changes(nobody, nobody)._routes if name not in UNSPOKEN}
+    assert changes == {(method, path.strip("/").partition("/")[0]) for method, path in described if method != "GET"}
 
 
 @pytest.mark.skipif(shutil.which("mandoc") is None, reason="mandoc is not installed")
