@@ -137,7 +137,7 @@ def test_every_endpoint_is_described() -> None:
     text = (MAN / "pgha.1").read_text()
     described = re.findall(r"^\.It (GET|POST|PUT|PATCH|DELETE) (\S+)", text, re.MULTILINE)
     reads = {path.strip("/").partition("/")[0] for method, path in described if method == "GET"}
-    assert routes._GET <= reads
+    assert reads >= routes._GET
     nobody: Any = None
     changes = {(method, name) for method, name in Changes(nobody, nobody)._routes if name not in UNSPOKEN}
     assert changes == {(method, path.strip("/").partition("/")[0]) for method, path in described if method != "GET"}
