@@ -470,6 +470,8 @@ class Agent:
             remembered = self.memory
             decision = decide(seen, remembered)
             self.memory = decision.memory
+            if self.memory.said != remembered.said:
+                log.info("asked by an operator", what=self.memory.said)
             self.renewer.give_mandate(decision.mandate, number=self.number)
             self.renewer.position = self._position_to_record(seen)
             self.failsafe.give(decision.failsafe)

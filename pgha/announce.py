@@ -65,6 +65,8 @@ def member_value(seen: Observation, decision: Decision, *, api_url: str, conn_ur
             history = seen.directory.history_on(timeline)
             if history is not None:
                 own["claim"] = claim_of(history)
+    if decision.memory.scheduled_restart is not None:
+        value["scheduled_restart"] = decision.memory.scheduled_restart.published()
     if decision.paused:
         value["pause"] = True
     value["pgha"] = own

@@ -21,7 +21,7 @@ from pgha.errors import DcsError
 from pgha.log import Log
 from pgha.model.cluster import ClusterView
 from pgha.model.failsafe import Ping
-from pgha.model.observation import Request
+from pgha.model.request import Request
 from pgha.rest.requests import Answer
 
 log = Log("pgha.rest")
@@ -87,7 +87,7 @@ class Inbox:
 
     async def submit(self, kind: str, payload: Mapping[str, Any], *, deadline_s: float) -> Answer:
         """See rest.requests.Requests."""
-        if kind in ("restart", "reload"):
+        if kind in ("restart", "cancel_restart", "reload", "reinitialize"):
             return await self._wait_for_pass(kind, dict(payload), deadline_s)
         try:
             with trio.fail_after(deadline_s):
@@ -109,7 +109,7 @@ class Inbox:
     async def _wait_for_pass(self, kind: Any, options: dict[str, Any], deadline_s: float) -> Answer:
         if len(self._waiting) >= WAITING_AT_MOST:
             return Answer(status=503, text="too many requests are waiting")
-        if kind == "restart" and any(r.kind == "restart" for r in self._waiting.values()):
+        if kind == "restart" and "schedule" not in options and any(r.kind == "restart" for r in self._waiting.values()):
             return Answer(status=503, text="restart already in progress")
         self._number += 1
         number, event = self._number, trio.Event()
@@ -129,7 +129,7 @@ class Inbox:
         view = self._view()
         if view is None:
             return Answer(status=503, text=_FAILED["failover"])
-        value = {k: payload[k] for k in ("leader", "member", "pgha") if payload.get(k)}
+        value = {k: payload[k] for k in ("leader", "member", "scheduled_at", "pgha") if payload.get(k)}
         outcome = await self._put("failover", encode(value), view.revision_of("failover"), deadline_s)
         if not outcome[0]:
             return Answer(status=503, text=_FAILED["failover"] + " (it was changed meanwhile)")

@@ -14,10 +14,16 @@ class End(Exception):
         self.text = text
 
 
+#: How a refusal with status 503 ends, which the reference has for everything that is not done.
+_REFUSALS = ("can not reinitialize", "conditions are not satisfied", "already in progress", "still starting")
+
+
 def code_of(status: int, text: str) -> int:
     """What an agent's HTTP answer means for the exit code."""
     if 200 <= status < 300:
         return DONE
     if "status unknown" in text or status == 504:
         return UNKNOWN
+    if status == 503 and (text.endswith(_REFUSALS) or text.startswith(_REFUSALS[0])):
+        return REFUSED
     return FAILED if status >= 500 and status != 501 else REFUSED

@@ -1,7 +1,7 @@
 """`ctl reinit`: let members throw their data away and copy the leader's (or another member's) anew.
 
-The members are named, or asked for: there is no "all". With --wait the end is the truth: PostgreSQL was started anew and
-runs, not merely that the agent said yes.
+The members are named, or asked for: there is no "all". With --wait the end is the truth: pgha's agents say what became of the
+request; of the reference's it is seen that PostgreSQL was started anew and runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster, chosen, members_named
-from pgha.ctl.ends import DONE, REFUSED, UNKNOWN, USAGE, End
+from pgha.ctl.ends import DONE, FAILED, REFUSED, UNKNOWN, USAGE, End
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
 from pgha.ctl.prompt import choose, confirm, wanted
@@ -56,10 +56,13 @@ def _meant(settings: Settings, cluster: Cluster, given: argparse.Namespace) -> l
 
 
 class State(NamedTuple):
-    """What a member says of its PostgreSQL; all empty if it does not answer. `started_at`: of the server."""
+    """What a member says of its PostgreSQL; all empty if it does not answer. `started_at`: of the server. `asked`: what pgha's
+    agent says of the last request to reinitialize."""
 
     state: str = ""
     started_at: str = ""
+    is_pgha: bool = False
+    asked: Mapping[str, Any] = {}
 
     def is_anew(self, before: State, *, copied: bool) -> bool:
         """Does another server run than before? If it is not known what ran before, only who was seen to copy counts."""
@@ -74,7 +77,9 @@ def _state(settings: Settings, cluster: Cluster, name: str) -> State:
         return State()
     if not isinstance(body, dict):
         return State()
-    return State(str(body.get("state", "")), str(body.get("postmaster_start_time", "")))
+    own = body.get("pgha")
+    asked = own.get("reinitialize") if isinstance(own, dict) else None
+    return State(str(body.get("state", "")), str(body.get("postmaster_start_time", "")), isinstance(own, dict), asked if isinstance(asked, dict) else {})
 
 
 def _ask(settings: Settings, cluster: Cluster, name: str, *, force: bool, from_leader: bool) -> int:
@@ -109,13 +114,26 @@ def wait_for(settings: Settings, cluster: Cluster, names: list[str], before: Map
             now = _state(settings, cluster, name)
             if now.state == "creating replica":
                 copied.add(name)
-            if now.is_anew(before[name], copied=name in copied):
-                print(f"Reinitialize is completed on: {name}", flush=True)
-                codes[name] = DONE
-            elif now.state in ("creating replica", "starting"):
+            if (code := _told(name, now, before[name], copied=name in copied)) is not None:
+                codes[name] = code
+            elif now.asked.get("state") == "running" or now.state in ("creating replica", "starting"):
                 heard_at[name] = time.monotonic()
             elif time.monotonic() - heard_at[name] > quiet_s:
                 clusters.warn(f"{name}: for {quiet_s:g} s it {f'says that its PostgreSQL is {now.state}' if now.state else 'has not answered'}; what became of it: explain {name}")
                 codes[name] = UNKNOWN
         waiting = [name for name in waiting if name not in codes]
     return codes
+
+
+def _told(name: str, now: State, before: State, *, copied: bool) -> int | None:
+    """What is known of the outcome; None: nothing yet."""
+    if now.is_pgha and (not now.asked or now.asked.get("request") == before.asked.get("request")):
+        clusters.warn(f"{name}: its agent was started again, and knows nothing of the request any more; what its data is: explain {name}")
+        return UNKNOWN
+    if now.asked.get("state") == "failed":
+        clusters.warn(f"Failed: reinitialize for member {name}: {now.asked.get('why') or 'it does not say why'}; its data is as before")
+        return FAILED
+    done = now.asked.get("state") == "done" and now.state == "running" if now.is_pgha else now.is_anew(before, copied=copied)
+    if done:
+        print(f"Reinitialize is completed on: {name}", flush=True)
+    return DONE if done else None

@@ -43,7 +43,8 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     codes: list[int] = []
     if schedule:
         # What is so at that time only the agent will know.
-        body |= {"schedule": schedule, **({"restart_pending": True} if given.pending else {}), **({"postgres_version": given.pg_version} if given.pg_version else {})}
+        role = {"primary": "primary", "standby-leader": "standby_leader", "replica": "replica"}.get(given.role)
+        body |= {"schedule": schedule, **({"role": role} if role else {}), **({"restart_pending": True} if given.pending else {}), **({"postgres_version": given.pg_version} if given.pg_version else {})}
     else:
         if given.pending:
             names = [name for name in names if cluster.members[name].get("pending_restart")]

@@ -285,7 +285,7 @@ class _Reader:
         down = own.get("holder_is_down") if isinstance(own, dict) else None
         down = down if isinstance(down, dict) else {}
         return FailoverKey(leader=_string(value.get("leader")), candidate=_string(value.get("member")),
-                           scheduled_at=_string(value.get("scheduled_at")), down_incarnation=_string(down.get("incarnation")),
+                           scheduled_at=_scheduled(value.get("scheduled_at")), down_incarnation=_string(down.get("incarnation")),
                            down_sequence=_integer(down.get("sequence")), raw=value)
 
     def sync(self) -> Sync:
@@ -357,6 +357,11 @@ def encode_history(rows: tuple[HistoryEntry, ...]) -> bytes:
 
 def _string(value: Any) -> str:
     return value if isinstance(value, str) else ""
+
+
+def _scheduled(value: Any) -> str:
+    """What is no text is no moment either, and must not turn a switchover for later into one for now."""
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value)[:60]
 
 
 def _claim(value: Any) -> str | None:

@@ -117,6 +117,8 @@ def start_is_overdue(o: Observation, memory: Memory) -> Reason:
     able = sorted(p.name for p in fresh_peers(o).values() if p.in_recovery and p.running and p.candidate and not p.tags.nofailover)
     if eligible.is_active(o):
         able = eligible.able_to_take_over(o, fresh_peers(o).values())
+    if memory.restart_overdue:
+        return reason(rule, not able, f"not back within the time that its restart was given, able to take over: {', '.join(able) or 'nobody'}")
     overdue = limit_s > 0 and age_s >= limit_s and bool(able)
     return reason(rule, not overdue, f"no primary for {age_s:.0f} s, primary_start_timeout {limit_s:g} s, able to take over: {', '.join(able) or 'nobody'}")
 

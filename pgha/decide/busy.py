@@ -21,7 +21,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     reasons = [
         reason("busy.in_flight", True, f"{operation.kind} for {candidate_age_s(operation.started_at, o.now):.1f} s {operation.progress}".strip()),
         licence_suffices(o, operation),
-        still_wanted(o, operation),
+        still_wanted(o, memory, operation),
         crash_is_not_handed_over(o, memory, operation),
     ]
     obstacles = [r for r in reasons if not r.holds]
@@ -47,14 +47,17 @@ def licence_suffices(o: Observation, operation: Operation) -> Reason:
     return reason("busy.licence_suffices", holds, f"{fence_in_s(o):.1f} s to the fence" if needed else "needs no licence")
 
 
-def still_wanted(o: Observation, operation: Operation) -> Reason:
-    """A stop of the agent ends what can be begun again later; a clone or rewind ends when its leader is gone. So does the
-    question to a leader's server as soon as its lock is free: a host that is gone may leave it without an answer for
-    seconds, in which this member could neither vote nor lead."""
+def still_wanted(o: Observation, memory: Memory, operation: Operation) -> Reason:
+    """A stop of the agent ends what can be begun again later; a clone or rewind ends when its leader is gone, a copy that replaces
+    good data when nobody leads: the cluster may have to go on with what it would replace. So does the question to a leader's
+    server as soon as its lock is free: a host that is gone may leave it without an answer for seconds, in which this member
+    could neither vote nor lead."""
     if o.shutting_down and operation.kind in ("Bootstrap", "Clone", "PrePromote", "InspectUpstream", "InspectEndOfWal"):
         return reason("busy.still_wanted", False, "the agent is stopping")
     if operation.kind in ("Clone", "Rewind") and o.dcs.view is not None and standing(o).whose is Whose.MINE:
         return reason("busy.still_wanted", False, "this node holds the lock itself")
+    if operation.kind == "Clone" and memory.reinit is not None and o.dcs.view is not None and standing(o).whose is Whose.FREE:
+        return reason("busy.still_wanted", False, f"nobody leads: {standing(o).because}")
     if operation.kind == "InspectUpstream" and o.dcs.view is not None and (now := standing(o)).whose is Whose.FREE:
         return reason("busy.still_wanted", False, f"whoever was asked does not lead any more: {now.because}")
     return reason("busy.still_wanted", True, "nothing speaks against it")

@@ -143,7 +143,7 @@ def _finish_bootstrap(o: Observation, memory: Memory) -> Decision:
 
 # --- a copy ------------------------------------------------------------------------------------------------------------
 
-def clone_source(o: Observation, failures: int = 0) -> tuple[Member | None, Reason]:
+def clone_source(o: Observation, failures: int = 0, *, leader_only: bool = False) -> tuple[Member | None, Reason]:
     """A running member tagged clonefrom that is on the leader's timeline, else the leader.
 
     Of several each node takes another, as its name has it; who has failed goes on to the next, and last to the leader. Whoever may lead by /sync copies from the leader only: another's copy may lack what this name has confirmed before.
@@ -155,7 +155,7 @@ def clone_source(o: Observation, failures: int = 0) -> tuple[Member | None, Reas
     leader = leader_member(o, now.holder)
     if leader is None or leader.role != "primary" or leader.state != "running" or not leader.host:
         return None, reason(rule, False, f"leader {now.holder} is not running as primary yet")
-    offers = sorted(m.name for m in view.members.values() if m.tags.clonefrom and m.state == "running" and m.host and m.name not in (o.me.name, leader.name)
+    offers = [] if leader_only else sorted(m.name for m in view.members.values() if m.tags.clonefrom and m.state == "running" and m.host and m.name not in (o.me.name, leader.name)
                     and m.timeline in (0, leader.timeline))
     first = sum(o.me.name.encode()) % len(offers) if offers else 0
     tagged = [*offers[first:], *offers[:first], ""][failures % (len(offers) + 1)]

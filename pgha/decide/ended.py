@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from pgha.clock import candidate_age_s, remaining_s
+from pgha.decide import reinit
 from pgha.decide.standing import licensed
 from pgha.model.decision import Memory
 from pgha.model.observation import Observation, Operation
@@ -29,8 +31,10 @@ def _note_life(o: Observation, memory: Memory) -> Memory:
         memory = replace(memory, holding_since=None)
     if o.postgres.process == "running" and o.postgres.answer == "sql" and (memory.crash_seen_at or memory.start_failures):
         memory = replace(memory, crash_seen_at=None, handover_judged_at=None, start_failures=0, last_start_failed_at=None)
-    if memory.leaving_since is not None and not o.shutting_down and o.operation is None and not any(r.kind == "restart" for r in o.requests):
+    if memory.leaving_since is not None and not o.shutting_down and o.operation is None and memory.reinit is None and not any(r.kind == "restart" for r in o.requests):
         memory = replace(memory, leaving_since=None)
+    if memory.restart_overdue and o.postgres.process == "running" and o.postgres.answer == "sql":
+        memory = replace(memory, restart_overdue=False)
     if memory.ours_to_start and o.postgres.alive and o.operation is None:
         memory = replace(memory, ours_to_start=False)
     if memory.paused and not o.settings.pause:
@@ -56,6 +60,11 @@ def _bootstrap(_: Observation, memory: Memory, ended: Operation) -> Memory:
 
 
 def _clone(_: Observation, memory: Memory, ended: Operation) -> Memory:
+    wanted = memory.reinit
+    if wanted is not None and remaining_s(ended.started_at, wanted.asked_at) >= 0:
+        memory = reinit.ended(memory, ok=ended.ok, why=ended.why)
+        if not ended.ok:
+            return memory       # what is there goes on as before
     if ended.ok:
         return replace(memory, clone_failures=0, last_clone_failed_at=None, rewind_failed="", start_failures=0)
     return replace(memory, clone_failures=memory.clone_failures + 1, last_clone_failed_at=ended.ended_at)
@@ -65,6 +74,17 @@ def _start(_: Observation, memory: Memory, ended: Operation) -> Memory:
     if ended.ok:
         return replace(memory, start_failures=0, last_start_failed_at=None)
     return replace(memory, start_failures=memory.start_failures + 1, last_start_failed_at=ended.ended_at)
+
+
+def _restart(o: Observation, memory: Memory, ended: Operation) -> Memory:
+    """A primary that is not back within the time that its restart was given: somebody else is to be one (compatibility spec 3.5)."""
+    took_s = candidate_age_s(ended.started_at, ended.ended_at) if ended.ended_at is not None else 0.0
+    overdue = not ended.ok and 0.0 < memory.restart_within_s <= took_s
+    return _start(o, replace(memory, restart_within_s=0.0, restart_overdue=overdue), ended)
+
+
+def _stop(_: Observation, memory: Memory, ended: Operation) -> Memory:
+    return memory if ended.ok else reinit.ended(memory, ok=False, why=ended.why)
 
 
 def _pre_promote(o: Observation, memory: Memory, ended: Operation) -> Memory:
@@ -106,7 +126,8 @@ _NOTES = {
     "Clone": _clone,
     "StartStandby": _start,
     "StartPrimary": _start,
-    "Restart": _start,
+    "Restart": _restart,
+    "Stop": _stop,
     "PrePromote": _pre_promote,
     "Promote": _promote,
     "Demote": _demote,

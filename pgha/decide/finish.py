@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import NEVER, Deadline, earlier
-from pgha.decide import capacity, failsafe, lease, paused, slots
+from pgha.decide import asked, capacity, failsafe, lease, paused, slots
 from pgha.decide.common import may_write, stop_timeout_s
 from pgha.decide.standing import licensed
 from pgha.model.action import Bootstrap, Clone, Demote, Restart, Rewind, StartPrimary, StartStandby, Stop
@@ -23,6 +23,9 @@ def finish(o: Observation, decision: Decision) -> Decision:
     memory, pause = failsafe.remember(o, decision.memory), paused.in_force(o)
     if any(isinstance(action, LIFE) for action in decision.actions) and not memory.ours_to_start:
         memory = replace(memory, ours_to_start=True)
+    if (restart := next((action for action in decision.actions if isinstance(action, Restart)), None)) is not None:
+        memory = asked.carried_out(memory) if not restart.request_id else memory
+        memory = replace(memory, restart_within_s=restart.timeout_s if restart.as_primary else 0.0)
     if memory.paused != pause:
         memory = replace(memory, paused=pause)
     room = capacity.store_has_room(o)
@@ -30,7 +33,7 @@ def finish(o: Observation, decision: Decision) -> Decision:
         decision = replace(decision, reasons=(*decision.reasons, room))     # it may be why nobody leads
     return replace(decision, mandate=mandate(o), failsafe=failsafe.order(o, memory, slots.published_slots(o)), state=decision.state or state(o),
                    role=decision.role or role(o), paused=pause, memory=memory, leaves_sync=memory.leaving_since is not None,
-                   wake_in_s=min(decision.wake_in_s, lease.judged_again_in_s(o)))
+                   wake_in_s=min(decision.wake_in_s, lease.judged_again_in_s(o), asked.due_in_s(o, memory)))
 
 
 def mandate(o: Observation) -> Mandate:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from pgha.decide import (
+    asked,
     blind,
     broken,
     busy,
@@ -14,6 +17,7 @@ from pgha.decide import (
     leading,
     lease,
     paused,
+    reinit,
     stopping,
 )
 from pgha.decide.ended import note_ended
@@ -26,6 +30,7 @@ LADDER = (
     stopping.decide,    # the agent was told to stop: PostgreSQL stops cleanly, the lock is handed over
     foreign.decide,     # this data, or this name, belongs elsewhere: touch nothing
     lease.decide,       # PostgreSQL may write, and the licence is missing, doubtful or ending
+    reinit.decide,      # an operator asked to replace this node's data by a fresh copy
     paused.decide,      # pause is in force: a server that is down stays down, and nobody is elected unless named
     blind.decide,       # the store has not been read yet
     empty.decide,       # no data: bootstrap or clone
@@ -38,9 +43,17 @@ LADDER = (
 
 def decide(observation: Observation, memory: Memory) -> Decision:
     """One pass. Never raises for any observation."""
-    noted = note_ended(observation, memory)
+    wanted = asked.take(observation, memory)
+    noted = note_ended(wanted.seen, wanted.memory)
     for situation in LADDER:
-        decision = situation(observation, noted)
+        decision = situation(wanted.seen, noted)
         if decision is not None:
-            return finish.finish(observation, decision)
+            return finish.finish(wanted.seen, _with(decision, wanted))
     raise AssertionError("the last rung of the ladder matches everything")
+
+
+def _with(decision: Decision, wanted: asked.Asked) -> Decision:
+    """What operators are answered comes first: a later action may end the pass."""
+    if not wanted.actions and not wanted.reasons:
+        return decision
+    return replace(decision, actions=(*wanted.actions, *decision.actions), reasons=(*decision.reasons, *wanted.reasons))

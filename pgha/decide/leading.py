@@ -17,6 +17,7 @@ from pgha.decide.common import (
     stop_timeout_s,
     view_of,
 )
+from pgha.decide.schedule import Due
 from pgha.decide.standing import left_s, licence_left, licensed
 from pgha.model.action import (
     Action,
@@ -62,10 +63,11 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if memory.holding_since:
         memory = replace(memory, holding_since=None)
     if switchover.requested(o):
-        decision = _hand_over(o, memory)
-        if decision is not None:
-            return decision
-    return _keep_books(o, replace(memory, election=None, switchover_asked_at=None) if memory.election or memory.switchover_asked_at else memory)
+        return _hand_over(o, memory)
+    memory = replace(memory, election=None, switchover_asked_at=None) if memory.election or memory.switchover_asked_at else memory
+    if view_of(o).failover.scheduled_at:
+        return _scheduled(o, memory)
+    return _keep_books(o, memory)
 
 
 # --- becoming primary --------------------------------------------------------------------------------------------------
@@ -146,14 +148,32 @@ def watchdog_is_ready(o: Observation) -> Reason:
 
 # --- handing over ------------------------------------------------------------------------------------------------------
 
-def _hand_over(o: Observation, memory: Memory) -> Decision | None:
+def _scheduled(o: Observation, memory: Memory) -> Decision:
+    """A switchover for later. When its time has come it becomes one for now, in the store: so everybody judges the same request,
+    whatever their clocks say."""
+    key, revision = view_of(o).failover, view_of(o).revision_of("failover")
+    in_time, at = switchover.is_in_time(o)
+    if not in_time.holds or (at.due is Due.NOW and not (key.leader or key.candidate)):
+        clear = WriteKey(key="failover", value=b"{}", if_revision=revision, epoch_revision=o.licence.epoch_revision)
+        why = in_time.because if not in_time.holds else "it names neither leader nor candidate"
+        return Decision(situation="leading", summary=f"refused to hand over: {why}", reasons=(in_time,), actions=(clear,), memory=memory, wake_in_s=0.1)
+    if at.due is Due.NOW and not o.settings.pause:
+        value = {name: given for name, given in key.raw.items() if name != "scheduled_at"}
+        begin = WriteKey(key="failover", value=_compact(value), if_revision=revision, epoch_revision=o.licence.epoch_revision)
+        return Decision(situation="leading", summary=f"the time of the switchover to {key.candidate or 'the best standby'} has come", reasons=(in_time,), actions=(begin,),
+                        memory=memory, ask_peers=ask_others(o, every_s=0.05), wake_in_s=0.1)
+    books = _keep_books(o, memory)
+    return replace(books, reasons=(*books.reasons, in_time), wake_in_s=min(books.wake_in_s, at.in_s) if at.due is Due.LATER else books.wake_in_s)
+
+
+def _hand_over(o: Observation, memory: Memory) -> Decision:
     key, revision = view_of(o).failover, view_of(o).revision_of("failover")
     if key.candidate == o.me.name or key.leader not in ("", o.me.name):
         # Either it has just been carried out, to this node, or it was meant for another leader: done with.
         clear = WriteKey(key="failover", value=b"{}", if_revision=revision, epoch_revision=o.licence.epoch_revision)
         done = switchover.is_done_with(o)
         return Decision(situation="leading", summary=f"clearing the failover key: {done.because}", reasons=(done,), actions=(clear,), memory=memory, wake_in_s=0.1)
-    if memory.switchover_revision != revision:
+    if memory.switchover_revision != revision or memory.switchover_asked_at is None:
         memory = replace(memory, switchover_revision=revision, switchover_asked_at=o.now)
     reasons = switchover.conditions(o)
     ask = ask_others(o, every_s=0.05)

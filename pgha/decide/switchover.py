@@ -5,6 +5,7 @@ from __future__ import annotations
 from pgha.clock import candidate_age_s
 from pgha.decide import eligible
 from pgha.decide.common import fresh_peers, mib, others, reason, view_of
+from pgha.decide.schedule import Due, When, when
 from pgha.model.decision import Memory, Reason
 from pgha.model.observation import Observation, Peer
 
@@ -16,6 +17,12 @@ def requested(o: Observation) -> bool:
     """Is there a request in the failover key that this leader is to carry out now?"""
     key = view_of(o).failover
     return not key.empty and not key.scheduled_at
+
+
+def is_in_time(o: Observation) -> tuple[Reason, When]:
+    """A switchover that was scheduled: its time is still to come, or has just come."""
+    at = when(o, view_of(o).failover.scheduled_at)
+    return reason("switchover.is_in_time", at.due in (Due.LATER, Due.NOW), at.because), at
 
 
 def conditions(o: Observation) -> tuple[Reason, ...]:

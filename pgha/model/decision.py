@@ -9,6 +9,7 @@ from msgspec import Struct
 from pgha.clock import Deadline, Instant
 from pgha.model.action import Action
 from pgha.model.failsafe import FailsafeOrder
+from pgha.model.request import Reinitialisation, ReinitialisationEnd, ScheduledRestart
 from pgha.model.synchronous import Promise
 from pgha.model.wal import HistoryRow
 
@@ -127,6 +128,12 @@ class Memory(Struct, frozen=True, kw_only=True):
     failsafe: FailsafeBook = FailsafeBook()
     expected_standbys: tuple[str, ...] = ()     # who answered as a standby when this node took the lock: they will follow
     leaving_since: Instant | None = None        # a synchronous standby that is to stop waits to be let go
+    scheduled_restart: ScheduledRestart | None = None
+    restart_within_s: float = 0.0               # the primary is being restarted, and is to be back within this time
+    restart_overdue: bool = False               # … and was not
+    reinit: Reinitialisation | None = None      # the data is to be replaced, as an operator asked
+    reinit_ended: ReinitialisationEnd | None = None
+    said: str = ""                              # the last word about what operators asked of this node
 
 
 class PeerQuestion(Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from pgha.model.cluster import ClusterView, LockSeen, PausedHolder, Sync, Tags
 from pgha.model.failsafe import FailsafeFacts
 from pgha.model.lock import Identity, Licence
 from pgha.model.node import DataDirectoryFacts, GuardFacts, PostgresFacts, WatchdogFacts
+from pgha.model.request import Request
 from pgha.model.wal import HistoryRow, Position
 
 
@@ -169,15 +170,6 @@ class Operation(Struct, frozen=True, kw_only=True):
     @property
     def running(self) -> bool:
         return self.ended_at is None
-
-
-class Request(Struct, frozen=True, kw_only=True):
-    """What an operator asked this agent for through REST. `kind`: restart, reload; switchovers travel in the DCS key."""
-
-    id: int
-    kind: Literal["restart", "reload", "switchover", "failover"]
-    at: Instant
-    options: dict[str, Any] = {}
 
 
 class Observation(Struct, frozen=True, kw_only=True):

@@ -51,9 +51,11 @@ def _member(name: str, raw: Mapping[str, Any], *, role: str, optime: int) -> dic
     host, port = host_port(raw.get("conn_url"))
     if host:
         out["host"], out["port"] = host, port
-    for key in ("timeline", "tags", "pending_restart", "pending_restart_reason", "scheduled_restart"):
+    for key in ("timeline", "tags", "pending_restart", "pending_restart_reason"):
         if key in raw:
             out[key] = raw[key]
+    if "scheduled_restart" in raw:
+        out["scheduled_restart"] = shown_restart(raw["scheduled_restart"])
     if role != "leader":
         for prefix, key in (("receive_", "receive_lsn"), ("replay_", "replay_lsn"), ("", "xlog_location")):
             value = raw.get(key)
@@ -61,6 +63,11 @@ def _member(name: str, raw: Mapping[str, Any], *, role: str, optime: int) -> dic
             out[prefix + "lag"] = max(0, optime - lsn) if lsn > 0 and optime else UNKNOWN
             out[prefix + "lsn"] = f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}" if lsn > 0 else UNKNOWN
     return out
+
+
+def shown_restart(scheduled: Any) -> Any:
+    """A member key's scheduled_restart without what only its agent needs."""
+    return {k: v for k, v in scheduled.items() if k != "postmaster_start_time"} if isinstance(scheduled, dict) else scheduled
 
 
 def host_port(conn_url: Any) -> tuple[str, int]:

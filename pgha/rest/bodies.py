@@ -46,9 +46,11 @@ def patroni_body(published: Published, health: HealthFacts) -> dict[str, Any]:
         body["pending_restart"] = True
         body["pending_restart_reason"] = node.pending_restart
     body["patroni"] = {"version": COMPATIBLE_VERSION, "scope": node.scope, "name": node.name}
+    if node.scheduled_restart:
+        body["scheduled_restart"] = node.scheduled_restart
     if node.watchdog_failed:
         body["watchdog_failed"] = True
-    body["pgha"] = {"version": __version__, "node_id": node.node_id}
+    body["pgha"] = {"version": __version__, "node_id": node.node_id, **({"reinitialize": node.reinitialize} if node.reinitialize else {})}
     return body
 
 

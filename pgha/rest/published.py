@@ -18,7 +18,7 @@ from pgha.model.cluster import ClusterView
 from pgha.model.decision import Decision, Memory, Vote
 from pgha.model.lock import LicenceState, wait_s
 from pgha.model.observation import Observation
-from pgha.model.overview import by_quorum, is_standby_cluster, synchronous, synchronous_names
+from pgha.model.overview import by_quorum, is_standby_cluster, shown_restart, synchronous, synchronous_names
 from pgha.rest.health import HealthFacts
 
 
@@ -43,6 +43,8 @@ class NodeFacts(Struct, frozen=True, kw_only=True):
     pending_restart: dict[str, Any] = {}     # parameter → {"old_value": …, "new_value": …}
     watchdog_failed: bool = False
     node_id: str = ""
+    scheduled_restart: dict[str, Any] = {}
+    reinitialize: dict[str, Any] = {}        # what became of the last request: {"request", "state": running, done, failed, "why"?}
 
 
 class Published(Struct, frozen=True, kw_only=True):
@@ -147,7 +149,7 @@ def publish_pass(seen: Observation, decision: Decision, *, scope: str, memory: M
     )
     running_primary = role == "primary" and state == "running"
     return Published(
-        at=seen.now, wall_s=seen.wall_s, number=seen.number, health=health, node=_node(seen, scope=scope, answered=answered),
+        at=seen.now, wall_s=seen.wall_s, number=seen.number, health=health, node=_node(seen, decision.memory, scope=scope, answered=answered),
         licence_until=seen.licence.valid_until if held else None,
         alive_until=seen.now.plus_s(seen.settings.ttl_s * (1 if running_primary else 2)),
         loop_wait_s=seen.settings.loop_wait_s, primary_start_timeout_s=seen.settings.primary_start_timeout_s,
@@ -165,7 +167,15 @@ def store_gauges(seen: Observation) -> dict[str, float]:
             "store_uncompacted_seconds": candidate_age_s(capacity.compacted_at or capacity.watched_since, seen.now)}
 
 
-def _node(seen: Observation, *, scope: str, answered: bool) -> NodeFacts:
+def _reinitialize(memory: Memory) -> dict[str, Any]:
+    if memory.reinit is not None:
+        return {"request": memory.reinit.request, "state": "running"}
+    if (end := memory.reinit_ended) is not None:
+        return {"request": end.request, "state": "done" if end.ok else "failed", **({"why": end.why} if end.why else {})}
+    return {}
+
+
+def _node(seen: Observation, memory: Memory, *, scope: str, answered: bool) -> NodeFacts:
     row, control = seen.postgres.row, seen.directory.control
     last_seen_s = 0
     if seen.dcs.heard_at is not None:
@@ -174,6 +184,7 @@ def _node(seen: Observation, *, scope: str, answered: bool) -> NodeFacts:
         name=seen.me.name, scope=scope, cluster_unlocked=is_unlocked(seen), dcs_last_seen_s=last_seen_s, tags=seen.settings.tags.raw,
         system_identifier=(row.system_identifier if row else "") or (control.system_identifier if control else ""),
         watchdog_failed=seen.watchdog.failed, node_id=seen.me.node_id,
+        scheduled_restart=shown_restart(memory.scheduled_restart.published()) if memory.scheduled_restart is not None else {}, reinitialize=_reinitialize(memory),
     )
     if row is None or not answered:
         return base

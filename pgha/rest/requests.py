@@ -18,7 +18,8 @@ from pgha.clock import candidate_age_s
 from pgha.decide.standing import still_sends
 from pgha.model.failsafe import Ping
 from pgha.model.lock import wait_s
-from pgha.model.overview import by_quorum, synchronous, synchronous_names
+from pgha.model.overview import by_quorum, is_true, synchronous, synchronous_names
+from pgha.model.request import NoZone, epoch_s, moment, server_version
 from pgha.rest.published import Board, Published
 from pgha.rest.wire import JSON, Request, Response, text_response
 
@@ -44,9 +45,10 @@ class Requests(Protocol):
     async def submit(self, kind: str, payload: Mapping[str, Any], *, deadline_s: float) -> Answer:
         """Hand in a request and wait for its answer, at most `deadline_s` (then an Answer 503 that says so).
 
-        switchover, failover: {"leader"?, "member"?, "pgha"?}: write /failover, answer 200 and the revision, or 503 and the text
-        "failed to write failover key into DCS". cancel_switchover: {}: empty /failover. restart: {"timeout_s"?}: waits
-        for its end. reload: {}: 202. patch_config, put_config: the object: a guarded write after validation; 200 and the
+        switchover, failover: {"leader"?, "member"?, "scheduled_at"?, "pgha"?}: write /failover, answer 200 and the revision, or 503 and the text
+        "failed to write failover key into DCS". cancel_switchover: {}: empty /failover. restart: {"timeout_s"?} and
+        its conditions: waits for its end, with "schedule": 202. cancel_restart: {}. reinitialize: {"force", "from_leader"}: 200 once it
+        is begun. reload: {}: 202. patch_config, put_config: the object: a guarded write after validation; 200 and the
         new configuration as JSON, 400 and the problems, 409, 503. check_config: {"config": …, "old"?: …}: the same judgement,
         and what it would do to PostgreSQL on this node, as JSON; nothing is written.
         """
@@ -63,7 +65,9 @@ class Requests(Protocol):
         ...
 
 
-class _Wrong(Exception):
+class Wrong(Exception):
+    """A request that is refused at once."""
+
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
@@ -73,9 +77,10 @@ class _Wrong(Exception):
 class Changes:
     """The unsafe endpoints."""
 
-    def __init__(self, board: Board, requests: Requests) -> None:
+    def __init__(self, board: Board, requests: Requests, *, wall_s: Callable[[], float]) -> None:
         self._board = board
         self._requests = requests
+        self._wall_s = wall_s
         self._routes: dict[tuple[str, str], Callable[[Request], Awaitable[Response]]] = {
             ("PATCH", "config"): self._patch_config,
             ("PUT", "config"): self._put_config,
@@ -86,6 +91,10 @@ class Changes:
             ("DELETE", "switchover"): self._cancel_switchover,
             ("POST", "failover"): self._failover,
             ("POST", "failsafe"): self._failsafe,
+            ("POST", "reinitialize"): self._reinitialize,
+            ("POST", "sigterm"): self._sigterm,
+            ("POST", "citus"): self._citus,
+            ("POST", "mpp"): self._citus,
             ("POST", "pgha"): self._own,
         }
 
@@ -95,7 +104,7 @@ class Changes:
     async def handle(self, request: Request, name: str) -> Response:
         try:
             return await self._routes[request.method, name](request)
-        except _Wrong as wrong:
+        except Wrong as wrong:
             return text_response(wrong.status, wrong.text)
 
     # --- configuration -----------------------------------------------------------------------------------------------
@@ -117,7 +126,7 @@ class Changes:
             case ["config", "check"]:
                 body = _object(request)
                 if not isinstance(body.get("config"), dict) or not isinstance(body.get("old", {}), dict):
-                    raise _Wrong(400, "config is to be the whole configuration to check, a JSON object; old, if given, the one that it replaces")
+                    raise Wrong(400, "config is to be the whole configuration to check, a JSON object; old, if given, the one that it replaces")
                 return _response(await self._requests.submit("check_config", body, deadline_s=WRITE_S))
             case _:
                 return text_response(404, "not known: " + request.path)
@@ -128,27 +137,32 @@ class Changes:
         return _response(await self._requests.submit("reload", {}, deadline_s=WRITE_S))
 
     async def _restart(self, request: Request) -> Response:
-        body = _object(request, required=False)
-        for key, value in body.items():
-            if key == "role" and value not in ("primary", "standby_leader", "replica"):
-                raise _Wrong(400, "PostgreSQL role should be either primary, standby_leader, or replica")
-            if key == "schedule" and self._board.current().health.paused:
-                raise _Wrong(500, "Can't schedule restart in the paused state")
-            if key in ("schedule", "role", "postgres_version", "restart_pending"):
-                raise _Wrong(400, f"{key} is not supported yet by this version of pgha: only an immediate restart is")
-            if key != "timeout":
-                raise _Wrong(400, f"Unknown filter: {key[:100]}")
-        options: dict[str, Any] = {}
         published = self._board.current()
-        start_s = published.primary_start_timeout_s
-        if "timeout" in body:
-            start_s = options["timeout_s"] = _seconds(body["timeout"])
+        options = restart_options(_object(request, required=False), paused=published.health.paused, wall_s=self._wall_s())
+        if "schedule" in options:
+            return _response(await self._requests.submit("restart", options, deadline_s=WRITE_S))
+        start_s = options.get("timeout_s", published.primary_start_timeout_s)
         # stopping, starting, and a little for the loop itself
         deadline_s = min(RESTART_AT_MOST_S, 2 * start_s + 60.0)
         return _response(await self._requests.submit("restart", options, deadline_s=deadline_s))
 
     async def _no_restart(self, _request: Request) -> Response:
-        return text_response(404, "no restarts are scheduled")
+        return _response(await self._requests.submit("cancel_restart", {}, deadline_s=WRITE_S))
+
+    async def _reinitialize(self, request: Request) -> Response:
+        body = _object(request, required=False)
+        # The reference's documentation spells it with a hyphen, its agents read it with the other.
+        options = {"force": is_true(body.get("force")), "from_leader": is_true(body.get("from_leader", body.get("from-leader")))}
+        return _response(await self._requests.submit("reinitialize", options, deadline_s=WRITE_S))
+
+    async def _sigterm(self, _request: Request) -> Response:
+        """There is for tests of the reference on Windows; nobody's agent is stopped through the network."""
+        return text_response(202, "nothing is done: an agent is stopped by its service manager")
+
+    async def _citus(self, _request: Request) -> Response:
+        """A worker group's leader tells its coordinator of a change, and waits for it to be taken note of: which must not be
+        claimed by who does not."""
+        return text_response(501, "this is no Citus coordinator: pgha does not support Citus, and nothing was done")
 
     # --- failsafe ----------------------------------------------------------------------------------------------------
 
@@ -178,14 +192,18 @@ class Changes:
         if kind == "failover" and leader:
             kind = "switchover"
         before = self._board.current()
-        _preconditions(kind, leader, candidate, body.get("scheduled_at"), before)
+        scheduled_at = preconditions(kind, leader, candidate, body.get("scheduled_at"), before, wall_s=self._wall_s())
         payload: dict[str, Any] = {key: value for key, value in (("leader", leader), ("member", candidate)) if value}
         own = body.get("pgha")
         if isinstance(own, dict) and own.get("holder_is_down"):
             payload["pgha"] = {"holder_is_down": _stated_down(kind, before)}
+        if scheduled_at:
+            payload["scheduled_at"] = scheduled_at
         answer = await self._requests.submit(kind, payload, deadline_s=WRITE_S)
         if answer.status != 200:
             return _response(answer)
+        if scheduled_at:
+            return text_response(202, "Switchover scheduled")
         return await self._outcome(kind, candidate, before, answer.revision)
 
     async def _outcome(self, kind: str, candidate: str, before: Published, revision: int) -> Response:
@@ -209,45 +227,74 @@ class Changes:
         return text_response(503, f"{kind.capitalize()} status unknown after {limit_s:g} seconds; operation may still be in progress")
 
 
-def _preconditions(kind: str, leader: str, candidate: str, scheduled_at: Any, published: Published) -> None:
-    """What is known to be impossible before anybody is asked. _Wrong says which."""
+def restart_options(body: Mapping[str, Any], *, paused: bool, wall_s: float) -> dict[str, Any]:
+    """What a request for a restart asks, checked: `timeout_s`, the conditions, and `schedule` if it is for later (then with
+    `timeout`, as it is published). Whether the conditions hold is decided in the pass. Wrong."""
+    options: dict[str, Any] = {}
+    for key, value in body.items():
+        match key:
+            case "role":
+                if value not in ("primary", "standby_leader", "replica"):
+                    raise Wrong(400, "PostgreSQL role should be either primary, standby_leader, or replica")
+                options[key] = value
+            case "postgres_version":
+                options[key] = _version(value)
+            case "restart_pending":
+                options[key] = value        # that it is there counts
+            case "timeout":
+                options["timeout_s"] = _seconds(value)
+            case "schedule":
+                if paused:
+                    raise Wrong(500, "Can't schedule restart in the paused state")
+                options[key] = _moment("restart", value, wall_s=wall_s)
+            case _:
+                raise Wrong(400, f"Unknown filter: {key[:100]}")
+    if "schedule" in options and "timeout_s" in options:
+        options["timeout"] = options.pop("timeout_s")
+    return options
+
+
+def preconditions(kind: str, leader: str, candidate: str, scheduled_at: Any, published: Published, *, wall_s: float) -> str:
+    """What is known to be impossible before anybody is asked: Wrong says which. When it is to be done, "" = now."""
     view = published.view
     if kind == "failover" and not candidate:
-        raise _Wrong(400, "Failover could be performed only to a specific candidate")
+        raise Wrong(400, "Failover could be performed only to a specific candidate")
     if kind == "switchover" and not leader:
-        raise _Wrong(400, "Switchover could be performed only from a specific leader")
+        raise Wrong(400, "Switchover could be performed only from a specific leader")
     if scheduled_at is not None:
         if kind == "failover":
-            raise _Wrong(400, "Failover can't be scheduled")
+            raise Wrong(400, "Failover can't be scheduled")
         if published.health.paused:
-            raise _Wrong(400, "Can't schedule switchover in the paused state")
-        raise _Wrong(400, "scheduled_at is not supported yet by this version of pgha: only an immediate switchover is")
+            raise Wrong(400, "Can't schedule switchover in the paused state")
     if published.health.paused and not candidate:
-        raise _Wrong(400, "Switchover is possible only to a specific candidate in a paused state")
+        raise Wrong(400, "Switchover is possible only to a specific candidate in a paused state")
     if leader and leader == candidate:
-        raise _Wrong(400, "Switchover target and source are the same")
+        raise Wrong(400, "Switchover target and source are the same")
     if view is None:
-        raise _Wrong(503, "the cluster has not been seen in the store")
+        raise Wrong(503, "the cluster has not been seen in the store")
+    if scheduled_at is not None:
+        return _moment("switchover", scheduled_at, wall_s=wall_s)       # who leads then, and who can take over, only then is known
     if leader and leader != published.leader:
-        raise _Wrong(412, "leader name does not match")
+        raise Wrong(412, "leader name does not match")
     config = view.config or {}
     by_priority = synchronous(config) and not by_quorum(config)
     names = synchronous_names(view.sync.raw)
     if candidate:
         if kind == "switchover" and by_priority and candidate.lower() not in names:
-            raise _Wrong(412, "candidate name does not match with sync_standby")
+            raise Wrong(412, "candidate name does not match with sync_standby")
         if candidate not in view.members:
-            raise _Wrong(412, "candidate does not exists")
+            raise Wrong(412, "candidate does not exists")
     elif by_priority and not names:
-        raise _Wrong(412, f"{kind} is not possible: can not find sync_standby")
+        raise Wrong(412, f"{kind} is not possible: can not find sync_standby")
     others = [m for m in view.members.values() if m.name != published.leader and candidate in ("", m.name)
               and (candidate or not by_priority or m.name.lower() in names)]
     if not others:
-        raise _Wrong(412, f"{kind} is not possible: cluster does not have members except leader")
+        raise Wrong(412, f"{kind} is not possible: cluster does not have members except leader")
     obstacles = [f"{m.name}: {'tagged nofailover' if m.tags.nofailover else 'state is ' + (m.state or 'unknown')}"
                  for m in others if m.tags.nofailover or m.state != "running"]
     if len(obstacles) == len(others):
-        raise _Wrong(412, f"{kind} is not possible: no good candidates have been found ({'; '.join(obstacles)})")
+        raise Wrong(412, f"{kind} is not possible: no good candidates have been found ({'; '.join(obstacles)})")
+    return ""
 
 
 def _stated_down(kind: str, published: Published) -> dict[str, Any]:
@@ -257,15 +304,15 @@ def _stated_down(kind: str, published: Published) -> dict[str, Any]:
     if kind == "failover" and before is not None and (lock is None or lock.mode != "paused"):
         return {"holder": before.name, "incarnation": before.incarnation, "sequence": 0}    # the record is lost, or a restored one
     if kind != "failover" or lock is None or lock.mode != "paused":
-        raise _Wrong(412, "holder_is_down is for a failover from a lock that was paused: any other expires by itself")
+        raise Wrong(412, "holder_is_down is for a failover from a lock that was paused: any other expires by itself")
     seen = published.observation.dcs.lock_seen.since if published.observation is not None else None
     age_s = candidate_age_s(seen, published.at) if seen is not None else 0.0
     if published.observation is not None and published.observation.me.node_id == lock.node_id:
-        raise _Wrong(412, f"{lock.holder} is not down: it answers this request")
+        raise Wrong(412, f"{lock.holder} is not down: it answers this request")
     if age_s < wait_s(lock.ttl_s):
-        raise _Wrong(412, f"{lock.holder} does not look down: its lock was seen to be renewed {age_s:.1f} s ago, {wait_s(lock.ttl_s):.1f} s without are needed")
+        raise Wrong(412, f"{lock.holder} does not look down: its lock was seen to be renewed {age_s:.1f} s ago, {wait_s(lock.ttl_s):.1f} s without are needed")
     if published.observation is not None and still_sends(published.observation, lock.holder):
-        raise _Wrong(412, f"{lock.holder} does not look down: its PostgreSQL sends WAL to {published.observation.me.name} (a connection that is dead is "
+        raise Wrong(412, f"{lock.holder} does not look down: its PostgreSQL sends WAL to {published.observation.me.name} (a connection that is dead is "
                           "noticed after wal_receiver_timeout)")
     return {"holder": lock.holder, "incarnation": lock.incarnation, "sequence": lock.sequence}
 
@@ -273,7 +320,7 @@ def _stated_down(kind: str, published: Published) -> dict[str, Any]:
 def _object(request: Request, *, required: bool = True) -> dict[str, Any]:
     """The body as a JSON object; empty only if it is not required."""
     if required and "content-length" not in request.headers and "transfer-encoding" not in request.headers:
-        raise _Wrong(411, "the request has no body")
+        raise Wrong(411, "the request has no body")
     if not request.body.strip() and not required:
         return {}
     try:
@@ -281,9 +328,9 @@ def _object(request: Request, *, required: bool = True) -> dict[str, Any]:
         # What could be neither written to the store nor answered: half a character, and "not a number".
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
-        raise _Wrong(400, "the body is not JSON") from None
+        raise Wrong(400, "the body is not JSON") from None
     if not isinstance(value, dict) or (required and not value):
-        raise _Wrong(400, "the body must be a JSON object that is not empty")
+        raise Wrong(400, "the body must be a JSON object that is not empty")
     return value
 
 
@@ -292,7 +339,7 @@ def _name(body: Mapping[str, Any], key: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _Wrong(400, f"{key} must be a member's name")
+        raise Wrong(400, f"{key} must be a member's name")
     return value
 
 
@@ -302,10 +349,10 @@ def _ping(body: Mapping[str, Any]) -> Ping:
     slots = body.get("slots") or {}
     name = _name(body, "name")
     if not name or not isinstance(own, dict) or not isinstance(slots, dict):
-        raise _Wrong(400, "a failsafe ping has name, conn_url, api_url, slots")
+        raise Wrong(400, "a failsafe ping has name, conn_url, api_url, slots")
     epoch, ttl_s, sequence = own.get("epoch"), own.get("ttl_s"), own.get("sequence", 0)
     if not (_is_number(epoch, int) or epoch is None) or not (_is_number(ttl_s, float) or ttl_s is None) or not _is_number(sequence, int):
-        raise _Wrong(400, "pgha.epoch, pgha.sequence and pgha.ttl_s are numbers")
+        raise Wrong(400, "pgha.epoch, pgha.sequence and pgha.ttl_s are numbers")
     return Ping(name=name, conn_url=_name(body, "conn_url"), api_url=_name(body, "api_url"), to=_name(own, "to"), incarnation=_name(own, "incarnation"),
                 slots={str(k): v for k, v in slots.items() if _is_number(v, int)}, epoch=epoch, ttl_s=ttl_s, sequence=sequence)
 
@@ -327,8 +374,29 @@ def _seconds(value: Any) -> float:
     except (ValueError, KeyError):
         seconds = 0.0
     if isinstance(value, bool) or not 0 < seconds < 1e6:
-        raise _Wrong(400, "timeout must be a positive number of seconds")
+        raise Wrong(400, "timeout must be a positive number of seconds")
     return seconds
+
+
+def _moment(what: str, value: Any, *, wall_s: float) -> str:
+    """When a restart or switchover is to be done, as ISO 8601. Wrong, in the reference's words."""
+    try:
+        at = moment(value if isinstance(value, str) else "")
+    except NoZone:
+        raise Wrong(400, f"Timezone information is mandatory for the scheduled {what}") from None
+    except ValueError:
+        raise Wrong(422, "Unable to parse scheduled timestamp. It should be in an unambiguous format, e.g. ISO 8601") from None
+    if epoch_s(at) <= wall_s:
+        raise Wrong(422, f"Cannot schedule {what} in the past")
+    return at.isoformat()
+
+
+def _version(value: Any) -> str:
+    try:
+        server_version(str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else "")
+    except ValueError as error:
+        raise Wrong(400, f"postgres_version {error}") from None
+    return str(value)
 
 
 def _response(answer: Answer) -> Response:

@@ -74,7 +74,7 @@ class App:
         self.access = access or Access()      # replaced on reload
         self.headers = dict(headers or {})
         self.refusals = Refusals()
-        self.changes = Changes(board, requests)
+        self.changes = Changes(board, requests, wall_s=clock.wall_s)
         self._kept: dict[bytes, _Kept] = {}
         self._kept_of: Published | None = None
         self._body = b""

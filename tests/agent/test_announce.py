@@ -17,10 +17,11 @@ from pgha.dcs import Delete, Entry
 from pgha.dcs.keys import encode, member_from
 from pgha.dcs.memory import MemoryWorld
 from pgha.model.cluster import Tags
-from pgha.model.decision import Decision
+from pgha.model.decision import Decision, Memory
 from pgha.model.lock import Identity
 from pgha.model.node import DataDirectoryFacts, PostgresFacts, Row, WalReceiver
 from pgha.model.observation import Observation, Settings
+from pgha.model.request import ScheduledRestart
 from pgha.model.wal import HistoryRow
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -271,6 +272,13 @@ def test_the_key_says_whose_promotion_its_timeline_is(row: Row | None, directory
     member = member_from("n1", json.loads(encode(value)))
     assert (member.tells_claim, member.claim) == (tells, claim)
     assert tells == ("claim" in value["pgha"])
+
+
+def test_a_scheduled_restart_is_told():
+    scheduled = ScheduledRestart(schedule="2030-01-01T00:00:00+00:00", postmaster_start_time="then", conditions={"role": "replica"})
+    decision = Decision(situation="following", summary="", state="running", role="replica", memory=Memory(scheduled_restart=scheduled))
+    value = member_value(seen(STANDBY), decision, api_url="", conn_url="", checkpoint_pending=False)
+    assert value["scheduled_restart"] == {"schedule": "2030-01-01T00:00:00+00:00", "role": "replica", "postmaster_start_time": "then"}
 
 
 @pytest.mark.parametrize(("row", "role", "more", "expected"), [

@@ -165,7 +165,7 @@ def test_a_store_that_does_not_answer_is_said_in_time(kind: str):
 
 def test_what_is_not_known_is_not_supported():
     async def main() -> None:
-        assert await Scene().ask("reinitialize") == Answer(status=501, text="reinitialize is not supported")
+        assert await Scene().ask("promote") == Answer(status=501, text="promote is not supported")
 
     run(main)
 

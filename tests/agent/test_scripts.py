@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import signal
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def dies(pid):
+    """A signal is sent before its target is gone: the kernel takes its moment on a busy machine."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([pidfd], [], [], 5.0)[0])
+    finally:
+        os.close(pidfd)
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +85,7 @@ def test_at_its_limit_the_whole_group_is_ended(caplog, deaf):
     assert ended.exit_code is None and "had not ended after 0.3 s" in str(ended)
     assert ended.took_s < 5
     pids = [int(line) for line in said(caplog)]
-    assert len(pids) == 2 and not any(map(alive, pids))
+    assert len(pids) == 2 and all(map(dies, pids))
 
 
 def test_what_it_leaves_in_the_background_goes_on_if_it_is_spared(caplog):
@@ -84,7 +97,7 @@ def test_what_it_leaves_in_the_background_goes_on_if_it_is_spared(caplog):
         os.kill(pid, signal.SIGKILL)
     caplog.clear()
     ended = script("sleep 1000 & echo $!")
-    assert ended.ok and not alive(int(said(caplog)[0]))
+    assert ended.ok and dies(int(said(caplog)[0]))
 
 
 def test_one_that_is_not_there():

@@ -1,26 +1,11 @@
 """`pgha ctl` on a real cluster: what it shows is so, what it changes is changed, what it refuses has not happened."""
 
 import json
-import subprocess
 
 import pytest
-
-from pgha.demo.processes import CLEAN_ENVIRONMENT, as_user
+from console import DONE, FAILED, REFUSED, ctl
 
 pytestmark = pytest.mark.cluster
-
-DONE, FAILED, USAGE, REFUSED, UNKNOWN, UNREACHABLE = range(6)
-
-
-def ctl(bed, *arguments, answers=""):
-    """With the first node's configuration; the database's password is in the environment."""
-    program = bed.settings.program
-    environment = {**CLEAN_ENVIRONMENT, **program.environment, "PGUSER": "postgres", "PGPASSWORD": bed.settings.password}
-    done = subprocess.run([*program.argv, "ctl", "-c", str(bed.nodes[0].config_path), *arguments], input=answers, capture_output=True,
-                          text=True, timeout=120, check=False, cwd="/", env=environment, **as_user("postgres"))
-    print(f"ctl {' '.join(arguments)} → {done.returncode}\n{done.stdout}{done.stderr}")
-    assert bed.settings.password not in done.stdout + done.stderr
-    return done.returncode, done.stdout, done.stderr
 
 
 def address(node):
@@ -94,9 +79,7 @@ def test_restart_and_reinit_touch_only_who_is_meant(cluster):
     replicas = [node for node in cluster.nodes if node is not leader]
     before = started(cluster)
     assert ctl(cluster, "restart", "--force", "--pg-version", "13.0")[0] == REFUSED
-    assert ctl(cluster, "restart", "--force", "--scheduled", "2099-01-01T00:00:00Z")[0] == REFUSED
     assert ctl(cluster, "reinit", leader.name, "--force")[0] == REFUSED
-    assert ctl(cluster, "reinit", replicas[0].name, "--force", "--wait")[0] == REFUSED      # pgha's agents do not do it yet
     assert started(cluster) == before
     code, out, _ = ctl(cluster, "restart", "--force", "--pg-version", "99.0", "-r", "replica")
     assert code == DONE
@@ -116,10 +99,6 @@ def test_edit_config_reaches_the_agents(cluster):
     finally:
         undo = '{"maximum_lag_on_failover": 1048576, "postgresql": {"parameters": {"log_min_duration_statement": null}}}'
         assert ctl(cluster, "edit-config", "-q", "--force", "--apply", "-", answers=undo)[:2] == (DONE, "Configuration changed\n")
-    code, _, err = ctl(cluster, "switchover", "--force", "--scheduled", "2099-01-01T00:00:00Z")
-    assert code == REFUSED
-    assert "scheduled_at is not supported yet" in err
-    assert cluster.wait_healthy(30) is leader
 
 
 def test_remove_takes_the_keys_and_leaves_the_data(beds):

@@ -25,7 +25,7 @@ class Agent(App):
     """An agent as the reference's for what reinit asks. `answers`: to POST /reinitialize, the last one again and again;
     `states`: what GET /patroni says, likewise."""
 
-    def __init__(self, *answers: tuple[int, str], states: tuple[tuple[str, str], ...] = (("running", BEFORE),)) -> None:
+    def __init__(self, *answers: tuple[int, str], states: tuple[tuple[Any, ...], ...] = (("running", BEFORE),)) -> None:
         app, board, inbox, clock = app_for(published(primary=False))
         del app
         super().__init__(board, inbox, clock=clock)
@@ -42,8 +42,9 @@ class Agent(App):
 
     async def handle(self, request: Request) -> Response:
         if request.method == "GET":
-            state, started_at = self.states.pop(0) if len(self.states) > 1 else self.states[0]
-            return json_response({"state": state, **({"postmaster_start_time": started_at} if started_at else {})})
+            state, started_at, *own = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+            told = {"pgha": {"reinitialize": own[0]} if own[0] else {}} if own else {}
+            return json_response({"state": state, **({"postmaster_start_time": started_at} if started_at else {}), **told})
         self.asked.append((request.path, json.loads(request.body)))
         return text_response(*(self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]))
 
@@ -77,6 +78,27 @@ def test_waiting_ends_when_postgresql_runs_on_the_copy(world: World, start_agent
                                               "Waiting for reinitialize to complete on: n2\nReinitialize is completed on: n2\n")
 
 
+NOTHING: dict[str, Any] = {}
+LAST, BEGUN = {"request": 3, "state": "done"}, {"request": 4, "state": "running"}
+
+
+@pytest.mark.parametrize(("states", "code", "says"), [
+    # What the server does says nothing: before it is stopped, and when the copy has failed, the old one runs.
+    ([("running", BEFORE, LAST), ("running", BEFORE, BEGUN), ("stopped", "", BEGUN), ("stopped", "", {**BEGUN, "state": "done"}), ("running", AFTER, {**BEGUN, "state": "done"})], 0,
+     "Reinitialize is completed on: n2"),
+    ([("running", BEFORE, NOTHING), ("creating replica", "", BEGUN), ("running", AFTER, {**BEGUN, "state": "failed", "why": "not enough space"})], 1,
+     "Failed: reinitialize for member n2: not enough space; its data is as before"),
+    ([("running", BEFORE, NOTHING), ("creating replica", "", BEGUN), ("", ""), ("running", AFTER, NOTHING)], 4, "its agent was started again"),
+    ([("running", BEFORE, LAST), ("running", AFTER, LAST)], 4, "its agent was started again"),
+])
+def test_an_agent_of_pgha_says_itself_what_became_of_it(world: World, start_agent: Any, states: list[tuple[Any, ...]], code: int, says: str) -> None:
+    world.load("steady")
+    world.agent_at("n2", start_agent(Agent(STARTED, states=tuple(states))))
+    got, out, err = world.ctl("reinit", "n2", "--force", "--wait")
+    assert got == code
+    assert says in (out if code == 0 else err)
+
+
 @pytest.mark.parametrize(("before", "now", "copied", "anew"), [
     (State("running", BEFORE), State("running", AFTER), False, True),
     (State("running", BEFORE), State("running", BEFORE), False, False),
@@ -107,7 +129,7 @@ def test_an_action_in_progress_is_cancelled_only_if_somebody_says_so(world: Worl
     world.agent_at("n2", start_agent(agent))
     assert world.ctl("reinit", "n2")[::2] == (2, "pgha: this asks before it does anything, and there is no terminal to ask on; allowed: --force\n")
     code, _, err = world.ctl("reinit", "n2", "--force")
-    assert (code, err) == (1, "pgha: Failed: reinitialize for member n2, status code=503, (reinitialize already in progress)\n")
+    assert (code, err) == (3, "pgha: Failed: reinitialize for member n2, status code=503, (reinitialize already in progress)\n")
     assert agent.asked == [("/reinitialize", {"force": True})]
 
 
@@ -118,13 +140,13 @@ def test_an_action_in_progress_is_cancelled_only_if_somebody_says_so(world: Worl
     (["--force"], 2, "which member? There are n2, n3"),
     ([], 2, "there is no terminal to ask on"),
     (["n2", "--force"], 5, "Failed: reinitialize for member n2: http://127.0.0.1:1: Connection refused"),
-    (["n3", "--force"], 3, "Failed: reinitialize for member n3, status code=501, (POST /reinitialize is not supported)"),
+    (["n3", "--force"], 3, "Failed: reinitialize for member n3, status code=503, (can not reinitialize: pg_control cannot be read)"),
     (["n3", "n2", "n1", "--force"], 5, "n1 is the leader, and is left out"),
 ])
 def test_what_is_not_done_is_said(world: World, start_agent: Any, arguments: list[str], code: int, err: str) -> None:
     world.load("steady")
     world.agent_at("n2", ("127.0.0.1", 1))
-    world.agent_at("n3", start_agent(app_for(published(primary=False))[0]))      # pgha's own, which does not do it yet
+    world.agent_at("n3", start_agent(Agent((503, "can not reinitialize: pg_control cannot be read"))))
     got, _, errors = world.ctl("reinit", *arguments)
     assert got == code
     assert err in errors

@@ -82,12 +82,19 @@ def test_a_schedule_takes_its_conditions_along(world: World, start_agent: Any) -
     assert of["n2"].asked[1:] == [{}]
 
 
-def test_pghas_own_agents_refuse_a_schedule(world: World, start_agent: Any) -> None:
+@pytest.mark.parametrize(("text", "code"), [("restart conditions are not satisfied", 3), ("restart already in progress", 3), ("restart failed: too slow", 1)])
+def test_what_an_agent_refuses_is_no_failure(world: World, start_agent: Any, text: str, code: int) -> None:
     world.load("steady")
-    world.agent_at("n2", start_agent(app_for(published())[0]))
-    code, _, err = world.ctl("restart", "n2", "--force", "--scheduled", "2099-01-31T03:00:00+01:00")
-    assert code == 3
-    assert "Failed: restart for member n2, status code=400, (schedule is not supported yet by this version of pgha" in err
+    world.agent_at("n2", start_agent(Agent(status=503, text=text)))
+    assert world.ctl("restart", "n2", "--force")[::2] == (code, f"pgha: Failed: restart for member n2, status code=503, ({text})\n")
+
+
+def test_the_role_is_judged_again_when_it_is_time(world: World, start_agent: Any) -> None:
+    world.load("steady")
+    agent = Agent(status=202, text="Restart scheduled")
+    world.agent_at("n2", start_agent(agent))
+    assert world.ctl("restart", "n2", "-r", "replica", "--force", "--scheduled", "2099-01-31T03:00:00+01:00")[0] == 0
+    assert agent.asked == [{"schedule": "2099-01-31T03:00:00+01:00", "role": "replica"}]
 
 
 @pytest.mark.parametrize(("when", "arguments", "code", "err"), [

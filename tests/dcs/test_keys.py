@@ -102,6 +102,12 @@ def test_recorded_synchronous_and_planned_states():
 # --- forms of their own ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("given", "wanted"), [(None, ""), ("", ""), (5, "5"), (False, "false"), ({"at": [1]}, '{"at": [1]}'), ("x" * 100, "x" * 100)])
+def test_a_schedule_that_is_no_text_is_still_one(given: Any, wanted: str):
+    """Else a switchover for later would be one for now."""
+    assert view_of({"failover": {"leader": "n1", "scheduled_at": given}}).failover.scheduled_at == wanted
+
+
 def test_an_empty_store():
     view = view_of({})
     assert view == ClusterView(revision=99)

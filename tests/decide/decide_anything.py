@@ -19,7 +19,8 @@ from pgha.model.cluster import ClusterView, FailoverKey, HistoryEntry, PausedHol
 from pgha.model.decision import Election, Replica, SyncBook
 from pgha.model.lock import Epoch, Licence, LicenceState, licence_s
 from pgha.model.node import DataDirectoryFacts, WalReceiver
-from pgha.model.observation import Operation, Request, SlotMatcher, Upstream, WrittenNames
+from pgha.model.observation import Operation, SlotMatcher, Upstream, WrittenNames
+from pgha.model.request import Reinitialisation, Request, ScheduledRestart
 from pgha.model.synchronous import Promise
 from pgha.model.wal import HistoryRow, Position
 
@@ -142,8 +143,13 @@ def _election(chance: Random) -> Election | None:
     return chance.choice((None, Election(epoch=chance.choice((0, 5, 6)), lock_revision=chance.choice((0, 100, 99)), began_at=_instant(chance), frozen_at=_sometime(chance), voted_at=_sometime(chance))))
 
 
+#: 2027-01-15T08:00:00Z is the wall clock's moment in every world.
+MOMENTS = ("x", "2030-01-01", "2030-01-01T00:00:00Z", "2027-01-15T07:59:59.5+00:00", "2027-01-15T08:00:00.5+00:00", "2001-01-01T00:00:00+01:00")
+
+
 def _requests(chance: Random) -> tuple[Request, ...]:
-    return tuple(Request(id=n, kind=chance.choice(("restart", "reload", "switchover", "failover")), at=_instant(chance), options=chance.choice(({}, {"timeout_s": 5.0}, {"timeout_s": None})))
+    options = ({}, {"timeout_s": 5.0}, {"timeout_s": None}, {"role": "replica"}, {"postgres_version": "x"}, {"restart_pending": True}, {"schedule": "x"}, {"force": True})
+    return tuple(Request(id=n, kind=chance.choice(("restart", "cancel_restart", "reload", "reinitialize", "switchover", "failover")), at=_instant(chance), options=chance.choice(options))
                  for n in range(chance.randrange(1, 3)))
 
 
@@ -277,7 +283,7 @@ CHANGES: tuple[tuple[str, Any], ...] = (
     ("dcs__view__history", one_of(None, (), (HistoryEntry(timeline=9, lsn=1),))),
     ("dcs__view__status", lambda chance: Status(optime=_lsn(chance), slots={"c": _lsn(chance), "?": 0}, retain_slots=("x",), raw={"x": [1]})),
     *SYNCHRONOUS,
-    ("dcs__view__failover", lambda chance: FailoverKey(leader=_name(chance), candidate=_name(chance), scheduled_at=chance.choice(("", "", "x")))),
+    ("dcs__view__failover", lambda chance: FailoverKey(leader=_name(chance), candidate=_name(chance), scheduled_at=chance.choice(("", "", *MOMENTS)))),
     ("dcs__view__epoch", lambda chance: Epoch(number=chance.choice((0, 5, 6)), holder=_name(chance), incarnation="x", timeline=_timeline(chance), claims=chance.choice(((), ((7, "c"),))))),
     ("dcs__view__revisions", one_of({})),
     ("dcs__view__revision", one_of(0, 99, 101)),
@@ -331,6 +337,10 @@ CHANGES: tuple[tuple[str, Any], ...] = (
     ("memory__last_rewind_failed_at", _sometime),
     ("memory__rewind_failed_for", one_of("", "a/3")),
     ("memory__last_status_at", _sometime),
+    ("memory__scheduled_restart", lambda chance: ScheduledRestart(schedule=chance.choice(MOMENTS), begun=_bool(chance), conditions=chance.choice(({}, {"role": "primary"}, {"timeout": 3.0})))),
+    ("memory__reinit", lambda chance: Reinitialisation(request=3, asked_at=_instant(chance), from_leader=_bool(chance), inspected=_bool(chance))),
+    ("memory__restart_within_s", one_of(0.0, 1.0)),
+    ("memory__restart_overdue", _bool),
     ("memory__last_ended_id", one_of(0, 1, 2, 3, 4)),
 )
 

@@ -23,7 +23,8 @@ from msgspec import structs
 from pgha.model.action import Follow, Restart, Source, Stop, WriteInitialize
 from pgha.model.cluster import Tags
 from pgha.model.node import WalReceiver
-from pgha.model.observation import Request, Upstream
+from pgha.model.observation import Upstream
+from pgha.model.request import Request
 from pgha.model.wal import HistoryRow
 
 ROWS = [

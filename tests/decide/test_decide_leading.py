@@ -29,7 +29,8 @@ from msgspec.structs import replace
 from pgha.decide.leading import _timestamp
 from pgha.model.action import Demote, Promote, Restart, WriteInitialize, WriteKey
 from pgha.model.cluster import FailoverKey, HistoryEntry
-from pgha.model.observation import Request, StoreCapacity
+from pgha.model.observation import StoreCapacity
+from pgha.model.request import Request
 from pgha.model.wal import HistoryRow
 
 PROMOTION = [
@@ -204,6 +205,17 @@ SWITCHOVER = [
         does="WriteKey", summary="clearing"),
     row("from anybody", dcs__view__failover__leader="", refuses="", does="Demote"),
     row("on a date", dcs__view__failover__scheduled_at="2030-01-01T00:00Z", refuses="", does="", summary="no action"),
+    row("in two seconds", dcs__view__failover__scheduled_at="2027-01-15T08:00:02Z", refuses="", does="", summary="no action", says="in 2.0 s"),
+    row("now", dcs__view__failover__scheduled_at="2027-01-15T09:00:00+01:00", refuses="", does="WriteKey", summary="the time of the switchover to c has come"),
+    row("15 s ago", dcs__view__failover__scheduled_at="2027-01-15T07:59:45Z", refuses="", does="WriteKey", summary="has come", says="15.0 s ago, limit 15 s"),
+    row("15.1 s ago", dcs__view__failover__scheduled_at="2027-01-15T07:59:44.9Z", refuses="switchover.is_in_time", does="WriteKey", summary="refused to hand over", says="15.1 s ago"),
+    row("29 s ago, loop_wait 20", dcs__view__failover__scheduled_at="2027-01-15T07:59:31Z", settings__loop_wait_s=20.0, refuses="", says="limit 30 s", summary="has come"),
+    row("now, in pause", dcs__view__failover__scheduled_at="2027-01-15T08:00:00Z", settings__pause=True, refuses="", does="", summary="no action"),
+    row("stale, in pause", dcs__view__failover__scheduled_at="2027-01-15T07:00:00Z", settings__pause=True, refuses="switchover.is_in_time", does="WriteKey"),
+    row("at no moment", dcs__view__failover__scheduled_at="soon", refuses="switchover.is_in_time", does="WriteKey", says="'soon' is no moment in time", summary="refused to hand over"),
+    row("in no zone", dcs__view__failover__scheduled_at="2030-01-01T00:00", refuses="switchover.is_in_time", does="WriteKey", says="does not say in which time zone"),
+    row("now, and nobody is named", dcs__view__failover=FailoverKey(scheduled_at="2027-01-15T08:00:00Z"), refuses="", does="WriteKey", summary="names neither leader nor candidate"),
+    row("later, and nobody is named", dcs__view__failover=FailoverKey(scheduled_at="2027-01-15T09:00:00Z"), refuses="", does="", summary="no action"),
 ]
 
 
@@ -215,6 +227,25 @@ def test_switchover(case):
 def test_a_switchover_stops_in_order_and_gives_the_lock_back():
     demote = only(ASKED.decide(), Demote)
     assert (demote.mode, demote.release, demote.checkpoint) == ("fast", True, True)
+
+
+def test_a_switchover_whose_time_has_come_becomes_one_for_now():
+    """In the store, where everybody sees the same; with what else stood there; and only if it is still what was read."""
+    raw = {"leader": "a", "member": "c", "scheduled_at": "2027-01-15T08:00:00Z", "other": [1]}
+    action = only(ASKED.but(dcs__view__failover__scheduled_at=raw["scheduled_at"], dcs__view__failover__raw=raw).decide(), WriteKey)
+    assert json.loads(action.value) == {"leader": "a", "member": "c", "other": [1]}
+    assert (action.key, action.if_revision, action.epoch_revision) == ("failover", 99, 50)
+
+
+def test_the_loop_wakes_at_the_very_moment():
+    decision = ASKED.but(dcs__view__failover__scheduled_at="2027-01-15T08:00:02.5Z").decide()
+    assert decision.wake_in_s == pytest.approx(2.5)
+    assert ASKED.but(dcs__view__failover__scheduled_at="2027-01-15T08:01:00Z").decide().wake_in_s == 10.0
+
+
+def test_the_others_are_waited_for_from_when_its_time_came():
+    """The request of an hour ago had not asked anybody."""
+    assert ASKED.but(peers={}, memory__switchover_asked_at=None).decide().memory.switchover_asked_at is not None
 
 
 def test_a_cleared_failover_key_is_compared():

@@ -36,7 +36,8 @@ from pgha.model.action import AcquireLock, Demote, MaintainSlots, Restart, Stand
 from pgha.model.cluster import FailoverKey, PausedHolder
 from pgha.model.lock import Epoch, Licence, LicenceState
 from pgha.model.node import DataDirectoryFacts, GuardFacts, PostgresFacts, WalReceiver
-from pgha.model.observation import Operation, Request, Upstream
+from pgha.model.observation import Operation, Upstream
+from pgha.model.request import Request
 
 ENDLESS = licence(mode="paused", valid_until=NEVER)
 GUARD = GuardFacts(reachable=True, state="paused")

@@ -31,7 +31,8 @@ from msgspec.structs import replace
 from pgha.model.action import Demote, Promote, Restart, SetSynchronousNames, StartPrimary, WriteKey
 from pgha.model.cluster import FailoverKey, Sync, Tags
 from pgha.model.decision import Replica, SyncBook
-from pgha.model.observation import Request, WrittenNames
+from pgha.model.observation import WrittenNames
+from pgha.model.request import Request
 from pgha.model.synchronous import PLACEHOLDER, Promise
 
 

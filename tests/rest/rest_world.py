@@ -16,7 +16,7 @@ from pgha.clock import Instant
 from pgha.dcs import Entry, Generation, Snapshot
 from pgha.dcs.keys import Keys, parse
 from pgha.model.cluster import LockSeen, Tags
-from pgha.model.decision import Decision, Reason, Vote
+from pgha.model.decision import Decision, Memory, Reason, Vote
 from pgha.model.failsafe import FailsafeFacts, Ping, Promise
 from pgha.model.lock import Identity, Licence, LicenceState
 from pgha.model.node import Answer as Answered
@@ -112,7 +112,7 @@ def replica_row() -> Row:
 def published(*, primary: bool = True, etcd: Mapping[str, Any] | None = None, row: Row | None = None, answer: Answered = "sql", ttl_s: float = 30.0,
               held: bool | None = None, tags: Mapping[str, Any] | None = None, pause: bool = False, state: str = "running",
               refusal: str = "", number: int = 1, vote: Vote | None = None, reasons: tuple[Reason, ...] = (), seen: bool = True, seen_lock_s_ago: float = 0.0,
-              by_failsafe: bool = False, promise: Promise | None = None, **changed: Any) -> Published:
+              by_failsafe: bool = False, promise: Promise | None = None, memory: Memory | None = None, **changed: Any) -> Published:
     """A pass of n1 (primary, holding the lock) or n2 (replica) of the recorded cluster."""
     view = view_of(etcd or golden("steady")["etcd"], **changed) if seen else None
     held = primary if held is None else held
@@ -124,7 +124,7 @@ def published(*, primary: bool = True, etcd: Mapping[str, Any] | None = None, ro
         failsafe=FailsafeFacts(promise=promise),
     )
     decision = Decision(situation="leading" if primary else "following", summary="no action", state=state, reasons=reasons, paused=pause,
-                        role="primary" if primary else "replica", vote=vote or Vote(timeline=2, lsn=67837408))
+                        role="primary" if primary else "replica", vote=vote or Vote(timeline=2, lsn=67837408), memory=memory or Memory())
     return publish_pass(observation, decision, scope="bench", failover_refusal=refusal)
 
 

@@ -28,6 +28,7 @@ from rest_world import (
 from pgha.clock import Instant
 from pgha.model.decision import Memory, Reason, Vote
 from pgha.model.lock import LockRecord
+from pgha.model.request import Reinitialisation, ReinitialisationEnd, ScheduledRestart
 from pgha.replay import Pass
 from pgha.rest.access import Access, resolve_allowlist
 from pgha.rest.published import Board, nothing_yet
@@ -293,7 +294,12 @@ REFUSALS: list[tuple[str, str, Any, dict[str, Any], int, str]] = [
     ("POST", "/switchover", {"candidate": "n2"}, {}, 400, "Switchover could be performed only from a specific leader"),
     ("POST", "/failover", {"x": 1}, {}, 400, "Failover could be performed only to a specific candidate"),
     ("POST", "/failover", {"candidate": "n2", "scheduled_at": "2099-01-01T00:00:00+00:00"}, {}, 400, "Failover can't be scheduled"),
-    ("POST", "/switchover", {"leader": "n1", "scheduled_at": "2099-01-01T00:00:00+00:00"}, {}, 400, "not supported yet"),
+    ("POST", "/switchover", {"leader": "n1", "scheduled_at": "2099-01-01T00:00:00"}, {}, 400, "Timezone information is mandatory for the scheduled switchover"),
+    ("POST", "/switchover", {"leader": "n1", "scheduled_at": "2020-01-01T00:00:00Z"}, {}, 422, "Cannot schedule switchover in the past"),
+    ("POST", "/switchover", {"leader": "n1", "scheduled_at": "tomorrow"}, {}, 422, "Unable to parse scheduled timestamp"),
+    ("POST", "/switchover", {"leader": "n1", "scheduled_at": 4070908800}, {}, 422, "Unable to parse scheduled timestamp"),
+    ("POST", "/switchover", {"leader": "n1", "candidate": "n1", "scheduled_at": "2099-01-01T00:00:00Z"}, {}, 400, "Switchover target and source are the same"),
+    ("POST", "/switchover", {"candidate": "n1", "scheduled_at": "2099-01-01T00:00:00Z"}, {}, 400, "Switchover could be performed only from a specific leader"),
     ("POST", "/switchover", {"leader": "n1", "scheduled_at": "x"}, {"pause": True}, 400, "Can't schedule switchover in the paused state"),
     ("POST", "/switchover", {"leader": "n1"}, {"pause": True}, 400, "Switchover is possible only to a specific candidate in a paused state"),
     ("POST", "/restart", {"schedule": "2099-01-01T00:00:00+00:00"}, {"pause": True}, 500, "Can't schedule restart in the paused state"),
@@ -320,10 +326,17 @@ REFUSALS: list[tuple[str, str, Any, dict[str, Any], int, str]] = [
      "switchover is not possible: no good candidates have been found (n2: tagged nofailover; n3: state is unknown)"),
     ("POST", "/switchover", {"leader": "n1"}, {"seen": False}, 503, "the cluster has not been seen"),
     ("DELETE", "/switchover", None, {}, 404, "no switchover is scheduled"),
-    ("DELETE", "/restart", None, {}, 404, "no restarts are scheduled"),
     ("POST", "/restart", {"role": "nonsense"}, {}, 400, "PostgreSQL role should be either primary, standby_leader, or replica"),
-    ("POST", "/restart", {"role": "primary"}, {}, 400, "not supported yet"),
-    ("POST", "/restart", {"schedule": "2000-01-01T00:00:00+00:00"}, {}, 400, "not supported yet"),
+    ("POST", "/restart", {"postgres_version": "new"}, {}, 400, "postgres_version is no version of PostgreSQL"),
+    ("POST", "/restart", {"postgres_version": [16]}, {}, 400, "postgres_version is no version of PostgreSQL"),
+    ("POST", "/restart", {"schedule": "2000-01-01T00:00:00+00:00"}, {}, 422, "Cannot schedule restart in the past"),
+    ("POST", "/restart", {"schedule": "2099-01-01T00:00:00"}, {}, 400, "Timezone information is mandatory for the scheduled restart"),
+    ("POST", "/restart", {"schedule": "x"}, {}, 422, "Unable to parse scheduled timestamp"),
+    ("POST", "/restart", {"schedule": None}, {}, 422, "Unable to parse scheduled timestamp"),
+    ("POST", "/reinitialize", [1], {}, 400, ""),
+    ("POST", "/sigterm", None, {}, 202, "nothing is done"),
+    ("POST", "/citus", {"type": "before_demote"}, {}, 501, "does not support Citus"),
+    ("POST", "/mpp", {"type": "before_demote"}, {}, 501, "does not support Citus"),
     ("POST", "/restart", {"other": 1}, {}, 400, "Unknown filter: other"),
     ("POST", "/restart", {"timeout": "soon"}, {}, 400, "timeout must be a positive number"),
     ("POST", "/restart", {"timeout": True}, {}, 400, "timeout must be a positive number"),
@@ -393,6 +406,38 @@ def test_a_switchover_is_handed_in_and_its_outcome_awaited() -> None:
         200, 'Successfully failed over to "n2"', [("failover", {"member": "n2"})])
 
 
+def test_a_switchover_for_later_is_written_and_not_waited_for() -> None:
+    async def main() -> None:
+        app, _, inbox, _ = app_for(published())
+        inbox.answers["switchover"] = Answer(status=200, text="", revision=20)
+        async with serving(app) as address:
+            # Who leads then, and who may take over, is seen then.
+            answer = await ask(address, "POST", "/switchover", {"leader": "n9", "candidate": "n8", "scheduled_at": "2099-01-01T00:00:00Z"})
+        assert answer == (202, b"Switchover scheduled")
+        assert inbox.asked == [("switchover", {"leader": "n9", "member": "n8", "scheduled_at": "2099-01-01T00:00:00+00:00"})]
+
+    run(main)
+
+
+def test_what_is_scheduled_and_how_the_copy_goes_is_shown() -> None:
+    async def main() -> None:
+        restart = ScheduledRestart(schedule="2099-01-01T00:00:00+00:00", postmaster_start_time="then", conditions={"restart_pending": True})
+
+        async def shown(memory: Memory, member: dict[str, Any]) -> tuple[Any, Any, Any]:
+            app, *_ = app_for(published(primary=False, memory=memory, members__n2=member))
+            own, cluster = json.loads((await get(app, "/patroni")).body), json.loads((await get(app, "/cluster")).body)
+            return own.get("scheduled_restart"), own["pgha"].get("reinitialize"), next(m for m in cluster["members"] if m["name"] == "n2").get("scheduled_restart")
+
+        wanted = {"schedule": "2099-01-01T00:00:00+00:00", "restart_pending": True}
+        assert restart.published() == {**wanted, "postmaster_start_time": "then"}
+        assert await shown(Memory(scheduled_restart=restart), {"scheduled_restart": restart.published()}) == (wanted, None, wanted)
+        assert await shown(Memory(reinit=Reinitialisation(request=3, asked_at=NOW)), {}) == (None, {"request": 3, "state": "running"}, None)
+        assert (await shown(Memory(reinit_ended=ReinitialisationEnd(request=3, ok=False, why="no room")), {}))[1] == {"request": 3, "state": "failed", "why": "no room"}
+        assert (await shown(Memory(reinit_ended=ReinitialisationEnd(request=3, ok=True)), {"scheduled_restart": "nonsense"}))[1:] == ({"request": 3, "state": "done"}, "nonsense")
+
+    run(main)
+
+
 def test_an_outcome_that_does_not_come_is_called_unknown() -> None:
     app, _, inbox, _ = app_for(published())
     inbox.answers["switchover"] = Answer(status=200, text="", revision=20)
@@ -413,6 +458,8 @@ def test_answers_of_the_loop_are_passed_on() -> None:
         inbox.answers = {
             "reload": Answer(status=202, text="reload scheduled"),
             "restart": Answer(status=200, text="restarted successfully"),
+            "cancel_restart": Answer(status=404, text="no restarts are scheduled"),
+            "reinitialize": Answer(status=200, text="reinitialize started"),
             "patch_config": Answer(status=200, text='{"ttl": 20}', json=True),
             "switchover": Answer(status=503, text="failed to write failover key into DCS"),
         }
@@ -420,9 +467,17 @@ def test_answers_of_the_loop_are_passed_on() -> None:
             assert await ask(address, "POST", "/reload") == (202, b"reload scheduled")
             assert await ask(address, "POST", "/restart") == (200, b"restarted successfully")
             assert await ask(address, "POST", "/restart", {"timeout": "2min"}) == (200, b"restarted successfully")
+            assert await ask(address, "POST", "/restart", {"role": "replica", "postgres_version": "16.4", "restart_pending": ""}) == (200, b"restarted successfully")
+            assert (await ask(address, "POST", "/restart", {"schedule": "2099-01-01 01:00+01", "timeout": 5, "restart_pending": True}))[0] == 200
+            assert await ask(address, "DELETE", "/restart") == (404, b"no restarts are scheduled")
+            assert await ask(address, "POST", "/reinitialize") == (200, b"reinitialize started")
+            assert await ask(address, "POST", "/reinitialize", {"force": True, "from-leader": True}) == (200, b"reinitialize started")
             assert await ask(address, "PATCH", "/config", {"ttl": 20}) == (200, b'{"ttl": 20}')
             assert await ask(address, "POST", "/switchover", {"leader": "n1"}) == (503, b"failed to write failover key into DCS")
-        assert inbox.asked == [("reload", {}), ("restart", {}), ("restart", {"timeout_s": 120.0}), ("patch_config", {"ttl": 20}),
+        assert inbox.asked == [("reload", {}), ("restart", {}), ("restart", {"timeout_s": 120.0}),
+                               ("restart", {"role": "replica", "postgres_version": "16.4", "restart_pending": ""}),
+                               ("restart", {"schedule": "2099-01-01T01:00:00+01:00", "timeout": 5.0, "restart_pending": True}), ("cancel_restart", {}),
+                               ("reinitialize", {"force": False, "from_leader": False}), ("reinitialize", {"force": True, "from_leader": True}), ("patch_config", {"ttl": 20}),
                                ("switchover", {"leader": "n1"})]
 
     run(main)

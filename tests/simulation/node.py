@@ -59,7 +59,7 @@ from pgha.model.failsafe import FailsafeFacts
 from pgha.model.lock import Identity, LicenceState
 from pgha.model.node import Control, DataDirectoryFacts, PostgresFacts
 from pgha.model.observation import Observation, Operation, Peer, Settings, Upstream, WrittenNames
-from pgha.model.observation import Request as OperatorRequest
+from pgha.model.request import Request as OperatorRequest
 from pgha.model.wal import HistoryRow, Position
 from pgha.observe.postgres import (
     HURRY_S,
