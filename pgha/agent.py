@@ -41,6 +41,7 @@ from pgha.dcs import Store
 from pgha.dcs.keys import Keys, encode
 from pgha.dcs.outage import Outage
 from pgha.decide import decide
+from pgha.decide.common import others
 from pgha.errors import (
     ConfigError,
     DcsError,
@@ -87,7 +88,7 @@ from pgha.model.decision import Decision, Memory
 from pgha.model.failsafe import FailsafeFacts, Ping
 from pgha.model.lock import Identity, LicenceState
 from pgha.model.node import DataDirectoryFacts, PostgresFacts, WatchdogFacts
-from pgha.model.observation import DcsFacts, Observation, Operation, Settings, Upstream, WrittenNames
+from pgha.model.observation import DcsFacts, Observation, Operation, Peer, Settings, Upstream, WrittenNames
 from pgha.model.wal import HistoryRow, Position
 from pgha.observe.cluster import ClusterObserver
 from pgha.observe.data_directory import DataDirectoryReader
@@ -179,6 +180,7 @@ class Agent:
         self.failsafe = Rounds(renewer=self.renewer, clock=clock, timing=self._timing, wake=self.wake, conn_url=self._conn_url, api_url=self._api_url,
                                asker=HttpAsker(self.surface.peers(machine), authorization=self.surface.authorization))
         self.inbox.accept = self._accept_failsafe
+        self.inbox.ask_others = self._ask_others
         self.events = EventLog(run=self.me.incarnation, node=self.me.name, scope=local.scope)
         self.chronicle = Chronicle(self.events)
         self.board = Board(nothing_yet(name=self.me.name, scope=local.scope, at=clock.now(), wall_s=clock.wall_s()))
@@ -272,6 +274,11 @@ class Agent:
         if verdict.promise is not None:
             self.wake()
         return Answer(status=verdict.status, text=verdict.text), row.position if row is not None else 0
+
+    async def _ask_others(self) -> dict[str, Peer]:
+        """For a dry run: what is asked of the others while a decision needs it."""
+        seen = self.board.current().observation
+        return await self.peers.ask_once(others(seen)) if seen is not None and seen.dcs.view is not None else {}
 
     def _timing(self) -> Timing:
         return Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause)

@@ -21,6 +21,7 @@ from pgha.errors import DcsError
 from pgha.log import Log
 from pgha.model.cluster import ClusterView
 from pgha.model.failsafe import Ping
+from pgha.model.observation import Peer
 from pgha.model.request import Request
 from pgha.rest.requests import Answer
 
@@ -41,6 +42,7 @@ class Inbox:
         self._view = view
         self._wake = wake
         self._look = look
+        self.ask_others: Callable[[], Awaitable[dict[str, Peer]]] = _nobody_asked    # all other members, now: the agent, too
         self.accept: Callable[[Ping], tuple[Answer, int]] = _nobody_there     # who promises: the agent, once it is made
         self.judge: Callable[[dict[str, Any] | None, Any], Awaitable[Judgement]] = _by_schema       # who asks PostgreSQL, too: the agent, as above
         self._number = 0
@@ -84,6 +86,10 @@ class Inbox:
             self._look()        # no election: whoever asks compares positions, and the last look may be a loop_wait old
         elif view is not None and epoch >= view.epoch.number:
             self._wake()
+
+    async def others(self) -> dict[str, Peer]:
+        """See rest.requests.Requests."""
+        return await self.ask_others()
 
     async def submit(self, kind: str, payload: Mapping[str, Any], *, deadline_s: float) -> Answer:
         """See rest.requests.Requests."""
@@ -192,6 +198,10 @@ _FAILED = {
     "patch_config": "the configuration could not be written",
     "put_config": "the configuration could not be written",
 }
+
+
+async def _nobody_asked() -> dict[str, Peer]:
+    return {}
 
 
 async def _by_schema(old: dict[str, Any] | None, new: Any) -> Judgement:

@@ -15,6 +15,8 @@ from pgha.ctl.member import options as member_options
 from pgha.ctl.output import FORMATS
 from pgha.ctl.watch import options as watch_options
 
+_DRY_RUN = "say what would happen, in which order, and what would refuse; change nothing (exit code 0: it would be done, 3: refused)"
+
 
 def main(argv: Sequence[str]) -> int:
     """Run one command of ctl; `argv` without "pgha ctl". Returns the exit code."""
@@ -127,10 +129,14 @@ def parser() -> argparse.ArgumentParser:
         parser.add_argument("--force", action="store_true", help="do not ask")
     flush.add_argument("target", choices=("restart", "switchover"), help="restart: the members' scheduled ones; switchover: the cluster's")
 
+    for parser in (switchover, failover, restart, reinit):
+        parser.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
+
     for name, does in (("pause", "switch automatic failover off"), ("resume", "switch automatic failover on again")):
         command(name, does).add_argument("--wait", action="store_true", help="until every member has seen it")
 
-    command("remove", "take all keys of a cluster out of the store, after three questions; data stays", form="table")
+    command("remove", "take all keys of a cluster out of the store, after three questions; data stays", form="table").add_argument(
+        "--dry-run", action="store_true", help=_DRY_RUN)
     command("show-config", "the cluster's dynamic configuration", form="toml", forms=("toml", "json"))
     edit = command("edit-config", "change the cluster's dynamic configuration; without options in $VISUAL or $EDITOR")
     edit.add_argument("-s", "--set", action="append", default=[], metavar="KEY=VALUE", help="a key, with dots; null takes it away")
@@ -139,6 +145,7 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--replace", metavar="FILE", help="let what this file holds (as --apply) be the whole configuration")
     edit.add_argument("-q", "--quiet", action="store_true", help="do not show what changes")
     edit.add_argument("--force", action="store_true", help="do not ask")
+    edit.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
 
     command("history", "each timeline that ended, and who led the next", form="table")
     explain = command("explain", "what a node decided last, why, and on which facts; or what all would decide if …", form="table", forms=("table", "json"), cluster=False)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pgha.ctl import cluster as clusters
+from pgha.ctl.cluster import Cluster
 from pgha.ctl.config_check import Checked, check, restart_plan, shown_restarts
 from pgha.ctl.ends import DONE, FAILED, USAGE, End
 from pgha.ctl.output import plain, to_toml
@@ -72,17 +73,28 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
         print("\n".join(coloured(difference, colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))), flush=True)
     if checked is not None:
         tell(checked)
+    if given.dry_run:
+        print(f"edit-config of cluster {settings.scope}: would be done, once it is confirmed (dry run: nothing is changed)")
+        print("  1. ctl  write: the shared configuration, unless somebody else has changed it until then")
+        print(f"  2. {', '.join(cluster.members) or 'every member'}  reload: the files are written, and PostgreSQL is told to read them again")
+        if checked is not None and checked.restart:
+            _tell_restarts(cluster, checked, "What would wait for a restart then:")
+        return DONE
     confirm("Apply these changes?", force=given.force)
     value = json.dumps(new, separators=(",", ":"), ensure_ascii=False).encode()
     if not Store(settings.etcd).write(settings.root + "config", value, if_revision=key.revision if key else 0):
         raise End(FAILED, "Config modification aborted due to concurrent changes")
     print("Configuration changed")
     if checked is not None and checked.restart and not given.quiet:
-        plan = restart_plan(cluster, checked)
-        print("\n".join(("Waiting for a restart:", *(f"  {plain(line)}" for line in shown_restarts(checked.restart)))))
-        order = f", in this order: {said(plan.steps, cluster.leader)} ({plan.because})" if plan.because else ""
-        print(f"`pgha ctl restart --pending` does that{order}")
+        _tell_restarts(cluster, checked, "Waiting for a restart:")
     return DONE
+
+
+def _tell_restarts(cluster: Cluster, checked: Checked, title: str) -> None:
+    plan = restart_plan(cluster, checked)
+    print("\n".join((title, *(f"  {plain(line)}" for line in shown_restarts(checked.restart)))))
+    order = f", in this order: {said(plan.steps, cluster.leader)} ({plan.because})" if plan.because else ""
+    print(f"`pgha ctl restart --pending` does that{order}")
 
 
 def tell(checked: Checked) -> None:

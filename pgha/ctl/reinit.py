@@ -31,6 +31,11 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     cluster = clusters.read(settings)
     print(shown(cluster), flush=True)
     names = _meant(settings, cluster, given)
+    if given.dry_run:
+        from pgha.ctl import dry_run
+
+        body = {"force": given.force, **({"from_leader": True} if given.from_leader else {})}
+        return max(dry_run.one(settings, cluster, name, "reinitialize", body, what=f"reinitialize of {name}") for name in names)
     confirm(f"Are you sure you want to reinitialize members {', '.join(names)}?", force=given.force)
     before = {name: _state(settings, cluster, name) for name in names}
     codes = {name: _ask(settings, cluster, name, force=given.force, from_leader=given.from_leader) for name in names}

@@ -7,13 +7,15 @@ removed in one step, and only if the leader is still the one that was asked abou
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 from pgha.ctl import cluster as clusters
+from pgha.ctl.cluster import Cluster
 from pgha.ctl.ends import DONE, FAILED, REFUSED, USAGE, End
 from pgha.ctl.listing import shown
 from pgha.ctl.prompt import typed
 from pgha.ctl.settings import Settings
-from pgha.ctl.store import Store
+from pgha.ctl.store import Key, Store
 
 _AWARE = "Yes I am aware"
 
@@ -30,6 +32,8 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     running = [name for name in cluster.members if keys[f"members/{name}"].lease]
     if running:
         clusters.warn(f"agents run on {', '.join(running)}: stop them first, or they write their keys again")
+    if given.dry_run:
+        return _dry_run(settings, cluster, keys)
     if typed("Please confirm the cluster name to remove") != settings.scope:
         raise End(REFUSED, "Cluster names specified do not match")
     if typed(f'You are about to remove all information in DCS for {settings.scope}, please type: "{_AWARE}"') != _AWARE:
@@ -40,4 +44,13 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     if removed is None:
         raise End(FAILED, "another leader was elected meanwhile: nothing was removed; look and try again")
     print(f"Success: {removed} keys of cluster {settings.scope} removed; no data was touched")
+    return DONE
+
+
+def _dry_run(settings: Settings, cluster: Cluster, keys: Mapping[str, Key]) -> int:
+    """What is asked, and what goes."""
+    print(f"remove of cluster {settings.scope}: would be done, once three questions are answered (dry run: nothing is changed)")
+    print(f"  1. ctl  ask for the cluster's name, for \"{_AWARE}\"" + (f", and for its leader, {cluster.leader}" if cluster.leader else "; there is no leader to ask for"))
+    print(f"  2. ctl  remove {len(keys)} keys below {settings.root} in one step, if {f'{cluster.leader} still leads then' if cluster.leader else 'nobody leads then either'}")
+    print("  data stays: no directory of any node is touched", flush=True)
     return DONE

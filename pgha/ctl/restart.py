@@ -58,6 +58,10 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     if not schedule and plan.because:
         names = list(plan.steps)
         print(f"In this order: {rolling.said(plan.steps, cluster.leader)} ({plan.because})", flush=True)
+    if given.dry_run:
+        from pgha.ctl import dry_run
+
+        return max([*codes, *(dry_run.one(settings, cluster, name, "restart", body, what=f"restart of {name}" + (f" at {schedule}" if schedule else "")) for name in names)])
     what = f"schedule restart of members {', '.join(names)} at {schedule}" if schedule else f"restart members {', '.join(names)}"
     confirm(f"Are you sure you want to {what}?", force=given.force)
     if not schedule and plan.because:

@@ -36,25 +36,17 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     print(shown(cluster), flush=True)
     leader = (getattr(given, "leader", None) or cluster.leader) if kind == "switchover" else ""
     candidate = given.candidate or ""
-    if kind == "switchover":
-        if not cluster.leader:
-            raise End(REFUSED, "this cluster has no leader; allowed: failover --candidate NAME")
-        if leader != cluster.leader:
-            raise End(REFUSED, f"member {leader} is not the leader of cluster {settings.scope}; {cluster.leader} is")
-    if schedule and is_paused(cluster.config or {}):
-        raise End(REFUSED, "Can't schedule switchover in the paused state")
+    down = bool(getattr(given, "holder_is_down", False))
     candidates = [name for name, raw in cluster.members.items() if name != cluster.leader and not _nofailover(raw)]
+    if given.dry_run:
+        from pgha.ctl import dry_run
+
+        known = [*_about_leader(settings, cluster, kind, leader, schedule), *_about_candidate(settings, cluster, kind, candidate, candidates)]
+        return dry_run.move(settings, cluster, kind, leader=leader, candidate=candidate, schedule=schedule, down=down, known=known)
+    _refuse(_about_leader(settings, cluster, kind, leader, schedule))
     if not candidate and not given.force:
         candidate = choose(f"Candidate {candidates}")
-    if kind == "failover" and not candidate:
-        raise End(REFUSED, "failover could be performed only to a specific candidate; allowed: --candidate NAME")
-    if candidate and candidate == cluster.leader:
-        raise End(REFUSED, f"member {candidate} is already the leader of cluster {settings.scope}")
-    if candidate and candidate not in candidates:
-        raise End(REFUSED, f"member {candidate} does not exist in cluster {settings.scope} or is tagged as nofailover")
-    if not candidates:
-        raise End(REFUSED, f"no candidates found to {kind} to")
-    down = bool(getattr(given, "holder_is_down", False))
+    _refuse(_about_candidate(settings, cluster, kind, candidate, candidates))
     demoting = f", demoting current leader {cluster.leader}" if cluster.leader else ""
     if down:
         confirm(f"Are you sure that {cluster.leader or 'whoever led last'} is down and that nobody can write to its PostgreSQL any more?", force=given.force)
@@ -71,6 +63,33 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     except End as end:
         clusters.warn(end.text)      # it is done all the same
     return DONE
+
+
+def _refuse(known: list[str]) -> None:
+    if known:
+        raise End(REFUSED, known[0])
+
+
+def _about_leader(settings: Settings, cluster: Cluster, kind: str, leader: str, schedule: str) -> list[str]:
+    """Why nobody need be asked, before a candidate is chosen."""
+    said = []
+    if kind == "switchover" and not cluster.leader:
+        said.append("this cluster has no leader; allowed: failover --candidate NAME")
+    elif kind == "switchover" and leader != cluster.leader:
+        said.append(f"member {leader} is not the leader of cluster {settings.scope}; {cluster.leader} is")
+    if schedule and is_paused(cluster.config or {}):
+        said.append("Can't schedule switchover in the paused state")
+    return said
+
+
+def _about_candidate(settings: Settings, cluster: Cluster, kind: str, candidate: str, candidates: list[str]) -> list[str]:
+    if kind == "failover" and not candidate:
+        return ["failover could be performed only to a specific candidate; allowed: --candidate NAME"]
+    if candidate and candidate == cluster.leader:
+        return [f"member {candidate} is already the leader of cluster {settings.scope}"]
+    if candidate and candidate not in candidates:
+        return [f"member {candidate} does not exist in cluster {settings.scope} or is tagged as nofailover"]
+    return [] if candidates else [f"no candidates found to {kind} to"]
 
 
 def _nofailover(raw: dict[str, Any]) -> bool:

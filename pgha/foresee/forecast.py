@@ -152,16 +152,21 @@ def _run(world: World, leader: str) -> _Outcome:
 def _ways(seen: Mapping[str, Seen], base: World, hypotheses: tuple[Hypothesis, ...], leader: str) -> list[Supposed]:
     """What may go another way than in the plainest case, where there is an election at all."""
     if not base.taken and leader and base.nodes[leader].up and not base.demoted:
-        return []
+        # It leads on; unless its PostgreSQL, which is just being started, does not come up.
+        others = [n.name for n in base.nodes.values() if n.up and n.name != leader]
+        return [Supposed(hypotheses=hypotheses, fails=leader, quick=name) for name in ("", *others)] if base.promoted else []
     if base.view.lock is not None and base.view.lock.mode == "paused" and not base.taken:
         return []
     standbys = [n for n in base.nodes.values() if n.up and n.o.postgres.row is not None]
-    ways = [Supposed(hypotheses=hypotheses, first=n.name, drift=DRIFT) for n in standbys]
+    ways = [Supposed(hypotheses=hypotheses, first=n.name, drift=drift) for n in standbys for drift in (DRIFT, DRIFT / 10)]
+    ways += [Supposed(hypotheses=hypotheses, quick=n.name) for n in standbys]
     if _moves(World(seen, Supposed(hypotheses=hypotheses)), hypotheses):
         lags = {h.node for h in hypotheses if h.what == "lag"}
         moving = [n.name for n in standbys if n.name not in lags]
         ways += [Supposed(hypotheses=hypotheses, most=name) for name in moving]
         ways += [Supposed(hypotheses=hypotheses, most=name, first=other.name, drift=DRIFT) for name in moving for other in standbys if other.name != name]
+    if any(seen[n.name].memory.election is not None for n in standbys):
+        ways += [Supposed(hypotheses=hypotheses, late=n.name) for n in standbys]
     ways += [Supposed(hypotheses=hypotheses, vetoes=n.name) for n in standbys if n.o.settings.pre_promote_s]
     ways += [Supposed(hypotheses=hypotheses, done=n.name) for n in base.nodes.values() if _is_being_made(seen[n.name]) and n.up]
     return ways

@@ -60,6 +60,8 @@ TAKES_S = {"PrePromote": 0.2, "Promote": 0.1, "Demote": 0.3, "Stop": 0.3, "Start
            "InspectEndOfWal": 0.2, "Sweep": 0.05}
 #: Those that do not end, where it is supposed that they do.
 DONE_S = 1.0
+#: A probe, and a pass.
+LATE_S = 0.3
 #: A run ends with so many passes, whatever is still to come.
 PASSES_AT_MOST = 3000
 _KEYS = Keys("foreseen", "cluster")
@@ -78,13 +80,17 @@ class Seen(Struct, frozen=True, kw_only=True):
 class Supposed(Struct, frozen=True, kw_only=True):
     """One of the ways in which a future may go that is open. `first`: this node's clock runs as fast as it may, all others'
     as slow; `most`: of what was on its way, this node got it and no other did; `done`: the copy or rewind that this node is
-    about ends well, in a moment; `vetoes`: this node's pre_promote refuses."""
+    about ends well, in a moment; `vetoes`: this node's pre_promote refuses; `fails`: its PostgreSQL does not come back as
+    primary; `quick`: it hears of everything before the others do; `late`: it decides nothing for a moment yet."""
 
     hypotheses: tuple[Hypothesis, ...] = ()
     first: str = ""
     most: str = ""
     done: str = ""
     vetoes: str = ""
+    fails: str = ""
+    quick: str = ""
+    late: str = ""
     drift: float = 0.0
 
 
@@ -107,7 +113,7 @@ class Node:
         self.decision: Decision | None = None
         self.up = True
         self.hears = self.o.dcs.unreachable_since is None and self.o.dcs.view is not None     # the store
-        self.next_s = 0.0
+        self.next_s = float("inf")
         self.action: LongAction | None = None
         self.ends_s = float("inf")
         self.silent_since: dict[str, Instant] = {}
@@ -168,6 +174,8 @@ class World:
         self._show_lag()
         for node in self.nodes.values():
             self._settle_in(node)
+        for node in self.nodes.values():        # what it answers to whoever asks before its first pass here
+            node.decision = decide(node.o, node.memory) if node.up else None
 
     def _rate(self, name: str) -> float:
         drift = self.supposed.drift
@@ -300,13 +308,18 @@ class World:
         heapq.heappush(self._queue, (at_s, self._sequence, what, name))
 
     def _wake(self, node: Node, at_s: float) -> None:
+        if node.name == self.supposed.late:
+            at_s = max(at_s, LATE_S)
         if node.up and (at_s < node.next_s or node.next_s <= self.at_s):
             node.next_s = max(at_s, self.at_s)
             self._later(node.next_s, "pass", node.name)
 
     def _wake_all(self) -> None:
         for node in self.nodes.values():
-            self._wake(node, self.at_s + SHORT_S)
+            self._wake(node, self.at_s + self._short_s(node))
+
+    def _short_s(self, node: Node) -> float:
+        return SHORT_S / 10 if node.name == self.supposed.quick else SHORT_S
 
     def run(self, until_s: float, *, stop: Any = None) -> None:
         """Up to that moment, or until `stop()` says that it is known what comes."""
@@ -323,7 +336,8 @@ class World:
             if what == "pass" and node.next_s == self.at_s:
                 self._pass(node)
             elif what == "ends" and node.ends_s == self.at_s:
-                self._operation_ends(node)
+                fails = self.supposed.fails == name and node.o.operation is not None and node.o.operation.kind == "StartPrimary"
+                self._operation_ends(node, ok=not fails, why="it is supposed to fail" if fails else "")
             elif what == "renew" and node.renews_s == self.at_s:
                 self._renew(node)
             elif what == "round" and node.round_s == self.at_s:
@@ -394,7 +408,7 @@ class World:
         changed = {n: _shape(p) for n, p in answers.items()} != {n: _shape(p) for n, p in node.o.peers.items()}
         node.change(peers=answers)
         if wake and changed:
-            self._wake(node, self.at_s + SHORT_S)
+            self._wake(node, self.at_s + self._short_s(node))
 
     def _answer(self, name: str, now: Instant, epoch: int) -> Peer:
         """GET /pgha/vote, as rest/routes.py answers it and observe/peers.py reads it."""
@@ -535,6 +549,10 @@ class World:
         read = parse(Snapshot(revision=revision, entries=entries, generation=Generation()), _KEYS)
         fields = {key: getattr(read, key) for key in ("config", "status", "failover", "sync", "history", "failsafe") if key == action.key}
         self._write(revisions={**view.revisions, action.key: revision if action.value is not None else 0}, **fields)
+        if action.key == "sync":
+            for other in self.nodes.values():       # what it said before the store went back counts until it is written again
+                if self._reaches(other):
+                    other.dcs(remembered_sync=None)
         if action.key != "status":
             self._wake_all()
         return True
@@ -549,7 +567,7 @@ class World:
                 if not self._reaches(node):
                     return False
                 self._read(node)
-                self._wake(node, self.at_s + SHORT_S)
+                self._wake(node, self.at_s + self._short_s(node))
             case AcquireLock():
                 return self._acquire(node, action)
             case WriteKey():

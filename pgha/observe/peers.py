@@ -6,7 +6,7 @@ one of another make for `/patroni`. Each has its own deadline, so that a silent 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 from urllib.parse import urlsplit
@@ -51,6 +51,18 @@ class PeersObserver:
             else:
                 self.facts = {n: p for n, p in self.facts.items() if n in question.names}
             self._changed.set()
+
+    async def ask_once(self, names: Mapping[str, str]) -> dict[str, Peer]:
+        """Of these (name → api_url), now, beside whatever is being asked; nothing of it is kept."""
+        answers: dict[str, Peer] = {}
+
+        async def one(client: HttpClient, name: str, url: str) -> None:
+            answers[name] = await self._answer(client, name, url, -1)
+
+        async with self._http() as client, trio.open_nursery() as nursery:
+            for name, url in names.items():
+                nursery.start_soon(one, client, name, url)
+        return answers
 
     async def run(self, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         """Ask for as long as there is a question. Never returns, never raises for a peer's faults."""

@@ -19,11 +19,14 @@ from pgha.postgres.connection import Connection, identify_system
 #: for a synchronous standby. Planner settings keep the plan cheap.
 OPTIONS = "-c statement_timeout=5000 -c lock_timeout=1000 -c synchronous_commit=local -c jit=off -c search_path=pg_catalog"
 
+#: Moments are texts as the reference prints them, whatever DateStyle and TimeZone the operator has set.
+_MOMENT = """'YYYY-MM-DD HH24:MI:SS.US"+00:00"'"""
+
 # Whether the server is in recovery is asked once: it may leave recovery while the query runs, and what is asked of a
 # standby is still answered then, but never the other way round. No function tells the timeline that a standby replays;
 # what pg_control knows may be one behind after a switch. While a walreceiver lives it knows; without one, the newest
 # timeline that there are segments of is the one that was received last.
-_SQL = """
+_SQL = f"""
 WITH now AS MATERIALIZED (SELECT pg_is_in_recovery() AS standby)
 SELECT standby,
   CASE WHEN standby
@@ -31,15 +34,15 @@ SELECT standby,
                   (SELECT min_recovery_end_timeline FROM pg_control_recovery()),
                   (SELECT timeline_id FROM pg_control_checkpoint()),
                   CASE WHEN NOT EXISTS (SELECT FROM pg_stat_get_wal_receiver() WHERE pid IS NOT NULL)
-                    THEN (SELECT max(('x' || substr(name, 1, 8))::bit(32)::int) FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{24}$') END)
+                    THEN (SELECT max(('x' || substr(name, 1, 8))::bit(32)::int) FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{{24}}$') END)
     ELSE ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int END,
   CASE WHEN NOT standby THEN pg_current_wal_flush_lsn() - '0/0' END,
   CASE WHEN standby THEN greatest(pg_last_wal_receive_lsn(), (SELECT written_lsn FROM pg_stat_get_wal_receiver())) - '0/0' END,
   CASE WHEN standby THEN pg_last_wal_replay_lsn() - '0/0' END,
-  CASE WHEN standby THEN pg_last_xact_replay_timestamp() END,
+  CASE WHEN standby THEN to_char(pg_last_xact_replay_timestamp() AT TIME ZONE 'UTC', {_MOMENT}) END,
   standby AND pg_is_in_recovery() AND pg_is_wal_replay_paused(),
-  pg_postmaster_start_time(),
-  pg_conf_load_time(),
+  to_char(pg_postmaster_start_time() AT TIME ZONE 'UTC', {_MOMENT}),
+  to_char(pg_conf_load_time() AT TIME ZONE 'UTC', {_MOMENT}),
   extract(epoch FROM pg_postmaster_start_time()),
   current_setting('server_version_num'),
   (SELECT system_identifier FROM pg_control_system()),

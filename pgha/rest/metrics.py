@@ -21,6 +21,14 @@ STATES = (
 _NUMBER = {text: number for number, (text, _) in enumerate(STATES)}
 _VALUES = "Values: " + ", ".join(f"{number}={name}" for number, (_, name) in enumerate(STATES))
 
+#: What the gauges of published.store_gauges are.
+_GAUGES = {
+    "store_alarms": "Alarms that the configuration store has raised, as of the leader's last look.",
+    "store_quota_bytes": "Size at which the configuration store refuses every write.",
+    "store_uncompacted_seconds": "Seconds for which nobody is known to have compacted the configuration store.",
+    "store_used_bytes": "Size of the configuration store's data.",
+}
+
 
 def metrics_text(published: Published, health: HealthFacts, now: Instant) -> str:
     """The exposition text, with a newline at its end."""
@@ -73,7 +81,7 @@ def _own(published: Published, now: Instant) -> Iterator[tuple[str, str, str, st
     yield "pgha_last_pass_age_seconds", "gauge", "Seconds since the loop last decided.", _number(round(holder_age_s(published.at, now), 3))
     yield "pgha_passes_total", "counter", "Passes of the loop since the agent's start.", _number(published.number)
     for name, value in sorted(published.gauges.items()):
-        yield f"pgha_{name}", "gauge", "See pgha(1).", _number(value)
+        yield f"pgha_{name}", "gauge", _GAUGES.get(name, f"The agent's {name.replace('_', ' ')}."), _number(value)
 
 
 def _flag(value: bool) -> str:  # noqa: FBT001  (a value to print)

@@ -18,6 +18,7 @@ from pgha.clock import candidate_age_s
 from pgha.decide.standing import still_sends
 from pgha.model.failsafe import Ping
 from pgha.model.lock import wait_s
+from pgha.model.observation import Peer
 from pgha.model.overview import by_quorum, is_true, synchronous, synchronous_names
 from pgha.model.request import NoZone, epoch_s, moment, server_version
 from pgha.rest.published import Board, Published
@@ -52,6 +53,10 @@ class Requests(Protocol):
         new configuration as JSON, 400 and the problems, 409, 503. check_config: {"config": …, "old"?: …}: the same judgement,
         and what it would do to PostgreSQL on this node, as JSON; nothing is written.
         """
+        ...
+
+    async def others(self) -> dict[str, Peer]:
+        """What all other members say of themselves just now; within a second."""
         ...
 
     def failsafe(self, ping: Ping) -> tuple[Answer, int]:
@@ -110,21 +115,21 @@ class Changes:
     # --- configuration -----------------------------------------------------------------------------------------------
 
     async def _patch_config(self, request: Request) -> Response:
-        body = _object(request)
+        body = object_of(request)
         published = self._board.current()
         if published.view is None or published.view.config is None:
             return text_response(503, "there is no configuration in the store")
         return _response(await self._requests.submit("patch_config", body, deadline_s=WRITE_S))
 
     async def _put_config(self, request: Request) -> Response:
-        return _response(await self._requests.submit("put_config", _object(request), deadline_s=WRITE_S))
+        return _response(await self._requests.submit("put_config", object_of(request), deadline_s=WRITE_S))
 
     async def _own(self, request: Request) -> Response:
         """POST /pgha/…: questions that need a body, or an operator's credentials. None changes anything."""
         parts = [part for part in request.path.split("/") if part]
         match parts[1:]:
             case ["config", "check"]:
-                body = _object(request)
+                body = object_of(request)
                 if not isinstance(body.get("config"), dict) or not isinstance(body.get("old", {}), dict):
                     raise Wrong(400, "config is to be the whole configuration to check, a JSON object; old, if given, the one that it replaces")
                 return _response(await self._requests.submit("check_config", body, deadline_s=WRITE_S))
@@ -138,7 +143,7 @@ class Changes:
 
     async def _restart(self, request: Request) -> Response:
         published = self._board.current()
-        options = restart_options(_object(request, required=False), paused=published.health.paused, wall_s=self._wall_s())
+        options = restart_options(object_of(request, required=False), paused=published.health.paused, wall_s=self._wall_s())
         if "schedule" in options:
             return _response(await self._requests.submit("restart", options, deadline_s=WRITE_S))
         start_s = options.get("timeout_s", published.primary_start_timeout_s)
@@ -150,9 +155,7 @@ class Changes:
         return _response(await self._requests.submit("cancel_restart", {}, deadline_s=WRITE_S))
 
     async def _reinitialize(self, request: Request) -> Response:
-        body = _object(request, required=False)
-        # The reference's documentation spells it with a hyphen, its agents read it with the other.
-        options = {"force": is_true(body.get("force")), "from_leader": is_true(body.get("from_leader", body.get("from-leader")))}
+        options = reinitialize_options(object_of(request, required=False))
         return _response(await self._requests.submit("reinitialize", options, deadline_s=WRITE_S))
 
     async def _sigterm(self, _request: Request) -> Response:
@@ -167,7 +170,7 @@ class Changes:
     # --- failsafe ----------------------------------------------------------------------------------------------------
 
     async def _failsafe(self, request: Request) -> Response:
-        ping = _ping(_object(request))
+        ping = _ping(object_of(request))
         answer, lsn = self._requests.failsafe(ping)
         response = text_response(answer.status, answer.text)
         return replace(response, headers=(*response.headers, ("lsn", str(lsn)))) if answer.status == 200 else response
@@ -187,8 +190,8 @@ class Changes:
         return _response(await self._requests.submit("cancel_switchover", {}, deadline_s=WRITE_S))
 
     async def _move(self, kind: str, request: Request) -> Response:
-        body = _object(request)
-        leader, candidate = _name(body, "leader"), _name(body, "candidate") or _name(body, "member")
+        body = object_of(request)
+        leader, candidate = name_in(body, "leader"), name_in(body, "candidate") or name_in(body, "member")
         if kind == "failover" and leader:
             kind = "switchover"
         before = self._board.current()
@@ -196,7 +199,7 @@ class Changes:
         payload: dict[str, Any] = {key: value for key, value in (("leader", leader), ("member", candidate)) if value}
         own = body.get("pgha")
         if isinstance(own, dict) and own.get("holder_is_down"):
-            payload["pgha"] = {"holder_is_down": _stated_down(kind, before)}
+            payload["pgha"] = {"holder_is_down": stated_down(kind, before)}
         if scheduled_at:
             payload["scheduled_at"] = scheduled_at
         answer = await self._requests.submit(kind, payload, deadline_s=WRITE_S)
@@ -225,6 +228,11 @@ class Changes:
                     why = f": {published.failover_refusal}" if published.failover_refusal else ""
                     return text_response(503, f"{kind.capitalize()} failed{why}")
         return text_response(503, f"{kind.capitalize()} status unknown after {limit_s:g} seconds; operation may still be in progress")
+
+
+def reinitialize_options(body: Mapping[str, Any]) -> dict[str, Any]:
+    # The reference's documentation spells it with a hyphen, its agents read it with the other.
+    return {"force": is_true(body.get("force")), "from_leader": is_true(body.get("from_leader", body.get("from-leader")))}
 
 
 def restart_options(body: Mapping[str, Any], *, paused: bool, wall_s: float) -> dict[str, Any]:
@@ -297,7 +305,7 @@ def preconditions(kind: str, leader: str, candidate: str, scheduled_at: Any, pub
     return ""
 
 
-def _stated_down(kind: str, published: Published) -> dict[str, Any]:
+def stated_down(kind: str, published: Published) -> dict[str, Any]:
     """An operator states that the holder of a paused lock is down: of exactly the record that stands, if it looks so at all."""
     lock = published.view.lock if published.view is not None else None
     before = published.observation.dcs.remembered_pause if published.observation is not None else None
@@ -317,7 +325,7 @@ def _stated_down(kind: str, published: Published) -> dict[str, Any]:
     return {"holder": lock.holder, "incarnation": lock.incarnation, "sequence": lock.sequence}
 
 
-def _object(request: Request, *, required: bool = True) -> dict[str, Any]:
+def object_of(request: Request, *, required: bool = True) -> dict[str, Any]:
     """The body as a JSON object; empty only if it is not required."""
     if required and "content-length" not in request.headers and "transfer-encoding" not in request.headers:
         raise Wrong(411, "the request has no body")
@@ -334,7 +342,7 @@ def _object(request: Request, *, required: bool = True) -> dict[str, Any]:
     return value
 
 
-def _name(body: Mapping[str, Any], key: str) -> str:
+def name_in(body: Mapping[str, Any], key: str) -> str:
     value = body.get(key)
     if value is None:
         return ""
@@ -347,13 +355,13 @@ def _ping(body: Mapping[str, Any]) -> Ping:
     """The reference's four fields and pgha's own. What is there must be sound: half a ping would be half a promise."""
     own = body.get("pgha", {})
     slots = body.get("slots") or {}
-    name = _name(body, "name")
+    name = name_in(body, "name")
     if not name or not isinstance(own, dict) or not isinstance(slots, dict):
         raise Wrong(400, "a failsafe ping has name, conn_url, api_url, slots")
     epoch, ttl_s, sequence = own.get("epoch"), own.get("ttl_s"), own.get("sequence", 0)
     if not (_is_number(epoch, int) or epoch is None) or not (_is_number(ttl_s, float) or ttl_s is None) or not _is_number(sequence, int):
         raise Wrong(400, "pgha.epoch, pgha.sequence and pgha.ttl_s are numbers")
-    return Ping(name=name, conn_url=_name(body, "conn_url"), api_url=_name(body, "api_url"), to=_name(own, "to"), incarnation=_name(own, "incarnation"),
+    return Ping(name=name, conn_url=name_in(body, "conn_url"), api_url=name_in(body, "api_url"), to=name_in(own, "to"), incarnation=name_in(own, "incarnation"),
                 slots={str(k): v for k, v in slots.items() if _is_number(v, int)}, epoch=epoch, ttl_s=ttl_s, sequence=sequence)
 
 

@@ -20,7 +20,7 @@ import trio
 
 from pgha.clock import Clock, Deadline, Instant, holder_age_s, remaining_s
 from pgha.log import scrub
-from pgha.rest import etcd_v2, health
+from pgha.rest import dry_run, etcd_v2, health
 from pgha.rest.access import SAFE_METHODS, Access
 from pgha.rest.bodies import cluster_body, history_body, patroni_body
 from pgha.rest.health import HealthFacts, Verdict
@@ -139,7 +139,7 @@ class App:
         """See server.Application."""
         if request.method in SAFE_METHODS:
             return None
-        if not self.changes.knows(request.method, _first(request.path)):
+        if not self.changes.knows(request.method, _first(request.path)) and not dry_run.is_one(request):
             return text_response(501, f"{request.method} {request.path} is not supported")
         refusal = self.access.refuses(request)
         if refusal is not None:
@@ -155,7 +155,18 @@ class App:
         if request.method in SAFE_METHODS:
             response = await self._read(request, name)
             return _without_body(response) if request.method == "OPTIONS" else response
+        if dry_run.is_one(request):
+            return await dry_run.answer(request, await self._fresh(), self.requests, now=self.clock.now(), wall_s=self.clock.wall_s())
         return await self.changes.handle(request, name)
+
+    async def _fresh(self) -> Published:
+        """A pass that was begun after the question, and that knows PostgreSQL's position, if the loop makes one within a moment."""
+        asked, published = self.clock.now(), self.board.current()
+        self.requests.wake("observation asked", -1)
+        with trio.move_on_after(FRESH_S):
+            while not _is_fresh(published, asked):
+                published = await self.board.wait_changed(published)
+        return self.board.current()
 
     def upgrade(self, request: Request) -> Response | Upgraded | None:
         """See server.Application."""
@@ -205,14 +216,9 @@ class App:
 
     async def _observation(self, request: Request, published: Published) -> Response:
         """The last pass, as `pgha replay` and `ctl explain --if` run it again, and how old it is. `fresh`: of a pass that
-        was begun after the question, and that knows PostgreSQL's position, if the loop makes one within a moment."""
+        was begun after the question."""
         if "fresh" in request.query:
-            asked = self.clock.now()
-            self.requests.wake("observation asked", -1)
-            with trio.move_on_after(FRESH_S):
-                while not _is_fresh(published, asked):
-                    published = await self.board.wait_changed(published)
-            published = self.board.current()
+            published = await self._fresh()
         seen = published.observation
         if seen is None:
             return text_response(503, "no pass yet")

@@ -347,10 +347,18 @@ class _Server:
 
     async def _go_on_as(self, connection: _Connection, upgraded: Upgraded, received: bytes) -> None:
         """No request any more: it has limits of its own, and takes no place from those who ask."""
-        if connection.counted:
+        if not connection.scope.cancel_called:     # else it was evicted, and has given its place away
             connection.counted = False
             self.count -= 1
-        await upgraded.run(connection.stream, connection.sock if isinstance(connection.stream, trio.SocketStream) else None, received, self.nursery)
+        sock = connection.sock if isinstance(connection.stream, trio.SocketStream) else None
+        try:
+            await upgraded.run(connection.stream, sock, received, self.nursery)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            pass        # it is gone
+        except Exception as defect:
+            # The border, as in `_handled`.
+            if self._is_news(defect):
+                log.exception("a connection is ended for a defect here", peer=connection.peer)
 
     async def _body(self, connection: _Connection, parser: h11.Connection, head: h11.Request) -> bytes:
         length = next((value for name, value in head.headers if name == b"content-length"), b"0")

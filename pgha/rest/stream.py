@@ -67,8 +67,8 @@ class Upgraded(Protocol):
     """A connection that goes on as something else than HTTP."""
 
     async def run(self, stream: trio.abc.Stream, sock: socket.socket | None, received: bytes, nursery: trio.Nursery) -> None:
-        """Until its end; the caller closes it. `sock`: of a plain connection, for writing without waiting. `received`: what
-        has been read already. `nursery`: of the listener."""
+        """Until its end; the caller closes it, and takes what a broken connection raises. `sock`: of a plain connection, for
+        writing without waiting. `received`: what has been read already. `nursery`: of the listener."""
         ...
 
 
@@ -234,10 +234,6 @@ class Reader:
                     if not received:
                         return
                 await self._part()
-        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
-            pass        # it is gone
-        except Exception:
-            log.exception("a reader of events is dropped for a defect here")     # the border, as in `_deliver`
         finally:
             self._close(GOING_AWAY, "the agent stops")      # no effect on one that is closing anyway
             self._ended = True
@@ -329,7 +325,7 @@ class Reader:
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             self.abort()
         except Exception:
-            log.exception("a reader of events is dropped for a defect here")
+            log.exception("a reader of events is dropped for a defect here")     # the border, as in `_deliver`
             self.abort()
         finally:
             self._writing_since = None

@@ -61,6 +61,9 @@ def test_what_patronictl_shows_is_so(cluster, patronictl):
     assert [line[1] for line in tsv[1:]] == [node.name for node in cluster.nodes]
     assert f"  Member: {leader.name}\n  Role: Leader\n  State: running\n" in patronictl("list", "-f", "yaml")
     assert patronictl("list", cluster.settings.scope, "-f", "pretty").splitlines()[0] == first_line
+    by_url = subprocess.run([patronictl.command()[0], "-d", f"etcd3://{cluster.etcd.endpoints[0]}", "list", cluster.settings.scope, "-f", "tsv"],
+                            capture_output=True, text=True, timeout=30, check=True, env=patronictl.environment, cwd=cluster.directory)
+    assert by_url.stdout.splitlines()[0].split("\t") == COLUMNS, "without a configuration file"
     watch = subprocess.Popen(patronictl.command("list", "-W"), stdout=subprocess.PIPE, text=True, env=patronictl.environment)
     try:
         assert sum(f"| {leader.name} " in line for line in itertools.islice(watch.stdout, 16)) == 2, "it looks again and again"
@@ -211,13 +214,101 @@ def test_restart_and_reload_by_patronictl(cluster, patronictl):
     assert restarted(cluster, before) == {second.name}
     assert patronictl.ask("restart", scope, leader.name, "-r", "replica", "--force")[::2] == (1, "Error: No 'replica' among provided members\n")
 
+    before = started(cluster)
+    assert patronictl("restart", scope, "--role", "replica", "--any", "--force").count("Success: restart on member") == 1
+    cluster.wait_healthy(30)
+    assert len(restarted(cluster, before) & {first.name, second.name}) == len(restarted(cluster, before)) == 1
+
+    # only where it is needed, only on an older version
+    before = started(cluster)
+    patronictl("edit-config", "--force", "-q", "-p", "max_connections=110")
+    try:
+        cluster.wait(lambda: all(row.get("Pending restart") == "*" for row in patronictl.members().values()), 20, "all need a restart")
+        assert {row["Pending restart reason"] for row in patronictl.rows()} == {"max_connections: 100->110"}
+        out = patronictl("restart", scope, "--force", "--pg-version", "13.0")
+        assert out.count("status code=503, (restart conditions are not satisfied)") == 3
+        out = patronictl("restart", scope, leader.name, "--force", "--pending", "--timeout", "60")
+        assert f"Success: restart on member {leader.name}" in out
+        assert cluster.wait_healthy(30) is leader
+        out = patronictl("restart", scope, "--force", "--pending")
+        assert {name for name in before if f"Success: restart on member {name}" in out} == {first.name, second.name}
+        cluster.wait_healthy(30)
+        assert restarted(cluster, before) == set(before)
+        assert {node.ask("SHOW max_connections") for node in cluster.nodes} == {"110"}
+    finally:
+        patronictl("edit-config", "--force", "-q", "-p", "max_connections=100")
+    patronictl("restart", scope, leader.name, "--force")
+    cluster.wait_healthy(30)
+    patronictl("restart", scope, "--force")
+    assert cluster.wait_healthy(30) is leader
+
     out = patronictl("reload", scope, "--force")
     for node in cluster.nodes:
         assert f"Reload request received for member {node.name} and will be processed within {cluster.profile.loop_wait} seconds" in out
     assert cluster.wait_healthy(30) is leader
 
 
-def test_patronictl_does_not_remove_a_cluster_for_wrong_answers(cluster, patronictl):
+def shown_schedule(patronictl):
+    return {name: row["Scheduled restart"] for name, row in patronictl.members().items() if "Scheduled restart" in row}
+
+
+def soon():
+    """A moment that a schedule may name, as patronictl's users write it, and as it is shown."""
+    moment = datetime.now(UTC) + timedelta(seconds=4)
+    return moment.isoformat(timespec="seconds")
+
+
+def test_schedules_by_patronictl(cluster, patronictl):
+    leader = cluster.wait_healthy(30)
+    scope = cluster.settings.scope
+    first, second = others(cluster, leader)
+    before = started(cluster)
+
+    # restarts: shown, taken back, done when due
+    assert f"Success: restart scheduled on member {first.name}" in patronictl("restart", scope, first.name, "--force", "--scheduled", FAR)
+    assert first.request("POST", "/restart", {"schedule": FAR}) == (409, "Another restart is already scheduled")    # --force takes the old one back
+    assert cluster.wait(lambda: shown_schedule(patronictl), 20, "the schedule is shown") == {first.name: FAR}
+    assert f"Success: flush scheduled restart for member {first.name}" in (out := patronictl("flush", scope, "restart", "--force"))
+    assert {f"No scheduled restart for member {node.name}" for node in (leader, second)} <= set(out.splitlines())
+    cluster.wait(lambda: not shown_schedule(patronictl), 20, "nothing is scheduled any more")
+    assert "status code=422, (Cannot schedule restart in the past)" in patronictl("restart", scope, first.name, "--force", "--scheduled", "2000-01-01T00:00:00+00:00")
+    assert started(cluster) == before
+    assert "Success: restart scheduled" in patronictl("restart", scope, second.name, "--force", "--scheduled", soon())
+    cluster.wait(lambda: restarted(cluster, before) == {second.name}, 20, f"{second.name} is restarted when it is due")
+    assert cluster.wait_healthy(30) is leader
+
+    # switchovers: shown, taken back, done when due
+    assert "Switchover scheduled" in (out := patronictl("switchover", "--force", "--candidate", first.name, "--scheduled", FAR))
+    footer = [line.strip() for line in out.splitlines()[-3:]]
+    assert footer == [f"Switchover scheduled at: {FAR}", f"from: {leader.name}", f"to: {first.name}"]
+    assert [line.strip() for line in patronictl("list").splitlines()[-3:]] == footer
+    assert leader.get("/cluster").body["scheduled_switchover"] == {"at": FAR, "from": leader.name, "to": first.name}
+    assert patronictl("flush", scope, "switchover") == "Success: scheduled switchover deleted\n"
+    assert patronictl("flush", scope, "switchover") == "No pending scheduled switchover\n"
+    assert "Switchover scheduled" in patronictl("switchover", "--force", "--candidate", first.name, "--scheduled", soon())
+    cluster.wait(lambda: cluster.leader() is first, 30, f"{first.name} leads when it is due")
+    assert cluster.wait_healthy(30) is first
+    assert "scheduled_switchover" not in first.get("/cluster").body
+
+
+def test_reinit_by_patronictl(cluster, patronictl):
+    leader = cluster.wait_healthy(30)
+    scope = cluster.settings.scope
+    first, second = others(cluster, leader)
+    assert patronictl.ask("reinit", scope, leader.name, "--force")[::2] == (1, "Error: No replica among provided members\n")
+    assert patronictl.ask("reinit", scope, "nobody", "--force")[::2] == (1, "Error: No replica among provided members\n")
+    for node, options in ((first, ("--wait",)), (second, ("--from-leader", "--wait"))):
+        before = (node.data_dir / "global/pg_control").stat().st_ino
+        (node.data_dir / "left-over").touch()
+        lines = patronictl("reinit", scope, node.name, "--force", *options).splitlines()
+        assert lines[-3:] == [f"Success: reinitialize for member {node.name}", f"Waiting for reinitialize to complete on: {node.name}",
+                              f"Reinitialize is completed on: {node.name}"]
+        assert cluster.wait_healthy(60) is leader
+        assert not (node.data_dir / "left-over").exists()
+        assert (node.data_dir / "global/pg_control").stat().st_ino != before
+
+
+def test_patronictl_removes_a_cluster_for_the_right_answers_only(beds, cluster, patronictl):
     leader = cluster.wait_healthy(30)
     scope = cluster.settings.scope
     for answers, why in (("other\n", "Cluster names specified do not match"), (f"{scope}\nno\n", 'You did not exactly type "Yes I am aware"'),
@@ -226,3 +317,9 @@ def test_patronictl_does_not_remove_a_cluster_for_wrong_answers(cluster, patroni
         assert said.code == 1
         assert why in said.err
     assert cluster.wait_healthy(30) is leader
+    cluster.stop()
+    # `leader` names who led last until somebody else does: it has no lease (safety model 2)
+    patronictl("remove", scope, answers=f"{scope}\nYes I am aware\n{leader.name}\n")
+    assert cluster.etcd.get(cluster.key("")) == []
+    assert all((node.data_dir / "PG_VERSION").exists() for node in cluster.nodes), "no data was touched"
+    beds.end()

@@ -103,6 +103,25 @@ def test_through_a_failover(cluster):
     assert {json.loads(line)["kind"] for line in run(argv, timeout_s=30, user="postgres", environment=environment).stdout.splitlines()} == {"lock"}
 
 
+def test_a_member_that_falls_silent_is_left_for_another(cluster):
+    """Its agent is frozen: connections stay open and nothing comes."""
+    leader = cluster.wait_healthy(30)
+    silent = next(node for node in cluster.nodes if node is not leader)
+    argv, environment = watch(cluster, silent)
+    with OnTerminal(argv, columns=120, rows=20, environment=environment, cwd="/", **as_user("postgres")) as terminal:
+        terminal.until(lambda t: f"seen by {silent.name}" in t and t.count("| Replica |") == 2, "the cluster")
+        assert silent.signal_agent(signal.SIGSTOP)
+        try:
+            text = terminal.until(lambda t: "seen by" in t and f"seen by {silent.name}" not in t, "another member")
+            assert f"| {leader.name} " in text
+        finally:
+            silent.signal_agent(signal.SIGCONT)
+        terminal.type(b"\x03")
+        assert terminal.end() == 0
+        assert terminal.is_given_back()
+    cluster.wait_healthy(30)
+
+
 class Asking(threading.Thread):
     """/primary, again and again, a new connection each."""
 

@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+from console import ctl
 
 from pgha.ctl.explain import words
 from pgha.demo.processes import identify, run
@@ -41,8 +42,9 @@ def until_explained(bed, node, *patterns, timeout_s=30):
 
 def stop_walsender_of(leader, node):
     """From now on this node receives nothing."""
-    pid = leader.ask(f"SELECT pid FROM pg_stat_replication WHERE application_name = '{node.name}'")
-    assert identify(pid).send(signal.SIGSTOP)
+    walsender = identify(leader.ask(f"SELECT pid FROM pg_stat_replication WHERE application_name = '{node.name}'"))
+    assert walsender.send(signal.SIGSTOP)
+    return walsender
 
 
 def kill_node(node):
@@ -137,16 +139,11 @@ def test_a_peer_ahead(cluster):
     cluster.wait_healthy(60)
 
 
-def ctl(bed, *arguments):
-    program = bed.settings.program
-    return run([*program.argv, "ctl", "-c", str(bed.nodes[0].config_path), *arguments], timeout_s=30, user="postgres", environment=program.environment)
-
-
 def foretold(bed, *what):
     """What `explain --if` says."""
-    answer = ctl(bed, "explain", *(word for one in what for word in ("--if", one)), "--format", "json")
-    assert answer.returncode == 0, answer
-    return json.loads(answer.stdout)
+    code, out, err = ctl(bed, "explain", *(word for one in what for word in ("--if", one)), "--format", "json")
+    assert code == 0, err
+    return json.loads(out)
 
 
 def test_what_was_foretold_of_a_leader_that_dies(cluster):
@@ -161,12 +158,11 @@ def test_what_was_foretold_of_a_leader_that_dies(cluster):
     away = foretold(cluster, "dcs=down")
     assert away["winners"] == []
     assert 0 < away["demotes"][old.name][0] < 5, away
-    text = ctl(cluster, "explain", "--if", f"{old.name}=down")
-    print(text.stdout)
-    assert f"{old.name} leads now" in text.stdout
+    text = ctl(cluster, "explain", "--if", f"{old.name}=down")[1]
+    print(text)
+    assert f"{old.name} leads now" in text
     for wrong in (f"{old.name}=up", "nobody=down", f"{old.name}.lag=much"):
-        refused = ctl(cluster, "explain", "--if", wrong)
-        assert (refused.returncode, refused.stdout) == (2, ""), refused
+        assert ctl(cluster, "explain", "--if", wrong)[:2] == (2, ""), wrong
 
     said = foretold(cluster, f"{old.name}=down")
     killed_s = time.monotonic()
@@ -177,4 +173,62 @@ def test_what_was_foretold_of_a_leader_that_dies(cluster):
     assert said["winners"] == [new.name], said
     assert said["writes_back_s"][0] - 0.5 <= took_s <= said["writes_back_s"][1] + 1.0, (said, took_s)
     old.start_agent()
+    cluster.wait_healthy(60)
+
+
+#: What a calm cluster writes all the time.
+REGULAR = ("pgha/lock", "status", "members/")
+
+
+def kept(bed):
+    """Every key of the cluster with its revision, but what is written regularly; and when each PostgreSQL was started."""
+    keys = {key: (value, revision) for key, value, revision in bed.etcd.get(bed.key("")) if not key.removeprefix(bed.key("")).startswith(REGULAR)}
+    return keys, [node.patroni()["postmaster_start_time"] for node in bed.nodes], bed.leader().name
+
+
+def test_dry_runs_change_nothing_and_come_true(cluster):
+    old = cluster.leader()
+    new, third = (node for node in cluster.nodes if node is not old)
+    before = kept(cluster)
+
+    def dry(*arguments):
+        code, out, err = ctl(cluster, *arguments, "--dry-run")
+        print(out, err)
+        assert kept(cluster) == before, arguments
+        return code, out + err
+
+    code, said = dry("switchover", "--candidate", new.name)
+    assert code == 0
+    order = [said.index(word) for word in ("checkpoint:", "demote:", "wait:", "release:", "acquire:", "promote:", "rejoin:")]
+    assert order == sorted(order)
+    assert f"{new.name}: can take over (lag" in said
+    assert dry("failover", "--candidate", third.name)[0] == 0
+    code, said = dry("switchover", "--candidate", "nobody")
+    assert (code, "switchover.has_good_candidate" in said) == (3, True)
+    code, said = dry("restart", third.name)
+    assert (code, f"starting as a standby of {old.name}" in said) == (0, True)
+    code, said = dry("restart", old.name)
+    assert (code, "starting as primary" in said) == (0, True)
+    code, said = dry("reinit", third.name)
+    assert (code, f"copying from {old.name} with pg_basebackup" in said) == (0, True)
+    assert dry("reinit", old.name)[0] == 3
+    code, said = dry("remove")
+    assert (code, f"if {old.name} still leads then" in said) == (0, True)
+    code, said = dry("edit-config", "-s", "maximum_lag_on_failover=2MB")
+    assert (code, "maximum_lag_on_failover" in said) == (0, True)
+    assert dry("edit-config", "-s", "ttl=0")[0] == 2
+
+    with old.connect() as sql:      # a standby that lags would be refused, and is
+        walsender = stop_walsender_of(old, third)
+        sql.execute("CREATE TABLE IF NOT EXISTS ballast (x text)")
+        sql.execute(BALLAST)
+        sql.execute(BALLAST)
+    code, said = dry("switchover", "--candidate", third.name)
+    assert (code, re.search(r"lag [5-9]\.\d MiB, limit 1\.0 MiB", said) is not None) == (3, True), said
+    assert ctl(cluster, "switchover", "--candidate", third.name, "--force")[0] != 0
+    assert cluster.leader() is old
+    assert walsender.send(signal.SIGCONT)
+
+    assert ctl(cluster, "switchover", "--candidate", new.name, "--force")[0] == 0
+    cluster.wait(lambda: cluster.leader() is new, 20, "it leads")
     cluster.wait_healthy(60)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -191,6 +192,19 @@ def test_stopped_and_continued(world: World, agent: Agent) -> None:
         terminal.type(b"q")
         assert terminal.end() == 0
         assert terminal.is_given_back()
+
+
+def test_a_terminal_that_takes_nothing_holds_up_nobody(world: World, agent: Agent) -> None:
+    """A dead ssh: the agent goes on, and we end when we are told to."""
+    with OnTerminal(argv(world)) as terminal:
+        terminal.until(lambda t: "| n1 " in t, "the table")
+        for number in range(400):
+            agent.happens(state(f"{number:03d}" * 30))
+            time.sleep(0.005)       # so that it is drawn again and again
+        assert urllib.request.urlopen(f"{agent.url}/primary", timeout=5).status == 200
+        terminal.signal(signal.SIGTERM)
+        assert terminal.process.wait(10) < 0, "by a signal"
+        assert terminal.settings == terminal.before
 
 
 def stopped(pid: int) -> bool:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,11 @@ def test_probe_of_primary_and_standby(make_node):
         assert row.receiver is None
         assert row.server_version // 10000 == conn.server_version // 10000
         assert row.started_at_s > 1e9
+        fashionable = await a.connect(options=f"{probe.OPTIONS} -c datestyle=German -c timezone=Asia/Kathmandu")
+        assert (await probe.read_row(fashionable, deadline_s=5)).started_at == row.started_at
+        fashionable.close()
+        assert row.started_at.endswith("+00:00")
+        assert datetime.fromisoformat(row.started_at).timestamp() == pytest.approx(row.started_at_s, abs=1e-3)
         assert [s.name for s in row.slots] == ["b"]
         assert row.slots[0].restart_lsn > 0
         assert row.replication[0]["application_name"] == "b"

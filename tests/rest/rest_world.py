@@ -21,7 +21,7 @@ from pgha.model.failsafe import FailsafeFacts, Ping, Promise
 from pgha.model.lock import Identity, Licence, LicenceState
 from pgha.model.node import Answer as Answered
 from pgha.model.node import PostgresFacts, Row, WalReceiver
-from pgha.model.observation import DcsFacts, Observation, Settings
+from pgha.model.observation import DcsFacts, Observation, Peer, Settings
 from pgha.rest.published import Board, Published, publish_pass
 from pgha.rest.requests import Answer
 from pgha.rest.routes import App
@@ -57,6 +57,7 @@ class Inbox:
         self.woken: list[tuple[str, int]] = []
         self.pings: list[Ping] = []
         self.answers: dict[str, Answer] = {}
+        self.peers: dict[str, Peer] = {}
         self.arrived = trio.Event()
 
     async def submit(self, kind: str, payload: Mapping[str, Any], *, deadline_s: float) -> Answer:
@@ -64,6 +65,10 @@ class Inbox:
         self.arrived.set()
         await trio.lowlevel.checkpoint()
         return self.answers[kind]
+
+    async def others(self) -> dict[str, Peer]:
+        await trio.lowlevel.checkpoint()
+        return self.peers
 
     def failsafe(self, ping: Ping) -> tuple[Answer, int]:
         self.pings.append(ping)
@@ -116,7 +121,7 @@ def published(*, primary: bool = True, etcd: Mapping[str, Any] | None = None, ro
     """A pass of n1 (primary, holding the lock) or n2 (replica) of the recorded cluster."""
     view = view_of(etcd or golden("steady")["etcd"], **changed) if seen else None
     held = primary if held is None else held
-    licence = Licence(state=LicenceState.HELD, valid_until=NOW.plus_s(ttl_s), ttl_s=ttl_s, by_failsafe=by_failsafe) if held else Licence()
+    licence = Licence(state=LicenceState.HELD, since=NOW, valid_until=NOW.plus_s(ttl_s), ttl_s=ttl_s, by_failsafe=by_failsafe) if held else Licence()
     observation = Observation(
         now=NOW, wall_s=WALL_S, number=number, me=Identity(name="n1" if primary else "n2", node_id="id", incarnation="i"),
         settings=Settings(ttl_s=ttl_s, pause=pause, tags=Tags.of(dict(tags or {}))), dcs=DcsFacts(view=view, heard_at=NOW if seen else None, lock_seen=LockSeen(since=NOW.plus_s(-seen_lock_s_ago))),
