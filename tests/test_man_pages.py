@@ -139,7 +139,7 @@ def test_every_endpoint_is_described() -> None:
     reads = {path.strip("/").partition("/")[0] for method, path in described if method == "GET"}
     assert reads >= routes._GET
     nobody: Any = None
-    changes = {(method, name) for method, name in Changes(nobody, nobody)._routes if name not in UNSPOKEN}
+    changes = {(method, name) for method, name in Changes(nobody, nobody, wall_s=lambda: 0.0)._routes if name not in UNSPOKEN}
     assert changes == {(method, path.strip("/").partition("/")[0]) for method, path in described if method != "GET"}
 
 
