@@ -85,14 +85,14 @@ def alike(line: str) -> str:
     return re.sub(r"[\s#]*#[\s#]*|\s+", lambda m: " # " if "#" in m[0] else " ", line).strip()
 
 
-def is_printed(shown: list[str], output: str) -> None:
+def is_printed(shown: list[str], output: str, scope: str) -> None:
     """Each shown line is there, in this order. "..." at its end, or its beginning, is what is left out."""
     lines = [alike(line) for line in output.splitlines()]
     at = 0
     for show in shown:
         if show.strip() == "...":
             continue
-        wanted = alike(show.strip().removeprefix("...").removesuffix("..."))
+        wanted = alike(show.replace("orders", scope).strip().removeprefix("...").removesuffix("..."))
         starts, ends = not show.lstrip().startswith("..."), not show.rstrip().endswith("...")
         while at < len(lines):
             line = lines[at]
@@ -137,7 +137,7 @@ class Reader:
         output = done.stdout + done.stderr
         print(f"$ {command.text} → {done.returncode}\n{output}")
         assert done.returncode == 0, f"{command.text}: {output}"
-        is_printed(command.shown, output)
+        is_printed(command.shown, output, bed.settings.scope)
 
 
 Stories = dict[str, Callable[["Story"], None]]
