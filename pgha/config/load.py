@@ -178,6 +178,7 @@ def effective(local: LocalConfig, dynamic: Any, *, patroni_member_present: bool 
         may_compact_store=cluster.pgha.compaction, store_quota_bytes=cluster.pgha.store_quota_bytes,
         permanent_slots=kept.permanent, ignored_slots=kept.left_alone, may_drop_slots=kept.readable,
         replica_methods=methods, leaderless_methods=tuple(name for name in methods if name in postgresql.methods and postgresql.methods[name].no_leader),
+        overwriting_methods=tuple(name for name in methods if name in postgresql.methods and postgresql.methods[name].keep_data),
         pre_promote_s=local.pgha.pre_promote_timeout_s if postgresql.pre_promote else 0.0,
         before_stop_s=local.pgha.before_stop_timeout_s if postgresql.before_stop else 0.0,
         watchdog_required=local.watchdog.mode == "required",

@@ -45,14 +45,25 @@ def refused(what: str, answer: Answer) -> int:
 
 def get_json(settings: Settings, base_url: str, path: str) -> dict[str, Any]:
     """A JSON object. End(UNREACHABLE) or End(FAILED)."""
+    value: dict[str, Any] = _get(settings, base_url, path, dict)
+    return value
+
+
+def get_rows(settings: Settings, base_url: str, path: str) -> list[list[Any]]:
+    """A JSON array of arrays; what else is in it is left out. End(UNREACHABLE) or End(FAILED)."""
+    value: list[Any] = _get(settings, base_url, path, list)
+    return [row for row in value if isinstance(row, list) and len(row) >= 2]
+
+
+def _get(settings: Settings, base_url: str, path: str, kind: type[Any]) -> Any:
     try:
         answer = ask(settings, base_url, "GET", path)
     except NoAnswer as failure:
         raise End(UNREACHABLE, str(failure)) from None
     try:
         value = json.loads(answer.body)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
-    if answer.status != 200 or not isinstance(value, dict):
+    if answer.status != 200 or not isinstance(value, kind):
         raise End(FAILED, f"{base_url}{path}: status {answer.status}, {answer.body[:200].decode(errors='replace')}")
     return value

@@ -38,8 +38,9 @@ def read(settings: Settings) -> Cluster:
     return understood(settings.scope, Store(settings.etcd).read(settings.root))
 
 
-def read_or_ask(settings: Settings) -> Cluster:
-    """From the store, or if that is down, as the configured node's agent last saw it (and say so)."""
+def read_or_ask(settings: Settings, *, more: str = "") -> Cluster:
+    """From the store, or if that is down, as the configured node's agent last saw it (and say so). `more`: what of an agent is to
+    be asked besides, "config" or "history"."""
     from pgha.ctl import agents
 
     try:
@@ -50,10 +51,12 @@ def read_or_ask(settings: Settings) -> Cluster:
         try:
             body = agents.get_json(settings, settings.rest.own_url, "/cluster")
             own = agents.get_json(settings, settings.rest.own_url, "/patroni")
+            config = agents.get_json(settings, settings.rest.own_url, "/config") if more == "config" else None
+            history = agents.get_rows(settings, settings.rest.own_url, "/history") if more == "history" else []
         except End as second:
             raise End(UNREACHABLE, f"{end.text}\nand no agent either: {second.text}") from None
         warn(f"{end.text}\nshowing what the agent at {settings.rest.own_url} last saw")
-        return seen_by_agent(settings.scope, body, str(own.get("database_system_identifier", "")))
+        return seen_by_agent(settings.scope, body, str(own.get("database_system_identifier", "")))._replace(config=config, history=history)
 
 
 def seen_by_agent(scope: str, body: dict[str, Any], system_identifier: str) -> Cluster:

@@ -13,7 +13,7 @@ COLUMNS = (Column("TL", right=True), Column("LSN", right=True), Column("Reason")
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
-    history = clusters.read(settings).history
+    history = clusters.read_or_ask(settings, more="history").history
     rows = [dict(zip((c.name for c in COLUMNS), row, strict=False)) for row in history]
     print(table(COLUMNS, rows) if given.format in ("table", "pretty") else records(COLUMNS, rows, given.format, toml_name="history"))
     return DONE

@@ -9,6 +9,7 @@ own, only what is newer than the last event shown is taken.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,8 @@ ANSWER_S = 2.0
 CONNECT_S = 3.0
 #: between two rounds in which nobody answered
 ROUND_S = 1.0
+#: so many of them, and the store is asked whether there are others by now
+STORE_ROUNDS = 10
 #: the agent's view of the store is called old from here on
 STORE_OLD_S = 15.0
 
@@ -65,9 +68,9 @@ class Feed:
 
     async def run(self) -> None:
         """For ever, once somebody has answered; End(UNREACHABLE) if nobody does at first."""
-        while True:
+        for lost in itertools.count():
             failures = []
-            for address in await self._candidates():
+            for address in await self._candidates(ask_store=lost % STORE_ROUNDS == STORE_ROUNDS - 1):
                 try:
                     await self._follow(address)
                 except _Gone as gone:
@@ -79,9 +82,9 @@ class Feed:
                 raise End(UNREACHABLE, "no member's agent can be followed:\n  " + "\n  ".join(failures or [self.trouble or "none is known"]))
             await trio.sleep(ROUND_S)
 
-    async def _candidates(self) -> list[str]:
+    async def _candidates(self, *, ask_store: bool) -> list[str]:
         """The one we listened to last, if it may be back; the configured node's; the leader's; all others."""
-        if not self._addresses and not await self._answers(self._settings.rest.own_url):
+        if ask_store or (not self._addresses and not await self._answers(self._settings.rest.own_url)):
             try:
                 keys = await trio.to_thread.run_sync(_read, self._settings, abandon_on_cancel=True)
                 self._note(clusters.understood(self._settings.scope, keys, quiet=True))
@@ -146,10 +149,9 @@ class Feed:
     async def _keep_looking(self, address: str) -> None:
         silent = 0
         while True:
-            self._news = trio.Event()
             with trio.move_on_after(LOOK_EVERY_S):
                 await self._news.wait()
-            await trio.sleep(LOOK_AGAIN_S)      # what happens at once is looked at once
+            self._news = trio.Event()
             try:
                 await self._look(address)
                 silent = 0
@@ -157,6 +159,7 @@ class Feed:
                 silent += 1
                 if silent >= SILENT_LOOKS:
                     raise
+            await trio.sleep(LOOK_AGAIN_S)      # what happens together is looked at together
 
     async def _look(self, address: str) -> None:
         def ask() -> tuple[dict[str, Any], dict[str, Any], str]:

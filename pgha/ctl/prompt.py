@@ -18,20 +18,25 @@ def confirm(question: str, *, force: bool) -> None:
 
 def wanted(question: str) -> bool:
     """Yes or no, on a terminal; without one, no."""
-    return sys.stdin.isatty() and input(f"{question} [y/N]: ").strip().lower() in ("y", "yes")
+    return sys.stdin.isatty() and _answer(f"{question} [y/N]").lower() in ("y", "yes")
 
 
 def choose(question: str, default: str = "") -> str:
     """A line of text from the operator."""
     _need_terminal()
-    return input(f"{question} [{default}]: ").strip() or default
+    return _answer(f"{question} [{default}]") or default
 
 
 def typed(question: str) -> str:
-    """A line that says exactly what is asked for. From a pipe, too: whoever writes it there has thought of it. The
-    question goes to standard error, as it is no result."""
+    """A line that says exactly what is asked for. From a pipe, too: whoever writes it there has thought of it."""
+    return _answer(question, exactly=True)
+
+
+def _answer(question: str, *, exactly: bool = False) -> str:
+    """The question goes to standard error, as it is no result: whoever sends results to a file sees it all the same."""
     print(f"{question}: ", end="", file=sys.stderr, flush=True)
-    return input()
+    line = input()
+    return line if exactly else line.strip()
 
 
 def secret(question: str, *, allowed: str) -> str:

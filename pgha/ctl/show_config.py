@@ -12,7 +12,7 @@ from pgha.ctl.settings import Settings
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
-    config = clusters.read(settings).config
+    config = clusters.read_or_ask(settings, more="config").config
     if config is None:
         raise End(FAILED, "there is no configuration in the store (or it is not a JSON object)")
     print(to_toml(config) if given.format == "toml" else json.dumps(config, indent=2))

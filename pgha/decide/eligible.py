@@ -55,10 +55,12 @@ def _said(o: Observation) -> str:
     return f"/sync names {named(view_of(o).sync)}" + (f" (before the store went back: {named(former)})" if former is not None else "")
 
 
-def copy_methods(o: Observation) -> tuple[tuple[str, ...], tuple[Reason, ...]]:
-    """How this node may be copied anew. Whom /sync names may lead as soon as it runs: made from a backup, its data may lack
+def copy_methods(o: Observation, *, spare_data: bool = False) -> tuple[tuple[str, ...], tuple[Reason, ...]]:
+    """How this node may be copied anew. `spare_data`: what is there stays as it is until the copy is whole. Whom /sync names may lead as soon as it runs: made from a backup, its data may lack
     what its name has confirmed, so then it is copied from the running leader, whatever is configured."""
     rule, configured = "empty.copy_method", o.settings.replica_methods
+    if spare_data:
+        configured = tuple(name for name in configured if name not in o.settings.overwriting_methods) or (BASEBACKUP,)
     if configured == (BASEBACKUP,):
         return configured, ()
     if is_active(o) and is_named(o, o.me.name):

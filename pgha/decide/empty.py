@@ -34,7 +34,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
                         reasons=(reason("empty.bootstrap_was_ended", False, "the bootstrap's mark is still there"),), role="uninitialized")
     if state == "valid":
         return None
-    if state in ("unknown", "unreadable") or (state == "partial" and not o.directory.unfinished_copy):
+    if state in ("unknown", "unreadable") or (state == "partial" and (o.postgres.alive or not o.directory.unfinished_copy)):
         # A server that runs says itself what it holds; a disk that does not answer us must not stop its books.
         return None if o.postgres.alive else _unusable(o, memory)
     if o.postgres.alive and paused.in_force(o):

@@ -12,8 +12,8 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import Instant, candidate_age_s, remaining_s
-from pgha.decide import synchronous
-from pgha.decide.common import leader_member, may_write, reason, source_of, view_of
+from pgha.decide import eligible, synchronous
+from pgha.decide.common import by_name, leader_member, may_write, reason, source_of, view_of
 from pgha.decide.empty import clone_source
 from pgha.decide.standing import Whose, licensed, standing
 from pgha.model.action import Clone, InspectUpstream, Stop
@@ -60,8 +60,10 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
         stop = Stop(why="reinitialize", timeout_s=STOP_WITHIN_S, before_stop_s=o.settings.before_stop_s)
         return Decision(situation="reinitializing", summary="reinitialize: stopping PostgreSQL", reasons=reasons, actions=(stop,),
                         memory=replace(memory, reinit=replace(wanted, inspected=False)))
-    clone = Clone(source=source_of(source), system_identifier=identifier, replace="keep_old_until_streaming", why="an operator asked to reinitialize")
-    return Decision(situation="reinitializing", summary=f"reinitialize: copying from {source.name} with pg_basebackup", reasons=(*reasons, why), actions=(clone,), memory=memory,
+    # Not by what overwrites the data (keep_data): if the leader dies meanwhile, the cluster may have to go on with this.
+    methods, by = eligible.copy_methods(o, spare_data=True) if not wanted.from_leader else ((eligible.BASEBACKUP,), ())
+    clone = Clone(source=source_of(source), system_identifier=identifier, replace="keep_old_until_streaming", why="an operator asked to reinitialize", methods=methods)
+    return Decision(situation="reinitializing", summary=f"reinitialize: copying from {source.name} with {by_name(methods)}", reasons=(*reasons, why, *by), actions=(clone,), memory=memory,
                     state="creating replica")
 
 

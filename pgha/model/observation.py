@@ -49,7 +49,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     remove_data_directory_on_rewind_failure: bool = False
     remove_data_directory_on_diverged_timelines: bool = False
     replica_methods: tuple[str, ...] = ("basebackup",)     # how a copy is made: tried in order …
-    leaderless_methods: tuple[str, ...] = ()               # … and those of them that need no running server to copy from
+    leaderless_methods: tuple[str, ...] = ()               # … those of them that need no running server to copy from …
+    overwriting_methods: tuple[str, ...] = ()              # … and those that work on the data that is there
     pre_promote_s: float = 0.0               # how long the program that is asked before a promotion may take; 0: there is none
     before_stop_s: float = 0.0               # how long the program before a planned stop may take; 0: there is none
     permanent_slots: tuple[str, ...] = ()    # physical slots that every node keeps (`slots`)

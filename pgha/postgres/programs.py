@@ -33,7 +33,7 @@ from pgha.errors import CommandFailed, PostgresTimeout, PostgresUnreachable
 
 #: What a program has between SIGTERM and SIGKILL.
 GRACE_S = 1.0
-#: What a program in the background, which is spared, still writes is read for so long.
+#: Whoever has its output from it, and is left, may hold that open for ever: it is read for so long after its end.
 LAST_WORDS_S = 0.5
 #: How much of each output stream is kept: enough for an error and its context.
 TAIL_BYTES = 64 * 1024
@@ -209,17 +209,23 @@ async def run(
                                  env=dict(env) if env is not None else clean_environment(messages_in_english=True))
         except OSError as e:
             raise PostgresUnreachable(f"cannot start {argv[0]}: {e.strerror}") from e
+        reading = trio.CancelScope(shield=True)     # until its end: a last word to a closed pipe would kill it while it clears up
+
+        async def read() -> None:
+            with reading:
+                async with trio.open_nursery() as streams:
+                    streams.start_soon(out.fill, child.stdout)
+                    streams.start_soon(err.fill, child.stderr)
+
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
             by_itself = False
             try:
-                nursery.start_soon(out.fill, child.stdout)
-                nursery.start_soon(err.fill, child.stderr)
                 await _exited(child.process.pid)
                 by_itself = True
             finally:
                 await _end(child, spare=by_itself and spare_background)
-            if spare_background:
-                nursery.cancel_scope.deadline = trio.current_time() + LAST_WORDS_S
+                reading.deadline = trio.current_time() + LAST_WORDS_S
         return Completed(exit_code=child.process.returncode, stdout=out.text(), stderr=err.text())
     raise PostgresTimeout(f"{name} had not ended after {deadline_s:g} s: {err.text().strip()[-500:]}")
 

@@ -120,6 +120,6 @@ def test_a_before_stop_that_hangs_delays_no_demotion(bed, why):
             ctx = replace(node.ctx, renewer=_Renewer(node.renewer, licence))
             limit_s = 0.5 if why == "its limit" else 60
             took = await Actor(ctx).operate(a.Demote(mode="fast", release=False, checkpoint=True, why="test", timeout_s=20, before_stop_s=limit_s), node.progress.append)
-            assert 0.4 < took["before_stop_s"] < 0.9, took
+            assert 0.4 < took["before_stop_s"] < 1.3, took      # its grace alone would be a second more
             assert not node.living()
     trio.run(main)

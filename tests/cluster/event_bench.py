@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from pgha.demo.node import FAST, Node  # noqa: E402  (after the path)
 from pgha.demo.processes import Reaper  # noqa: E402  (after the path)
 from pgha.demo.programs import find_etcd, find_postgres  # noqa: E402  (after the path)
 
-FOLLOWERS = (0, 100, 1000)
+#: how many, and whether something happens
+PARTS = ((0, False), (0, True), (100, True), (1000, True))
 _CHANGE_EVERY_S = 0.1
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -80,10 +81,10 @@ def changes(leader: Node) -> Iterator[None]:
         thread.join()
 
 
-def measure(bed: Bed, leader: Node, followers: int, for_s: float) -> list[Any]:
+def measure(bed: Bed, leader: Node, followers: int, for_s: float, *, busy: bool) -> list[Any]:
     assert leader.agent is not None
     pid = leader.agent.pid
-    with Crowd(leader.address, leader.rest_port, followers) as crowd, changes(leader), renewals(bed) as renewed:
+    with Crowd(leader.address, leader.rest_port, followers) as crowd, changes(leader) if busy else nullcontext(), renewals(bed) as renewed:
         cpu_s, took_ms = used_s(pid), []
         until_s = time.monotonic() + for_s
         while time.monotonic() < until_s:
@@ -109,10 +110,10 @@ def main(for_s: float) -> None:
             bed.start()
             leader = bed.wait_healthy(90)
             time.sleep(25)      # the agent has settled and given memory back
-            print("followers  /primary asked  median ms   99 % ms  longest ms  renewals  longest gap s  agent's CPU %  RSS MB")
-            for followers in FOLLOWERS:
-                row = measure(bed, leader, followers, for_s)
-                print("{:9d}  {:14d}  {:9.2f}  {:8.2f}  {:10.1f}  {:8d}  {:13.2f}  {:13.1f}  {:6.1f}".format(*row), flush=True)
+            print("       followers  /primary asked  median ms   99 % ms  longest ms  renewals  longest gap s  agent's CPU %  RSS MB")
+            for followers, busy in PARTS:
+                row = ["busy" if busy else "quiet", *measure(bed, leader, followers, for_s, busy=busy)]
+                print("{:5}  {:9d}  {:14d}  {:9.2f}  {:8.2f}  {:10.1f}  {:8d}  {:13.2f}  {:13.1f}  {:6.1f}".format(*row), flush=True)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -120,7 +121,7 @@ def main(for_s: float) -> None:
 def _with_readers(configuration: Any) -> Any:
     def changed() -> dict[str, Any]:
         given: dict[str, Any] = configuration()
-        return {**given, "pgha": {**given["pgha"], "event_readers": max(FOLLOWERS)}}
+        return {**given, "pgha": {**given["pgha"], "event_readers": max(many for many, _ in PARTS)}}
 
     return changed
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from event_readers import Crowd, Follower
 
-from pgha.demo.processes import CLEAN_ENVIRONMENT, as_user, run
+from pgha.demo.processes import CLEAN_ENVIRONMENT, as_user, identify, run
 
 sys.path.append(str(Path(__file__).parents[1] / "ctl"))
 
@@ -90,10 +90,10 @@ def test_through_a_failover(cluster):
         now = numbers(page(nodes[name])["events"])
         for run_, kept in now.items():
             assert found[run_][-len(kept):] == kept or set(kept) <= set(found[run_]), "up to the last that there is"
-    told = [(e["kind"], e.get("what"), e.get("holder")) for e in followers[new.name].events]
+    heard = [(e["kind"], e.get("what"), e.get("holder")) for e in followers[new.name].events]
     for wanted in (("lock", "taken", new.name), ("role", None, None), ("decision", None, None), ("member", "left", None), ("member", "joined", None), ("operation", "begin", None), ("operation", "end", None),
                    ("lock", "holder", new.name)):
-        assert wanted in told, wanted
+        assert wanted in heard, wanted
     argv, environment = watch(cluster, new, "--once")
     once = run(argv, timeout_s=30, user="postgres", environment=environment)
     assert once.returncode == 0, once
@@ -101,6 +101,43 @@ def test_through_a_failover(cluster):
     assert f"{new.name} lock: {new.name} " in once.stdout or "agent" in once.stdout
     argv, environment = watch(cluster, new, "--once", "--format", "json", "--kinds", "lock")
     assert {json.loads(line)["kind"] for line in run(argv, timeout_s=30, user="postgres", environment=environment).stdout.splitlines()} == {"lock"}
+
+
+def told(node, after, *wanted):
+    """The first event of this node's after that id which has all of these, or None."""
+    return next((event for event in page(node, after)["events"] if all(event.get(key) == value for key, value in dict(wanted).items())), None)
+
+
+def test_lag_configuration_and_a_restart_are_told(cluster):
+    leader = cluster.wait_healthy(30)
+    slow, other = (node for node in cluster.nodes if node is not leader)
+    after = {node.name: page(node)["last"] for node in cluster.nodes}
+    with leader.connect() as sql:
+        walsender = identify(sql.execute(f"SELECT pid FROM pg_stat_replication WHERE application_name = '{slow.name}'").fetchone()[0])
+        assert walsender.send(signal.SIGSTOP)
+        try:
+            sql.execute("CREATE TABLE IF NOT EXISTS ballast (x text)")
+            sql.execute("INSERT INTO ballast SELECT repeat(md5(random()::text), 30) FROM generate_series(1, 3000)")
+            over = cluster.wait(lambda: told(leader, after[leader.name], ("kind", "lag"), ("member", slow.name)), 20, "the leader says who is behind")
+            assert over["over"]
+            assert over["lag_bytes"] > over["limit_bytes"] == 1048576
+        finally:
+            walsender.send(signal.SIGCONT)
+        cluster.wait(lambda: told(leader, over["id"], ("kind", "lag"), ("member", slow.name), ("over", False)), 20, "and that it has caught up")
+        assert told(leader, after[leader.name], ("kind", "lag"), ("member", other.name)) is None, "the other one was never behind"
+        sql.execute("DROP TABLE ballast")
+    assert leader.request("PATCH", "/config", {"maximum_lag_on_failover": 2097152, "postgresql": {"parameters": {"log_min_duration_statement": "5s"}}}).status == 200
+    for node in cluster.nodes:
+        changed = cluster.wait(lambda node=node: told(node, after[node.name], ("kind", "configuration")), 20, f"{node.name} tells it")
+        assert {c["key"]: (c["was"], c["now"]) for c in changed["changed"]} == {
+            "maximum_lag_on_failover": (1048576, 2097152), "postgresql.parameters.log_min_duration_statement": (None, "5s")}
+    assert leader.request("PATCH", "/config", {"maximum_lag_on_failover": 1048576, "postgresql": {"parameters": {"log_min_duration_statement": None}}}).status == 200
+    assert slow.request("POST", "/restart", {}, timeout_s=60).status == 200
+    end = cluster.wait(lambda: told(slow, after[slow.name], ("kind", "operation"), ("what", "end"), ("operation", "Restart")), 20, "its end is told")
+    assert end["ok"]
+    assert told(slow, after[slow.name], ("kind", "operation"), ("what", "begin"), ("number", end["number"]))["operation"] == "Restart"
+    cluster.wait(lambda: told(other, after[other.name], ("kind", "member"), ("member", slow.name)), 20, "others see it")
+    cluster.wait_healthy(30)
 
 
 def test_a_member_that_falls_silent_is_left_for_another(cluster):
@@ -168,10 +205,10 @@ def test_a_thousand_readers_that_never_read_are_not_noticed(cluster):
             assert crowd.leave() >= 1000 - 50 or time.monotonic() - began > 25, "they were there all the while"
         lock = cluster.etcd.value(cluster.key("pgha/lock"))
         assert (lock["holder"], lock["incarnation"]) == (before["holder"], before["incarnation"])
-        told = page(leader, after=after)
-        assert told["gap"] is None
-        assert len([e for e in told["events"] if e["kind"] == "configuration"]) >= 10
-        assert [e for e in told["events"] if e["kind"] == "lock"] == [], "never late, never lost"
+        happened = page(leader, after=after)
+        assert happened["gap"] is None
+        assert len([e for e in happened["events"] if e["kind"] == "configuration"]) >= 10
+        assert [e for e in happened["events"] if e["kind"] == "lock"] == [], "never late, never lost"
         assert asking.failed == 0
         took_ms = sorted(1000 * s for s in asking.took_s)
         print(f"{len(took_ms)} health checks, median {took_ms[len(took_ms) // 2]:.1f} ms, longest {took_ms[-1]:.1f} ms")

@@ -366,6 +366,6 @@ def test_on_a_terminal_it_asks_and_does_what_is_answered(world: World, typed: by
         os.close(ours)
         os.close(theirs)
     assert process.returncode == code, (out, err)
-    assert b"Apply these changes? [y/N]: " in out
+    assert b"Apply these changes? [y/N]: " in err
     assert json.loads(world.get("config"))["ttl"] == ttl
     assert (b"aborted: nothing was changed" in err) is (code != 0)

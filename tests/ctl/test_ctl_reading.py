@@ -362,6 +362,10 @@ def test_when_the_store_is_down_the_agent_s_view_is_shown_and_said_so(world: Wor
     assert comparable(out) == recorded(recording, "list")
     assert "no etcd endpoint answers" in err
     assert f"showing what the agent at http://{host}:{port} last saw" in err
+    assert main(["-c", str(world.config), "show-config", "-f", "json"]) == 0
+    assert json.loads(world.capsys.readouterr().out) == json.loads(recording["etcd"]["/service/bench/config"]["value"])
+    assert main(["-c", str(world.config), "history", "-f", "json"]) == 0
+    assert [row["TL"] for row in json.loads(world.capsys.readouterr().out)] == [row[0] for row in json.loads(recording["etcd"]["/service/bench/history"]["value"])]
     world.config.write_text(f'scope = "bench"\n{down}[restapi]\nconnect_address = "127.0.0.1:1"\n')
     assert main(["-c", str(world.config), "list"]) == 5
     assert "and no agent either" in world.capsys.readouterr().err

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from pgha.model.event import AgentEvent, LockEvent, RoleEvent
 from pgha.rest.published import Board
 from pgha.rest.routes import App
 from pgha.rest.stream import Readers
+from pgha.rest.tls import make_context
 
 RECORDED = json.loads((GOLDEN / "steady.json").read_text())
 
@@ -34,7 +36,7 @@ RECORDED = json.loads((GOLDEN / "steady.json").read_text())
 class Agent:
     """The real REST server with the recorded cluster's answers, in a thread; `happens` adds an event."""
 
-    def __init__(self, start: Callable[..., tuple[str, int]], *, node: str = "n1", run: str = "r1", scope: str = "bench") -> None:
+    def __init__(self, start: Callable[..., tuple[str, int]], *, node: str = "n1", run: str = "r1", scope: str = "bench", ssl_context: Any = None) -> None:
         self.log = EventLog(run=run, node=node, scope=scope)
         self.board = Board(published())
         self.app = App(self.board, Inbox(), clock=ClockAt(), readers=Readers(self.log, clock=ClockAt(), at_most=lambda: 100))
@@ -47,8 +49,8 @@ class Agent:
                 return await super().handle(request)
 
         self.app.__class__ = Entered
-        self.address = start(self.app)
-        self.url = f"http://{self.address[0]}:{self.address[1]}"
+        self.address = start(self.app, ssl_context=ssl_context)
+        self.url = f"http{'s' if ssl_context else ''}://{self.address[0]}:{self.address[1]}"
 
     def happens(self, event: Any, *, wall_s: float = WALL_S) -> None:
         if self._token is None:
@@ -225,6 +227,15 @@ def test_what_others_wrote_does_not_speak_to_the_terminal(world: World, agent: A
         assert terminal.model.cleared == 1
 
 
+def test_a_member_that_has_not_heard_from_the_store_says_so(world: World, agent: Agent) -> None:
+    agent.happens(state("x"))
+    with OnTerminal(argv(world)) as terminal:
+        assert "not heard" not in terminal.until(lambda t: "| n1 " in t and "x on" in t, "the screen")
+        agent.app.clock.go_on(40)  # type: ignore[attr-defined]
+        terminal.until(lambda t: "n1 has not heard from the store for 40 s: the table is as of then" in t, "a note")
+        assert terminal.model.wrong == []
+
+
 def test_without_colours(world: World, agent: Agent) -> None:
     with OnTerminal(argv(world), environment={**os.environ, "NO_COLOR": "1"}) as terminal:
         terminal.until(lambda t: "| n1 " in t, "the table")
@@ -373,6 +384,27 @@ def test_another_clusters_agent_is_not_followed(world: World, agent: Agent) -> N
         code, out, err = world.ctl("--scope", "other", "watch", *arguments)
         assert code == UNREACHABLE
         assert out == ""
+
+
+def test_over_tls_with_a_clients_certificate(world: World, start_agent: Callable[..., tuple[str, int]], tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key, "-out", cert, "-days", "2", "-subj", "/CN=n1",
+                    "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    agent = Agent(start_agent, ssl_context=make_context(certfile=str(cert), keyfile=str(key), cafile=str(cert), verify_client="required"))
+    world.load("steady")
+    agent.happens(state("before"))
+    listen = f'[restapi]\nlisten = "{agent.address[0]}:{agent.address[1]}"\ncertfile = "{cert}"\n[ctl]\ncacert = "{cert}"\n'
+    world.extra = f'{listen}certfile = "{cert}"\nkeyfile = "{key}"\n'
+    code, out, _ = world.ctl("watch", "--once")
+    assert (code, out.splitlines()[-1].endswith("n1 role: primary, before on timeline 2")) == (DONE, True)
+    lines = Lines(world)
+    lines.following("n1")
+    agent.happens(state("now"))
+    assert lines.line().endswith(" n1 role: primary, now on timeline 2\n")
+    assert lines.end() == DONE
+    world.extra = listen        # without its certificate nobody is let in
+    for arguments in (("--once",), ("-f", "json")):
+        assert world.ctl("watch", *arguments)[0] == UNREACHABLE
 
 
 # --- words -------------------------------------------------------------------------------------------------------------------

@@ -264,6 +264,7 @@ CHANGES: tuple[tuple[str, Any], ...] = (
     ("directory__rewind_interrupted", _bool),
     ("directory__abandoned_bootstrap", _bool),
     ("directory__unfinished_copy", _bool),
+    ("settings__overwriting_methods", lambda chance: chance.choice(((), ("walg",)))),
     ("settings__leaderless_methods", lambda chance: chance.choice(((), ("walg",)))),
     ("settings__replica_methods", lambda chance: chance.choice((("basebackup",), ("walg", "basebackup"), ("walg",)))),
     ("settings__pre_promote_s", lambda chance: chance.choice((0.0, 20.0))),

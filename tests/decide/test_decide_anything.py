@@ -113,7 +113,9 @@ def _is_safe(case: w.World, decision: Decision, because: object) -> None:
         if isinstance(action, WriteKey) and action.key == "sync":
             assert action.if_revision == case.seen.dcs.view.revision_of("sync"), because
     if o.postgres.is_primary and not licensed(case) and o.operation is None and not decision.actions:
-        assert standing(o).whose in (Whose.UNKNOWN, Whose.SETTLING) or decision.situation == "stopping", because
+        # In pause a primary whose record is gone runs on, until absence has proved that nobody else has the lock.
+        waits = (Whose.UNKNOWN, Whose.SETTLING, Whose.ABSENT) if decision.situation == "paused" else (Whose.UNKNOWN, Whose.SETTLING)
+        assert standing(o).whose in waits or decision.situation == "stopping", because
 
 
 def _may_copy(case: w.World, action: Clone, because: object) -> None:
@@ -122,7 +124,13 @@ def _may_copy(case: w.World, action: Clone, because: object) -> None:
     assert not licensed(case), because
     assert not o.postgres.alive, because
     assert o.dcs.view is not None, because
-    assert standing(o).whose is Whose.LIVE, because
+    if action.source is None:       # from a backup: nobody leads, nobody else has data, and nothing of this node's own is replaced
+        assert standing(o).whose in (Whose.FREE, Whose.NEVER, Whose.OWN_FORMER), because
+        assert not any(p.answered and p.system_identifier and not p.tags.nofailover for p in o.peers.values()), because
+        assert action.replace == "nothing_there", because
+        assert set(action.methods) <= set(o.settings.leaderless_methods), because
+    else:
+        assert standing(o).whose is Whose.LIVE, because
     assert action.system_identifier == o.dcs.view.initialize, because
     if action.replace != "nothing_there":
         assert o.directory.state in ("valid", "missing", "empty"), because

@@ -170,6 +170,10 @@ def test_the_copy_keeps_what_is_there_and_comes_from_whom_it_may():
     clone = only(tagged.decide(), Clone)
     assert (clone.source.name, clone.replace, clone.system_identifier) == ("c", "keep_old_until_streaming", SYSTEM)
     assert only(tagged.but(memory__reinit__from_leader=True).decide(), Clone).source.name == "a"
+    by_backup = tagged.but(settings__replica_methods=("backup", "walg", "basebackup"), settings__overwriting_methods=("walg",))
+    assert only(by_backup.decide(), Clone).methods == ("backup", "basebackup")      # what is there stays until the copy is whole
+    assert only(by_backup.but(settings__replica_methods=("walg",)).decide(), Clone).methods == ("basebackup",)
+    assert only(by_backup.but(memory__reinit__from_leader=True).decide(), Clone).methods == ("basebackup",)
     voter = {"settings__synchronous_mode": "on", "dcs__view__config": {"synchronous_mode": True}, "dcs__view__sync": Sync(leader="a", members=("b",))}
     assert only(tagged.but(**voter).decide(), Clone).source.name == "a"
 

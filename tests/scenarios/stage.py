@@ -17,6 +17,7 @@ from typing import Any
 
 from tests.scenarios.transcript import Transcript
 from tests.simulation import kernel
+from tests.simulation.faults import soon
 from tests.simulation.postgres import DataDir
 from tests.simulation.scheduler import Scheduler
 from tests.simulation.simulation import Options, Simulation
@@ -136,6 +137,15 @@ class Stage(Simulation):
         """`ctl switchover`, or `ctl failover` without a leader."""
         value = {"leader": leader, "member": candidate} if leader else {"member": candidate}
         self.operator_asks_failover(json.dumps(value).encode(), manual=not leader)
+
+    def schedules(self, leader: str, candidate: str, *, in_s: float = 0.0, at: str = "") -> None:
+        """A switchover for later, as `ctl` and patronictl write it."""
+        value = {"leader": leader, "member": candidate, "scheduled_at": at or soon(self, in_s)}
+        self.operator_asks_failover(json.dumps(value).encode(), manual=False)
+
+    def reinitializes(self, name: str) -> None:
+        """`ctl reinit NAME`."""
+        self.hosts[name].agent.request("reinitialize", force=False, from_leader=False)
 
     def stall(self, *names: str) -> None:
         """Nothing is streamed to these any more, though their connections stand."""

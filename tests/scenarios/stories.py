@@ -50,6 +50,42 @@ def primary_host_dies(s: Stage) -> None:
 
 
 @story()
+def scheduled_switchover(s: Stage) -> None:
+    """A switchover is scheduled, with patronictl for one: the leader sees the time come.
+
+    What stands in the store becomes a switchover for now when its time has come by the leader's clock. So the standbys judge what
+    they see in the store, not what their own clocks say. One that nobody can read would be removed, and nothing would happen.
+    """
+    s.until(10)
+    s.happens("a switchover from n1 to n3 is scheduled in 20 s", lambda: s.schedules("n1", "n3", in_s=20.0))
+    s.until(60)
+    s.happens("a switchover is scheduled that names no time zone", lambda: s.schedules("n3", "n1", at="2030-01-01T03:00:00"))
+    s.until(70)
+
+
+@story()
+def replica_reinitialised(s: Stage) -> None:
+    """An operator has a replica copied anew; on the leader that is refused, and a copy is given up when nobody leads.
+
+    The leader's PostgreSQL is asked who it is first. The old data is kept until the copy streams: when the leader dies in the
+    middle of the second copy, n2 goes on with what it had, and takes part in the election.
+    """
+    s.until(10)
+    s.happens("n2 is to be reinitialised", s.reinitializes, "n2")
+    s.until(40)
+    s.happens("n1, which leads, is to be reinitialised", s.reinitializes, "n1")
+    s.until(45)
+    s.instances["n2"].work_s = 60.0
+    s.happens("n2 is to be reinitialised once more; a copy takes a minute now", s.reinitializes, "n2")
+    s.until(50)
+    s.happens("the host of n1 loses its power", s.hosts["n1"].power_off)
+    s.until(110)
+    s.instances["n2"].work_s = 0.0
+    s.happens("the power of n1 returns", s.hosts["n1"].power_on)
+    s.until(150)
+
+
+@story()
 def agent_killed(s: Stage) -> None:
     """The agent of the primary is killed and started again in time: nobody notices.
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from random import Random
 from typing import Any
 
 from msgspec import Struct
 
+from tests.simulation.clocks import EPOCH_S
 from tests.simulation.postgres import START_LSN, Branch, DataDir, contains
 from tests.simulation.store import MEMBERS
 
@@ -32,13 +34,15 @@ Begin = Callable[[Any, dict[str, Any]], None]
 
 
 class Kind(Struct, frozen=True):
-    """`draw(random, names, ttl_s)` → parameters; `lasts`: (least, most) seconds. Weight 0: for programs that are written by hand."""
+    """`draw(random, names, ttl_s)` → parameters; `lasts`: (least, most) seconds. Weight 0: for programs that are written by hand.
+    `since`: in random programs from this version of the draw on."""
 
     weight: float
     draw: Callable[[Random, list[str], float], dict[str, Any]]
     begin: Begin
     end: Begin | None = None
     lasts: tuple[float, float] = (0.0, 0.0)
+    since: int = 1
 
 
 def _who(random: Random, names: list[str]) -> str:
@@ -192,6 +196,39 @@ def _ask(kind: str) -> Begin:
         if agent is not None and agent.process.alive:
             agent.request(kind)
     return do
+
+
+def _reinitialize(sim: Any, with_: dict[str, Any]) -> None:
+    agent = sim.hosts[with_["at"]].agent
+    if agent is not None and agent.process.alive:
+        agent.request("reinitialize", force=with_["force"], from_leader=with_["from_leader"])
+
+
+def soon(sim: Any, in_s: float) -> str:
+    return datetime.fromtimestamp(EPOCH_S + sim.scheduler.now_s + in_s, UTC).isoformat()
+
+
+def _schedule_switchover(sim: Any, with_: dict[str, Any]) -> None:
+    """As patronictl writes it, or somebody by hand."""
+    value = {"leader": sim.leader(), "member": with_["candidate"], "scheduled_at": soon(sim, with_["in_s"]) if with_["in_s"] is not None else with_["text"]}
+    sim.operator_asks_failover(json.dumps({k: v for k, v in value.items() if v}).encode(), manual=False)
+
+
+def _flush_switchover(sim: Any, with_: dict[str, Any]) -> None:
+    if with_["flushed"] and sim.view().failover.scheduled_at:
+        sim.operator_asks_failover(b"{}", manual=False)
+
+
+def _schedule_restart(sim: Any, with_: dict[str, Any]) -> None:
+    agent = sim.hosts[with_["at"]].agent
+    if agent is not None and agent.process.alive:
+        agent.request("restart", schedule=soon(sim, with_["in_s"]), **({"role": with_["role"]} if with_["role"] else {}))
+
+
+def _flush_restart(sim: Any, with_: dict[str, Any]) -> None:
+    agent = sim.hosts[with_["at"]].agent
+    if with_["flushed"] and agent is not None and agent.process.alive:
+        agent.request("cancel_restart")
 
 
 def _cancel_waits(sim: Any, with_: dict[str, Any]) -> None:
@@ -465,6 +502,12 @@ KINDS: dict[str, Kind] = {
     "switchover": Kind(6, lambda r, n, t: {"kind": r.choice(("switchover", "switchover", "failover")), "candidate": r.choice((*n, "")) }, _switchover),
     "restart": Kind(2, _node, _ask("restart")),
     "reload": Kind(0.7, _node, _ask("reload")),
+    "reinitialize": Kind(3, lambda r, n, t: {"node": _who(r, n) if r.random() < 0.2 else n[int(r.random() * len(n))], "force": r.random() < 0.3, "from_leader": r.random() < 0.5},
+                         _reinitialize, since=3),
+    "switchover scheduled": Kind(3, lambda r, n, t: {"candidate": r.choice((*n, "")), "in_s": r.choice((1.0, 5.0, 30.0, -5.0, -60.0, None)), "text": r.choice(("soon", "2025-06-15T15:06:40", 5)),
+                                                     "flushed": r.random() < 0.3}, _schedule_switchover, _flush_switchover, (0.5, 40.0), since=3),
+    "restart scheduled": Kind(2, lambda r, n, t: {"node": _who(r, n), "in_s": r.choice((1.0, 5.0, 30.0)), "role": r.choice(("", "", "primary", "replica")), "flushed": r.random() < 0.3},
+                              _schedule_restart, _flush_restart, (0.5, 40.0), since=3),
     "tags": Kind(1.5, lambda r, n, t: {"node": _who(r, n), "tags": r.choice(({"nofailover": True}, {"nosync": True}, {"failover_priority": 3}, {"clonefrom": True},
                                                                            {"replicatefrom": n[int(r.random() * len(n))]}, {"noloadbalance": True}))},
                  _edit_tags, _tags_back, (10.0, 150.0)),
@@ -493,13 +536,13 @@ def draw_early(seed: int, names: list[str]) -> list[Step]:
     return sorted(steps, key=lambda s: s.at_s)
 
 
-def draw(seed: int, names: list[str], *, ttl_s: float, from_s: float, for_s: float, faults: int) -> list[Step]:
+def draw(seed: int, names: list[str], *, ttl_s: float, from_s: float, for_s: float, faults: int, draws: int = 2) -> list[Step]:
     """A program of so many faults, at random times, some of them close together.
 
     Most programs have a few kinds only: what comes of three kinds that meet again and again is found sooner than among all.
     """
     random = Random(f"{seed}/program")
-    kinds = [name for name, kind in KINDS.items() if kind.weight]
+    kinds = [name for name, kind in KINDS.items() if kind.weight and kind.since <= draws]
     if random.random() < 0.7:
         kinds = sorted(random.sample(kinds, random.choice((3, 5, 8, 12))))
     weights = [KINDS[k].weight for k in kinds]

@@ -845,7 +845,8 @@ class SimMachine:
 
     def asked(self, kind: str, options: Mapping[str, Any]) -> None:
         """By an operator, at this node's own REST API."""
-        self.arrived(self.name, Request(method="POST", path=f"/{kind}", body=msgspec.json.encode(options), peer="127.0.0.1"), lambda _: None)
+        method, path = ("DELETE", "/restart") if kind == "cancel_restart" else ("POST", f"/{kind}")
+        self.arrived(self.name, Request(method=method, path=path, body=msgspec.json.encode(options), peer="127.0.0.1"), lambda _: None)
 
     async def serve(self, listen: Any, app: Any, *, task_status: Any = trio.TASK_STATUS_IGNORED) -> None:
         self._serving = True

@@ -28,7 +28,7 @@ BORN_WITHIN_S = 120.0
 #: After the last fault has ended: time for records to expire, absence to be believed, clones to be made.
 CALM_S = 60.0
 #: How much is drawn for a world. Kept programs say under which number they were found; those of before say nothing.
-DRAWS = 2
+DRAWS = 3
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -41,7 +41,7 @@ class Options(Struct, frozen=True, kw_only=True):
     faults: int = 20
     for_s: float = 1500.0
     program: tuple[Step, ...] | None = None
-    draws: int = 1              # 2: also settings and tags that few clusters have
+    draws: int = 1              # 2: also settings and tags that few clusters have; 3: also reinitialize, and what is scheduled
 
 
 class Outcome(Struct, kw_only=True):
@@ -123,7 +123,7 @@ class Simulation(World):
             program = options.program
         else:
             early = faults.draw_early(options.seed, self.names) if options.draws >= 2 else []
-            program = (*early, *faults.draw(options.seed, self.names, ttl_s=float(self.ttl), from_s=BORN_WITHIN_S, for_s=options.for_s, faults=options.faults - len(early)))
+            program = (*early, *faults.draw(options.seed, self.names, ttl_s=float(self.ttl), from_s=BORN_WITHIN_S, for_s=options.for_s, faults=options.faults - len(early), draws=options.draws))
         self.program = program
         self.ends_s = max([BORN_WITHIN_S, *(s.at_s + s.for_s for s in program)])
         for step in program:

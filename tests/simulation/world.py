@@ -20,8 +20,8 @@ What the model leaves out:
   except as a WAL connection. TLS, DNS and REST over the wire are tests/rest, tests/cluster and tests/chaos.
 * the host: processes freeze and die, disks are full or hang as a whole; no CPU starvation by degrees, no memory pressure,
   no clock that runs more than 0.9 % wrong. Without systemd: who ends is started again after a moment.
-* operators: no scheduled switchover and no reinit (pgha has none yet), no `pg_ctl promote` by hand, no local configuration
-  that changes by SIGHUP (tags change with a restart of the agent). Data is wiped or replaced by hand only where another
+* operators: no `pg_ctl promote` by hand, no local configuration that changes by SIGHUP (tags change with a restart of the
+  agent). Data is wiped or replaced by hand only where another
   member has it all, and in no synchronous mode: what people must decide is not judged.
 * level (a) besides: loop, observers and REST answers are written anew (see `node`); level (b) runs the shipped ones.
 """
