@@ -25,6 +25,7 @@ usage: pgha COMMAND …
   run CONFIG                         the agent of one node: keep PostgreSQL running and the lock honest
   guard CONFIG …                     the process that fences when the agent cannot (the agent starts it, or systemd)
   config check CONFIG                every mistake of a configuration file, in one run
+  config why KEY …                   which value of a key counts, where it comes from, and since when
   config sample                      print a configuration to start from
   config import [PATRONI_YML] …      make pgha.toml from a Patroni configuration, and say what becomes of each key
   ctl [-c CONFIG] …                  look at a cluster and change it; `pgha ctl --help`
@@ -163,7 +164,22 @@ def _config(arguments: list[str]) -> int:
     take.add_argument("--accept-missing", action="store_true", help="write also if there are keys that pgha does not support; they are left out")
     take.add_argument("--force", action="store_true", help="replace FILE if it is there")
     take.add_argument("--dry-run", action="store_true", help="report only, write nothing")
+    reason = actions.add_parser("why", help="which value of a key counts, and where it comes from", allow_abbrev=False,
+                                description="Say which value of a key counts on this node, which layer it comes from (default, /config in the store, file, "
+                                            "environment, or pgha itself), where it was set, and since when. Asks the node's agent, if it answers.")
+    reason.add_argument("keys", metavar="KEY", nargs="+", help="with dots, as ttl or postgresql.parameters.work_mem")
+    reason.add_argument("-c", "--config-file", metavar="FILE", help="pgha.toml of this node (default: as pgha ctl)")
+    reason.add_argument("--json", action="store_true", help="the whole answer as JSON: an object, or an array for several keys")
     chosen = parser.parse_args(arguments)
+    if chosen.action == "why":
+        from pgha.why import explain
+
+        code, text, beside = explain(chosen.keys, config_file=chosen.config_file, environ=os.environ, as_json=chosen.json)
+        for line in beside:
+            print(f"pgha: {line}", file=sys.stderr)
+        if text:
+            print(text)
+        return code
     if chosen.action == "sample":
         from pgha.config.sample import sample
 
@@ -176,8 +192,9 @@ def _config(arguments: list[str]) -> int:
                        say=print, warn=lambda line: print(f"pgha: {line}", file=sys.stderr))
         return DONE
     from pgha.config.check import check as judge
+    from pgha.postgres.gucs import refused_here
 
-    code, text = judge(chosen.config, os.environ)
+    code, text = judge(chosen.config, os.environ, ask=refused_here)
     print(text, file=sys.stderr if code else sys.stdout)
     return code
 

@@ -28,7 +28,7 @@ from pgha import log as logging
 from pgha.act import Actor
 from pgha.act.callbacks import EVENTS, Callbacks
 from pgha.act.context import Context
-from pgha.act.wanted import Wanted
+from pgha.act.wanted import STARTED_WITH, Wanted
 from pgha.announce import Announcer, member_value
 from pgha.chronicle import Chronicle
 from pgha.clock import Clock, Deadline, Instant, SystemClock, candidate_age_s, remaining_s
@@ -96,6 +96,7 @@ from pgha.observe.peers import PeersObserver
 from pgha.observe.postgres import PostgresObserver, look_every_s, not_looked_since
 from pgha.postgres.files import read_dynamic_cache, write_dynamic_cache
 from pgha.postgres.server import Server
+from pgha.provenance import Provenance
 from pgha.rest.access import Access
 from pgha.rest.published import Board, nothing_yet, publish_pass, store_gauges
 from pgha.rest.requests import Answer
@@ -114,6 +115,8 @@ PAUSE_AFTER_FAILURE_S = 0.1
 GUARD_ASKED_EVERY_S = 10.0
 #: One that was killed is gone by then, unless the kernel holds it.
 GUARD_EXIT_S = 1.0
+#: What was changed and could not be written, or PostgreSQL not be told of, is tried again after this long.
+APPLY_AGAIN_S = 5.0
 #: A guard that is a service of its own is waited for so long at the start.
 GUARD_SERVICE_S = 30.0
 #: Whether a watchdog device has appeared is looked for this often.
@@ -162,7 +165,7 @@ class Agent:
             store=self.store, keys=self.keys, clock=clock, state_dir=self.state_dir, wake=self.wake, me=self.me.name, in_thread=machine.in_thread,
             settings=lambda: (self.settings.ttl_s, self.settings.loop_wait_s, self.settings.retry_timeout_s, self.settings.member_slots_ttl_s),
             outage=self.outage)
-        self.wanted = Wanted(effective=lambda: self.effective, passfile=pgpass(local, environ))
+        self.wanted = Wanted(effective=lambda: self.effective, passfile=pgpass(local, environ), started_file=self.state_dir / STARTED_WITH)
         self.postgres = PostgresObserver(
             data_dir=data_dir, machine=machine, conninfo=self.wanted.local_conninfo, clock=clock,
             interval_s=lambda: look_every_s(self.settings), wake=self._postgres_changed,
@@ -196,6 +199,9 @@ class Agent:
             beside=self.callbacks.beside, told=self.callbacks)
         self.actor = Actor(context)
         self.inbox.judge = self.actor.judge_configuration
+        self.provenance = Provenance(member=self.me.name, effective=lambda: self.effective, sources=loaded.sources, left_out=lambda: self.wanted.left_out,
+                                     facts=self.actor.gucs, wall_s=clock.wall_s)
+        self.inbox.why = self.provenance.answer
 
         self.memory = Memory()
         self.number = 0
@@ -209,6 +215,7 @@ class Agent:
         self._directory_news = trio.Event()
         self._checkpoint_pending = False
         self._applied: Any = None
+        self._apply_again_at: Instant | None = None     # writing the configuration has failed
         self._before_limit: tuple[PostgresFacts, float] | None = None   # what was known, and the limit, when the hang timeout changed
         self._said: tuple[str, ...] = ()
         self._summary = ""          # what was said last
@@ -454,7 +461,7 @@ class Agent:
         async with self._looking_at_directory:      # a look that began before an operation's end says nothing of it
             before = self.reader.facts
             facts = self.postgres.facts
-            after = await self.reader.read_facts(running=facts.alive, timeline=facts.row.timeline if facts.row else 0)
+            after = await self.reader.read_facts(running=facts.alive, timeline=facts.row.timeline if facts.row else 0, fresh=facts.row is not None and facts.row.replay_paused)
             if self._directory_stale or before != after:
                 self._directory_stale = False
                 self.wake()
@@ -529,14 +536,16 @@ class Agent:
 
     def _settings_now(self) -> Settings:
         settings = not_looked_since(self.settings, self._before_limit, self.postgres.facts)
-        return replace(settings, configuration_changed=self._applied != self._to_apply() and self._applied is not None,
+        again = self._apply_again_at is not None and remaining_s(self._apply_again_at, self.clock.now()) <= 0
+        return replace(settings, configuration_changed=self._applied is not None and (again or self._applied != self._to_apply()),
                        dynamic_config=encode(self.dynamic) if self.dynamic else b"")
 
     def _bootstrap_config(self) -> bytes:
         return encode(normalised(dict(self.local.bootstrap.dcs)))
 
     def _to_apply(self) -> Any:
-        return (self.effective.postgresql.parameters, self.effective.postgresql.pg_hba, self.effective.postgresql.pg_ident, self.effective.postgresql.recovery_conf)
+        wanted = self.effective.postgresql
+        return (wanted.parameters, wanted.pg_hba, wanted.pg_ident, wanted.recovery_conf, wanted.custom_conf)
 
     def _watchdog_facts(self) -> WatchdogFacts:
         return self.watchdog.facts
@@ -662,8 +671,10 @@ class Agent:
             if isinstance(action, ApplyConfiguration):
                 if self._applied == ():
                     action = replace(action, force=True)       # SIGHUP: PostgreSQL reads its files again in any case, as certificates
-                self._applied = self._to_apply()
+                self._applied, self._apply_again_at = self._to_apply(), self.clock.now().plus_s(APPLY_AGAIN_S)
             await self.actor.quick(action, deadline_s)
+            if isinstance(action, ApplyConfiguration):
+                self._apply_again_at = None
 
     def _begin(self, action: LongAction) -> None:
         assert self._operation is None, (self._operation, action)
@@ -763,6 +774,7 @@ class Agent:
         self._before_limit = (self.postgres.facts, self.settings.primary_hang_timeout_s)
         self.postgres.kick()        # how often it is looked at may have changed, too
         self.dynamic = view.config
+        self.provenance.note(view.config, view.revision_of("config"), mixed=mixed)
         self.effective = effective(self.local, view.config, patroni_member_present=mixed)
         for problem in self.effective.problems:
             log.warning("configuration in the store", problem=problem)
@@ -796,7 +808,7 @@ class Agent:
         if fixed:
             log.error("configuration not reloaded: these keys need another start of the agent", keys=", ".join(fixed))
             return
-        self.local = loaded.local
+        self.local, self.provenance.sources = loaded.local, loaded.sources
         _set_up_log(self.local)
         self.effective = effective(self.local, self.dynamic if self.dynamic is not None else normalised(dict(self.local.bootstrap.dcs)))
         if self._nursery is not None:

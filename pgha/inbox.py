@@ -45,6 +45,7 @@ class Inbox:
         self.ask_others: Callable[[], Awaitable[dict[str, Peer]]] = _nobody_asked    # all other members, now: the agent, too
         self.accept: Callable[[Ping], tuple[Answer, int]] = _nobody_there     # who promises: the agent, once it is made
         self.judge: Callable[[dict[str, Any] | None, Any], Awaitable[Judgement]] = _by_schema       # who asks PostgreSQL, too: the agent, as above
+        self.why: Callable[[str], Awaitable[Answer]] = _knows_nothing
         self._number = 0
         self._waiting: dict[int, Request] = {}
         self._answers: dict[int, Answer] = {}
@@ -105,6 +106,8 @@ class Inbox:
                     return await self._write_config(dict(payload), deadline_s, patch=kind == "patch_config")
                 if kind == "check_config":
                     return await self._check_config(payload)
+                if kind == "why_config":
+                    return await self.why(str(payload["key"]))
         except DcsError as error:
             log.warning("request could not be written to the store", kind=kind, why=str(error))
             return Answer(status=503, text=_FAILED.get(kind, "the store does not answer"))
@@ -206,6 +209,10 @@ async def _nobody_asked() -> dict[str, Peer]:
 
 async def _by_schema(old: dict[str, Any] | None, new: Any) -> Judgement:
     return by_schema(old, new)
+
+
+async def _knows_nothing(_key: str) -> Answer:
+    return Answer(status=503, text="not yet")
 
 
 def _nobody_there(_ping: Ping) -> tuple[Answer, int]:

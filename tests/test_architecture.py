@@ -56,6 +56,8 @@ LOOSE = {
     "pgha.replay": COMMON | {"pgha.model", "pgha.decide"},
     "pgha.announce": COMMON | {"pgha.model", "pgha.dcs"},
     "pgha.inbox": COMMON | {"pgha.model", "pgha.dcs", "pgha.config", "pgha.rest"},
+    "pgha.provenance": COMMON | {"pgha.model", "pgha.config", "pgha.postgres", "pgha.rest"},
+    "pgha.why": COMMON | {"pgha.model", "pgha.config", "pgha.ctl", "pgha.postgres"},
     "pgha.events": COMMON | {"pgha.model"},
     "pgha.chronicle": COMMON | {"pgha.model", "pgha.rest", "pgha.events"},
     "pgha.systemd": set[str](),

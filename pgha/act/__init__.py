@@ -37,6 +37,7 @@ from pgha.act.wanted import Wanted
 from pgha.config.judgement import Judgement
 from pgha.errors import OperationFailed, PghaError
 from pgha.model import action as a
+from pgha.model.gucs import GucFacts
 
 __all__ = ["Actor", "Context", "Fence", "Progress", "Renewer", "Wanted"]
 
@@ -155,6 +156,10 @@ class Actor:
     async def judge_configuration(self, old: dict[str, Any] | None, new: Any) -> Judgement:
         """What is wrong with replacing the shared configuration `old` by `new`, and what it would do here. Changes nothing."""
         return await vet.judge(self.ctx, old, new)
+
+    async def gucs(self) -> GucFacts:
+        """What PostgreSQL says of its parameters now. PostgresError, OSError."""
+        return (await vet.facts(self.ctx))[0]
 
     async def discard_old(self) -> list[str]:
         """Delete the data directories that clones have replaced and marked: once the new one streams, also by a later agent."""

@@ -7,7 +7,7 @@ import trio
 from pgha.act.context import Context, log
 from pgha.act.start import forget_blocked_timelines
 from pgha.act.steps import SQL_DEADLINE_S, be_standby_at_rest, closing, connect, postmaster
-from pgha.act.vet import vet
+from pgha.act.vet import QUICK_VET_DEADLINE_S, vet
 from pgha.errors import OperationFailed, PostgresError, QueryFailed
 from pgha.model.action import ApplyConfiguration, Follow, Freeze, MaintainSlots, SetSynchronousNames
 from pgha.postgres import slots
@@ -49,7 +49,7 @@ async def follow(ctx: Context, action: Follow) -> None:
 
 async def apply_configuration(ctx: Context, action: ApplyConfiguration) -> None:
     """Write what has changed, reload if anything has (or `force`)."""
-    await vet(ctx)
+    await vet(ctx, deadline_s=QUICK_VET_DEADLINE_S)
     with postmaster(ctx) as server:
         changed = await ctx.on_disk(ctx.wanted.write_running)
         if changed or action.force:

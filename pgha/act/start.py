@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import trio
@@ -17,7 +19,7 @@ from pgha.act.steps import (
     wait_primary,
 )
 from pgha.act.vet import vet
-from pgha.errors import OperationFailed, PostgresTimeout
+from pgha.errors import CommandFailed, OperationFailed, PostgresTimeout
 from pgha.model.action import Source, StartPrimary, StartStandby
 from pgha.postgres import files, histories
 
@@ -47,18 +49,36 @@ async def start_prepared_standby(ctx: Context, upstream: Source | None, slot_nam
     await ctx.fence.standby()
     times.mark("guard")
     progress(f"starting as a standby of {upstream.name if upstream else 'nobody'}")
-    server = await ctx.server.start(ctx.wanted.command_line(said))
+    with _on_trial(ctx):
+        server = await ctx.server.start(ctx.wanted.command_line(said))
     ctx.hurry(HURRY_S)
     try:
         try:
-            await ctx.server.wait_ready(server, deadline_s=STANDBY_READY_S)
+            with _on_trial(ctx):
+                await ctx.server.wait_ready(server, deadline_s=STANDBY_READY_S)
         except PostgresTimeout:
             await _wait_answers(ctx)
+        await _note_started(ctx)
         times.mark("start")
         log.info("started as a standby", pid=server.pid, upstream=upstream.name if upstream else "", status=server.status(),
                  took_s=times.total_s)
     finally:
         server.close()
+
+
+async def _note_started(ctx: Context) -> None:
+    if ctx.wanted.started_is_news():
+        await ctx.on_disk(ctx.wanted.note_started)
+
+
+@contextmanager
+def _on_trial(ctx: Context) -> Iterator[None]:
+    """A postmaster that ends instead of starting: its settings may be why."""
+    try:
+        yield
+    except CommandFailed as error:
+        ctx.wanted.did_not_start(str(error))
+        raise
 
 
 async def forget_blocked_timelines(ctx: Context) -> None:
@@ -102,16 +122,18 @@ async def start_prepared_primary(ctx: Context, progress: Progress, times: Timeli
         await ctx.fence.armed()      # the disk may have taken its time
         times.mark("armed")
         progress("starting as primary")
-        server = await ctx.server.start(ctx.wanted.command_line(said, standby=False))
+        with _on_trial(ctx):
+            server = await ctx.server.start(ctx.wanted.command_line(said, standby=False))
         ctx.hurry(HURRY_S)
         try:
-            with trio.fail_after(timeout_s + 1.0):
+            with _on_trial(ctx), trio.fail_after(timeout_s + 1.0):
                 await wait_primary(ctx, server, deadline_s=timeout_s)
         finally:
             server.close()
         times.mark("start")
         await be_standby_at_rest(ctx)
         times.mark("standby_signal")
+        await _note_started(ctx)
     except BaseException:   # also trio.Cancelled: a primary that nobody waits for must not stay
         await make_safe(ctx, "the start as primary was not completed")
         raise

@@ -43,6 +43,7 @@ async def restart(ctx: Context, action: Restart, progress: Progress) -> dict[str
     """Stop and start in the same role. As primary the lock is kept, and a shutdown that does not end in time is no
     reason to kill: it fails, and the next pass decides."""
     times = Timeline()
+    ctx.wanted.try_configured()
     if action.as_primary:
         progress("checkpoint before the restart")
         await checkpoint(ctx, deadline_s=CHECKPOINT_DEADLINE_S)

@@ -10,6 +10,8 @@ Rules of this file:
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from pgha.config.local import PostgresUser
 from pgha.log import Log
 from pgha.model.action import Source
 from pgha.model.gucs import SettingValue, setting_text
+from pgha.model.rolling import STANDBY_AT_LEAST
 from pgha.postgres import files
 from pgha.postgres.controldata import ControlData
 from pgha.postgres.initdb import Options
@@ -41,14 +44,19 @@ _DEFAULT_SOCKET_DIRS = ("/var/run/postgresql", "/tmp")  # noqa: S108  (PostgreSQ
 #: A line of ours in postgresql.conf (files.postgresql_conf).
 _WRITTEN = re.compile(r"^(primary_conninfo|primary_slot_name) = '((?:[^']|'')*)'$", re.MULTILINE)
 
+#: In the state directory. A few kilobytes.
+STARTED_WITH = "started_with.json"
+LARGEST_STARTED_BYTES = 1 << 20
+
 NAMES = "synchronous_standby_names"
 _NAMES_WRITTEN = re.compile(rf"^{NAMES} = '((?:[^']|'')*)'$", re.MULTILINE)
 
 
 class Wanted:
-    """`effective()`: the configuration as it is now. `passfile`: written by us, outside the data directory."""
+    """`effective()`: the configuration as it is now. `passfile`: written by us, outside the data directory, as is `started_file`:
+    the settings with which PostgreSQL has last started (None: only this agent remembers them)."""
 
-    def __init__(self, *, effective: Callable[[], Effective], passfile: Path) -> None:
+    def __init__(self, *, effective: Callable[[], Effective], passfile: Path, started_file: Path | None = None) -> None:
         self._effective = effective
         self._passfile = Path(effective().local.postgresql.pgpass or passfile)
         self._upstream: Source | None = None
@@ -57,8 +65,13 @@ class Wanted:
         self._told = False      # whom to follow; until then a restarted agent keeps what its predecessor wrote
         self._control: ControlData | None = None
         self._notes: tuple[str, ...] = ()
+        self._unreadable = ""
         self._vetted: dict[str, str] = {}       # what PostgreSQL's own program has looked at …
         self._left_out: dict[str, str] = {}     # … and what it refused of that, and why
+        self._started_file = started_file
+        self._started: dict[str, str] | None = _read_started(started_file)
+        self._failed: dict[str, str] | None = None      # what was configured when the last start failed
+        self._failed_why = ""
         self._data_dir = Path(effective().local.postgresql.data_dir)
         self.config_dir = Path(effective().local.postgresql.config_dir or self._data_dir)
         self._names: str | None = self._names_found()
@@ -177,7 +190,10 @@ class Wanted:
 
     def prepared(self, *, standby: bool = True) -> Prepared:
         """Everything but recovery settings, split into command line and file. `standby` false: not raised to the primary's limits."""
-        done = _prepare(self._effective(), self._parameters(), names=self._names, control=self._control if standby else None, left_out=self._stays_out)
+        parameters: Mapping[str, SettingValue] = self._parameters()
+        if standby and self._falls_back() and self._started is not None:
+            parameters = self._started
+        done = _prepare(self._effective(), parameters, names=self._names, control=self._control if standby else None, left_out=self._stays_out)
         if standby and done.notes != self._notes:
             self._notes = done.notes
             for note in done.notes:
@@ -220,7 +236,57 @@ class Wanted:
     @property
     def left_out(self) -> dict[str, str]:
         """By name in lower case: why."""
-        return dict(self._left_out)
+        changed = self._changed() if self._falls_back() else {}
+        return {**dict.fromkeys(changed, f"PostgreSQL did not start with it: {self._failed_why}"), **self._left_out}
+
+    # --- what PostgreSQL does not start with, although each value is possible ----------------------------------------------
+
+    def note_started(self) -> None:
+        """PostgreSQL has started: what it was given is good, and is what counts should it not start with something else."""
+        now = self._started_with()
+        if now == self._started:
+            return
+        self._started = now
+        if self._started_file is not None:
+            try:
+                files.write_if_changed(self._started_file, json.dumps(now, sort_keys=True), mode=0o600)
+            except OSError as error:    # no reason to end a server that runs
+                log.warning("the settings with which PostgreSQL has started could not be kept", why=f"{error.filename}: {error.strerror}")
+
+    def started_is_news(self) -> bool:
+        """Is there anything for `note_started` to write?"""
+        return self._started_with() != self._started
+
+    def _started_with(self) -> dict[str, str]:
+        now = {name: value for name, value in self.prepared().file.items() if name != NAMES or self._names is None}
+        if self._control is not None:       # not what a standby had for its primary's sake
+            now |= {name: value for name, value in self.prepared(standby=False).file.items() if name in STANDBY_AT_LEAST and not self._falls_back()}
+        return now
+
+    def did_not_start(self, why: str) -> None:
+        """PostgreSQL ended instead of starting. If its settings are others than when it last did, those count next time: a
+        shared_buffers beyond the machine's memory is no reason to be without a server. If it does not start with those
+        either, it was something else, and what is configured is tried again."""
+        if self._falls_back():
+            self._failed = None
+        elif self._started is not None and (changed := self._changed()):
+            self._failed, self._failed_why = self.to_vet(), _last_words(why)
+            log.warning("PostgreSQL did not start with changed settings: the next start is with those of the last one that it did start with",
+                        changed=", ".join(f"{name}: {old} → {new}" for name, (old, new) in changed.items()), why=self._failed_why)
+
+    def try_configured(self) -> None:
+        """An operator asks for a restart: with what is configured."""
+        self._failed = None
+
+    def _falls_back(self) -> bool:
+        return self._failed is not None and self._started is not None and self._failed == self.to_vet()
+
+    def _changed(self) -> dict[str, tuple[str, str]]:
+        """Name → (as it last started, as configured), for those that differ."""
+        started, now = self._started or {}, self.prepared(standby=False).file
+        own = NAMES if self._names is not None else ""
+        return {name: (started.get(name, "not set"), now.get(name, "not set")) for name in sorted(started.keys() | now.keys())
+                if started.get(name) != now.get(name) and name != own}
 
     @property
     def _stays_out(self) -> dict[str, str]:
@@ -273,12 +339,21 @@ class Wanted:
         changed = self.write_passfile()
         postgresql = self._effective().postgresql
         given = {name.lower() for name in postgresql.parameters}
-        changed |= files.write_postgresql_conf(self.config_dir, self.prepared().file, self.recovery())
+        changed |= files.write_postgresql_conf(self.config_dir, self.prepared().file, self.recovery(), include=self._included())
         if postgresql.pg_hba and "hba_file" not in given:
             changed |= files.write_hba(self.config_dir, postgresql.pg_hba)
         if postgresql.pg_ident and "ident_file" not in given:
             changed |= files.write_ident(self.config_dir, postgresql.pg_ident)
         return changed
+
+    def _included(self) -> str:
+        """The operator's own file: custom_conf, if it can be read. A file that is missing would keep PostgreSQL from starting."""
+        given = self._effective().postgresql.custom_conf
+        readable = not given or os.access(given, os.R_OK)
+        if not readable and given != self._unreadable:
+            log.warning("postgresql.custom_conf cannot be read: postgresql.base.conf is included in its place", custom_conf=given)
+        self._unreadable = "" if readable else given
+        return given if given and readable else files.BASE_CONF
 
     def write_stopped(self, said: ControlData, *, standby: bool = True) -> None:
         """Before a start: the same, and nothing in postgresql.auto.conf may win over it."""
@@ -298,6 +373,22 @@ class Wanted:
         if effective.local.bootstrap.pg_hba and not effective.postgresql.pg_hba:
             path = self.config_dir / "pg_hba.conf"
             files.write_file(path, (path.read_text() if path.exists() else "") + "".join(f"{line}\n" for line in effective.local.bootstrap.pg_hba))
+
+
+def _last_words(why: str) -> str:
+    """Of a server's log: the last line that says why it ended."""
+    lines = [line for line in why.strip().splitlines() if line.strip()]
+    fatal = [line for line in lines if "FATAL:" in line or "PANIC:" in line]
+    return ((fatal or lines or ["it ended"])[-1])[-300:]
+
+
+def _read_started(path: Path | None) -> dict[str, str] | None:
+    """None if there is nothing of use."""
+    try:
+        found = json.loads(files.read_beginning(path, LARGEST_STARTED_BYTES)) if path is not None else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()) else None
 
 
 def _prepare(effective: Effective, parameters: Mapping[str, SettingValue], *, names: str | None = None, control: ControlData | None = None,

@@ -8,28 +8,62 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from pgha.config import gucs
+from pgha.config.judgement import in_our_words
 from pgha.config.load import load
 from pgha.config.local import LocalConfig
-from pgha.errors import ConfigError
+from pgha.errors import ConfigError, PostgresError
+from pgha.model.gucs import GucFacts, setting_text
 
 #: exit codes of design.md 4
 GOOD, WRONG = 0, 2
 PROGRAMS = ("postgres", "pg_ctl", "initdb", "pg_basebackup", "pg_controldata", "pg_rewind")
 
 
-def check(where: str | os.PathLike[str], environ: Mapping[str, str]) -> tuple[int, str]:
-    """Exit code (0, or 2 if anything is wrong) and what to print."""
+#: (bin_dir, settings) → what PostgreSQL's program here refuses, and what it knows
+AskPostgres = Callable[[str, dict[str, str]], tuple[dict[str, str], GucFacts]]
+
+
+def check(where: str | os.PathLike[str], environ: Mapping[str, str], *, ask: AskPostgres | None = None) -> tuple[int, str]:
+    """Exit code (0, or 2 if anything is wrong) and what to print. What PostgreSQL refuses is a warning: it will be left out."""
     try:
         loaded = load(where, environ)
     except ConfigError as error:
         count = len(error.problems)
         return WRONG, "\n".join((*error.problems, f"{count} mistake{'s' if count != 1 else ''} found"))
-    warnings = [*loaded.warnings, *(f"{os.fspath(where)}: {line}" for line in _on_this_machine(loaded.local))]
+    refused = _refused(loaded.local, ask) if ask is not None else []
+    warnings = [*loaded.warnings, *(f"{os.fspath(where)}: {line}" for line in (*_on_this_machine(loaded.local), *refused))]
     verdict = f"{os.fspath(where)}: good" + (f", {len(warnings)} warning{'s' if len(warnings) != 1 else ''}" if warnings else "")
     return GOOD, "\n".join((*(f"warning: {line}" for line in warnings), verdict))
+
+
+def _refused(local: LocalConfig, ask: AskPostgres) -> list[str]:
+    """PostgreSQL's settings that this machine's PostgreSQL does not take."""
+    postgres = local.postgresql
+    given: dict[tuple[str, ...], Any] = {("postgresql", *where): value for where, value in _settings(postgres.parameters, postgres.recovery_conf)}
+    dcs = local.bootstrap.dcs.get("postgresql")
+    if isinstance(dcs, dict):
+        given |= {("bootstrap", "dcs", "postgresql", *where): value for where, value in _settings(dcs.get("parameters"), dcs.get("recovery_conf"))}
+    given = {path: value for path, value in given.items() if path[-1].lower() not in gucs.FORCED}
+    lines = []
+    for own in (True, False):       # the node's and the cluster's may say different things under one name
+        asked = {path: value for path, value in given.items() if (path[0] == "postgresql") is own}
+        try:
+            found, facts = ask(postgres.bin_dir, {path[-1].lower(): setting_text(value) for path, value in asked.items()}) if asked else ({}, GucFacts(of={}))
+        except PostgresError as error:
+            return [f"postgresql.parameters: PostgreSQL could not be asked: {error}"]
+        lines += [f"{'.'.join(path)}: {in_our_words(found[path[-1].lower()], path[-1], facts)}; it would be left out" for path in asked if path[-1].lower() in found]
+    return lines
+
+
+def _settings(parameters: Any, recovery: Any) -> Iterator[tuple[tuple[str, str], Any]]:
+    for section, table in (("parameters", parameters), ("recovery_conf", recovery)):
+        for name, value in (table.items() if isinstance(table, dict) else ()):
+            yield (section, name), value
 
 
 def _on_this_machine(local: LocalConfig) -> Iterator[str]:

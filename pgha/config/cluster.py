@@ -53,10 +53,17 @@ _IDENT = "a list of pg_ident.conf lines"
 
 
 def _recovery_conf(value: Any) -> dict[str, Any]:
-    settings = gucs.parameters(value)
-    for name in settings:
-        if name.startswith("recovery_target") or name in ("primary_conninfo", "primary_slot_name", "standby_mode"):
-            raise Wrong(f"has {name}, which pgha sets itself")
+    fault = ""
+    try:
+        settings = gucs.parameters(value)
+    except Wrong as wrong:
+        if wrong.repaired is None:
+            raise
+        settings, fault = wrong.repaired, wrong.what
+    own = [name for name in settings if name.lower().startswith("recovery_target") or name.lower() in ("primary_conninfo", "primary_slot_name", "standby_mode")]
+    faults = [fault] * bool(fault) + [f"has {name}, which pgha sets itself" for name in own]
+    if faults:
+        raise Wrong("; ".join(faults), repaired={name: item for name, item in settings.items() if name not in own})
     return settings
 
 
@@ -89,7 +96,7 @@ class SharedPostgresql(Section, frozen=True, kw_only=True):
     """The keys of `postgresql` that a node's file and `/config` may both have: the node's own win, `parameters` merge."""
 
     REFUSED: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("custom_conf", "rewind", "bin_name", "use_unix_socket_repl"), LATER),
+        **dict.fromkeys(("rewind", "bin_name", "use_unix_socket_repl"), LATER),
         **dict.fromkeys((f"{key}_{role}" for key in ("parameters", "pg_hba", "pg_ident") for role in ("primary", "replica", "standby_leader")), LATER),
     }
 
@@ -115,6 +122,7 @@ class SharedPostgresql(Section, frozen=True, kw_only=True):
     remove_data_directory_on_rewind_failure: Annotated[bool, Key(flag())] = False
     remove_data_directory_on_diverged_timelines: Annotated[bool, Key(flag())] = False
     krbsrvname: Annotated[str, Key(text())] = ""
+    custom_conf: Annotated[str, Key(path())] = ""
 
 
 def known_methods(postgresql: SharedPostgresql) -> tuple[tuple[str, ...], tuple[str, ...]]:

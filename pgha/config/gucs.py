@@ -21,21 +21,30 @@ OTHERS = ("wal_level", "wal_keep_size", "track_commit_timestamp", "wal_log_hints
 FORCED = ("listen_addresses", "port", "cluster_name", "restart_after_crash", "data_directory", "config_file", "external_pid_file", "primary_conninfo", "primary_slot_name")
 CONTROLLED = frozenset((*MINIMUM, *OTHERS, *FORCED))
 
+#: of one table, that are told
+MOST_FAULTS = 5
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)?")
 
 
 def parameters(value: Any) -> dict[str, Any]:
-    """A table of parameters: names as PostgreSQL has them, values text, number or boolean. Raises Wrong."""
+    """A table of parameters: names as PostgreSQL has them, values text, number or boolean. Raises Wrong, and says what is good of it."""
     if not isinstance(value, dict):
         raise Wrong(f"is {type_name(value)}, not a table")
-    for name, item in value.items():
-        if not _NAME.fullmatch(name):
-            raise Wrong(f"has {shown(name)}, which is no parameter's name")
-        if type(item) not in (str, int, float, bool):
-            raise Wrong(f"has {type_name(item)} for {_short(name)}; a parameter's value is text, number or boolean")
-        if isinstance(item, str) and ("\n" in item or "\0" in item):
-            raise Wrong(f"has a line break or a NUL in {_short(name)}")
+    faults = {name: fault for name, item in value.items() if (fault := _fault(name, item))}
+    if faults:
+        raise Wrong("; ".join(list(faults.values())[:MOST_FAULTS]), repaired={name: item for name, item in value.items() if name not in faults})
     return dict(value)
+
+
+def _fault(name: str, item: Any) -> str:
+    if not _NAME.fullmatch(name):
+        return f"has {shown(name)}, which is no parameter's name"
+    if type(item) not in (str, int, float, bool):
+        return f"has {type_name(item)} for {_short(name)}; a parameter's value is text, number or boolean"
+    if isinstance(item, str) and ("\n" in item or "\0" in item):
+        return f"has a line break or a NUL in {_short(name)}"
+    return ""
 
 
 def _short(name: str) -> str:

@@ -33,7 +33,8 @@ FILE_LIMIT_BYTES = 4 << 20
 
 
 class Loaded(Struct, frozen=True, kw_only=True):
-    """A node's configuration. `consumed_env`: variables to remove from os.environ, so that nobody inherits them.
+    """A node's configuration. `consumed_env`: variables to remove from os.environ, so that nobody inherits them. `sources`: what
+    set each key, a file's name or "environment NAME".
 
     Whoever reloads passes the same environment again: keep a copy of it.
     """
@@ -41,6 +42,7 @@ class Loaded(Struct, frozen=True, kw_only=True):
     local: LocalConfig
     warnings: tuple[str, ...]
     consumed_env: frozenset[str]
+    sources: dict[Path, str] = {}
 
 
 class Effective(Struct, frozen=True, kw_only=True):
@@ -82,7 +84,7 @@ def load(where: str | os.PathLike[str], environ: Mapping[str, str], *, purpose: 
     local = local if unread else finish(local, report)
     if problems or report.problems:
         raise ConfigError(*problems, *report.problems)
-    return Loaded(local=local, warnings=(*warnings, *report.warnings), consumed_env=consumed)
+    return Loaded(local=local, warnings=(*warnings, *report.warnings), consumed_env=consumed, sources=sources)
 
 
 def _files(where: FilePath, problems: list[str]) -> list[FilePath]:

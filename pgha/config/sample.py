@@ -72,6 +72,7 @@ listen = "0.0.0.0:5432"
 connect_address = "10.0.0.1:5432"       # (*) where clients and the other nodes reach it
 data_dir = "/var/lib/postgresql/15/main"
 bin_dir = "/usr/lib/postgresql/15/bin"
+# custom_conf = "/etc/pgha/postgresql.conf"  # an own file that postgresql.conf includes, in place of postgresql.base.conf
 pg_hba = [
     "local all all peer",
     "host replication replicator 10.0.0.0/24 scram-sha-256",

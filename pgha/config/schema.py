@@ -206,6 +206,6 @@ def _read_key(field: Field, raw: dict[Any, Any], path: Path, report: Report, val
         what = f"{wrong.what}; allowed: {key.kind.allowed}"
         if not report.strict and wrong.repaired is not None:
             values[field.attribute] = wrong.repaired
-            what += f"; used instead: {wrong.repaired}"
+            what += "; the rest of it counts" if isinstance(wrong.repaired, dict) else f"; used instead: {wrong.repaired}"
         report.problem(here, what)
     return True

@@ -131,10 +131,15 @@ async def _screen(settings: Settings, kinds: str, ended: _Ended) -> None:
     events: deque[dict[str, Any]] = deque(maxlen=KEPT)
     news = trio.Event()
 
-    def wake(_event: dict[str, Any] | None = None) -> None:
-        if _event is not None:
-            events.append(_event)
+    def wake(event: dict[str, Any] | None = None) -> None:
+        if event is not None:
+            events.append(event)
         news.set()
+
+    def gone() -> None:
+        """The terminal is not there any more; who holds it has been told, too, or will be."""
+        ended.by = ended.by or signal.SIGHUP
+        nursery.cancel_scope.cancel()
 
     feed = Feed(settings, kinds=kinds, kept=True, told=wake, changed=wake)
 
@@ -142,14 +147,21 @@ async def _screen(settings: Settings, kinds: str, ended: _Ended) -> None:
         nonlocal news
         while True:
             news = trio.Event()
-            await terminal.show(_rows(settings, feed, events, height=terminal.size()[1]))
+            try:
+                await terminal.show(_rows(settings, feed, events, height=terminal.size()[1]))
+            except OSError:
+                gone()
             await trio.sleep(DRAW_AGAIN_S)      # what comes at once is shown at once
             await news.wait()
 
     async def keys() -> None:
         while os.isatty(0):
             await trio.lowlevel.wait_readable(0)
-            pressed = os.read(0, 100)
+            try:
+                pressed = os.read(0, 100)
+            except OSError:
+                gone()
+                return
             if not pressed or b"q" in pressed.lower():
                 nursery.cancel_scope.cancel()
                 return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s, remaining_s
-from pgha.decide import reinit
+from pgha.decide import cramped, reinit
 from pgha.decide.standing import licensed
 from pgha.model.decision import Memory
 from pgha.model.observation import Observation, Operation
@@ -31,7 +31,8 @@ def _note_life(o: Observation, memory: Memory) -> Memory:
         memory = replace(memory, holding_since=None)
     if o.postgres.process == "running" and o.postgres.answer == "sql" and (memory.crash_seen_at or memory.start_failures):
         memory = replace(memory, crash_seen_at=None, handover_judged_at=None, start_failures=0, last_start_failed_at=None)
-    if memory.leaving_since is not None and not o.shutting_down and o.operation is None and memory.reinit is None and not any(r.kind == "restart" for r in o.requests):
+    asked_to_stop = memory.reinit is not None or any(r.kind == "restart" for r in o.requests) or not cramped.has_room(o).holds
+    if memory.leaving_since is not None and not o.shutting_down and o.operation is None and not asked_to_stop:
         memory = replace(memory, leaving_since=None)
     if memory.restart_overdue and o.postgres.process == "running" and o.postgres.answer == "sql":
         memory = replace(memory, restart_overdue=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s, remaining_s
-from pgha.decide import paused, rejoin, slots, synchronous
+from pgha.decide import cramped, paused, rejoin, slots, synchronous
 from pgha.decide.cascade import cascades_from
 from pgha.decide.common import ask_others, leader_member, own_history, reason, source_of, view_of
 from pgha.decide.leading import operator_requests
@@ -62,14 +62,20 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     maintenance = slots.maintenance(o)
     if maintenance is not None and wanted.holds:
         actions.append(maintenance)
-    asked = [_with_upstream(a, upstream, own_slot_name(o)) for a in operator_requests(o, as_primary=False)]
+    room = cramped.has_room(o)
+    wants = operator_requests(o, as_primary=False)
+    if not room.holds and not paused.in_force(o) and not any(isinstance(a, Restart) for a in wants):
+        wants.append(cramped.restart(o))
+    asked = [_with_upstream(a, upstream, own_slot_name(o)) for a in wants]
     let_go = synchronous.is_to_be_let_go(o, memory)
     actions += paused.outlived(o, now)
     if any(isinstance(a, Restart) for a in asked) and not let_go.holds:
         memory = memory if memory.leaving_since else replace(memory, leaving_since=o.now)
-        return replace(decision, summary=f"asked to restart: {let_go.because}", reasons=(*decision.reasons, wanted, let_go), memory=memory, wake_in_s=0.1,
+        return replace(decision, summary=f"asked to restart: {let_go.because}", reasons=(*decision.reasons, wanted, room, let_go), memory=memory, wake_in_s=0.1,
                        actions=tuple(a for a in (*actions, *asked) if not isinstance(a, Restart)))
     actions += asked
+    if not room.holds:
+        decision = replace(decision, reasons=(*decision.reasons, room))
     return replace(decision, summary=f"no action. I am ({o.me.name}), a secondary, " + _whom(o, now),
                    reasons=(*decision.reasons, wanted, *slots.obstacles(o)), actions=tuple(actions), memory=memory)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
-from pgha.decide import promotion, restart
+from pgha.decide import cramped, promotion, restart
 from pgha.decide.common import NONSENSE_AHEAD, ask_others, fresh_peers, own_history, reason, view_of
 from pgha.decide.standing import Standing, Whose, because, standing
 from pgha.model.action import AcquireLock, Action, Freeze, ReadCluster
@@ -30,6 +30,10 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
         return None
     if now.whose is Whose.NEVER and view_of(o).initialize == "":
         return Decision(situation="leaderless", summary="waiting for leader to bootstrap", reasons=(because(now),), memory=memory, wake_in_s=0.5)
+    room = cramped.has_room(o)
+    if not room.holds:      # frozen it stays at what it has, and it could not be promoted
+        return Decision(situation="leaderless", summary=f"restarting to take part in the election: {room.because}", reasons=(because(now), room), memory=memory, vote=_moving(o),
+                        actions=(cramped.restart(o),))
     read = restart.read_in_this_pass(o)
     if not read.holds and not _is_in_election(o, memory):
         return Decision(situation="leaderless", summary=f"the lock is free: {now.because}; reading the cluster", reasons=(because(now), read),

@@ -104,11 +104,16 @@ def foresee(seen: Mapping[str, Seen], hypotheses: Sequence[Hypothesis], *, unhea
     return Forecast(
         hypotheses=tuple(str(h) for h in hypotheses), leader=leader, writes_now=leader != "" and seen[leader].observation.postgres.is_primary, likely=first.leader, winners=tuple(sorted({*winners, *may_join})),
         nobody_possible=any(not o.leader for o in outcomes), writes_stop=stops,
-        writes_back_s=(round(min(back), 2), round(max(back) + PROMOTION_S[1] + _unseen_s(seen), 2)) if stops and back else None,
+        writes_back_s=(0.0 if _is_about_to(seen) else round(min(back), 2), round(max(back) + PROMOTION_S[1] + _unseen_s(seen), 2)) if stops and back else None,
         lock_free_s=_lock_free_s(seen, hypotheses), demotes=_demotions(worlds, seen), why_demoted={name: why for world in worlds for _, name, why in world.demoted},
         failsafe=_failsafe(base), obstacles=_obstacles(base, first), sync=_sync(base), sync_leader=base.view.sync.leader, commits_wait=_commits_wait(base),
         nodes={name: tuple(_then(said) for said in base.said if said.node == name) for name in base.nodes if base.nodes[name].up},
         ages_s={name: round(one.age_s, 3) for name, one in seen.items()}, unknown=unknown, ways=len(outcomes))
+
+
+def _is_about_to(seen: Mapping[str, Seen]) -> bool:
+    """Is a primary being started or promoted? That may be done in the next moment."""
+    return any(one.observation.operation is not None and one.observation.operation.kind in ("StartPrimary", "Promote", "Restart") for one in seen.values())
 
 
 def _leads_now(seen: Mapping[str, Seen]) -> str:
@@ -133,8 +138,8 @@ def _run(world: World, leader: str) -> _Outcome:
 
     def settled() -> bool:
         now = world.leader()
-        if now is None or not now.writes:
-            return False
+        if now is None or not now.writes or not world.store_up:
+            return False        # without the store whoever leads now may have to stop
         return bool(world.promoted) and world.promoted[-1][1] == now.name and world.at_s >= world.promoted[-1][0] + AFTER_S
 
     world.run(horizon_s, stop=settled)

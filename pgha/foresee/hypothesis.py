@@ -32,7 +32,16 @@ class Hypothesis(Struct, frozen=True, kw_only=True):
     lag_bytes: int = 0
 
     def __str__(self) -> str:
-        return f"{self.node or STORE}=down" if self.what == "down" else f"{self.node}.lag={self.lag_bytes}"
+        return f"{self.node or STORE}=down" if self.what == "down" else f"{self.node}.lag={_size(self.lag_bytes)}"
+
+
+def _size(size_bytes: int) -> str:
+    """As it may be written: 20971520 → "20MB"."""
+    for unit in ("TB", "GB", "MB", "kB"):
+        whole, rest = divmod(size_bytes, _UNITS[unit.lower()])
+        if whole and not rest:
+            return f"{whole}{unit}"
+    return str(size_bytes)
 
 
 def parse(text: str) -> Hypothesis:

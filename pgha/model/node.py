@@ -65,6 +65,7 @@ class Row(Struct, frozen=True, kw_only=True):
     primary_conninfo: str = ""
     primary_slot_name: str = ""
     restore_command: str = ""
+    limits: dict[str, int] = {}     # of model/rolling.STANDBY_AT_LEAST: as this server runs
     pending_restart: dict[str, tuple[str, str]] = {}   # parameter → (running value, wanted value)
 
     @property
@@ -109,6 +110,7 @@ class Control(Struct, frozen=True, kw_only=True):
     min_recovery_timeline: int = 0
     checksums: bool = False
     wal_log_hints: bool = False
+    limits: dict[str, int] = {}     # of model/rolling.STANDBY_AT_LEAST: of the primary whose WAL was replayed last
 
 
 class DataDirectoryFacts(Struct, frozen=True, kw_only=True):

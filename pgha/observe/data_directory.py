@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from pgha.errors import PostgresError
 from pgha.model.node import Control, DataDirectoryFacts
+from pgha.model.rolling import STANDBY_AT_LEAST
 from pgha.model.wal import HistoryRow, parse_history_file
 from pgha.postgres.controldata import ControlData, read_control
 from pgha.postgres.directories import Bootstrapping, bootstrapping
@@ -42,7 +43,7 @@ def control_of(said: ControlData) -> Control:
     return Control(
         state=said.state, system_identifier=said.system_identifier, timeline=said.timeline, checkpoint_lsn=said.checkpoint_lsn,
         redo_lsn=said.redo_lsn, min_recovery_lsn=said.min_recovery_end_lsn, min_recovery_timeline=said.min_recovery_timeline,
-        checksums=said.checksums, wal_log_hints=said.wal_log_hints)
+        checksums=said.checksums, wal_log_hints=said.wal_log_hints, limits={name: getattr(said, name) for name in STANDBY_AT_LEAST})
 
 
 class _Looked(Struct, frozen=True, kw_only=True):

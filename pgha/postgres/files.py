@@ -187,8 +187,7 @@ def write_postgresql_conf(
     config_dir: Path, parameters: Mapping[str, str], recovery: Mapping[str, str], *, include: str = BASE_CONF,
 ) -> bool:
     """Write postgresql.conf, which includes the operator's own `include`. True if it changed."""
-    if include == BASE_CONF:
-        take_over_configuration(config_dir)
+    take_over_configuration(config_dir)     # also with another `include`: what was there before is not lost
     text = postgresql_conf(parameters, recovery, hba_file=config_dir / "pg_hba.conf",
                            ident_file=config_dir / "pg_ident.conf", include=include)
     return write_if_changed(config_dir / "postgresql.conf", text)

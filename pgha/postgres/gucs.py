@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from itertools import count
@@ -20,9 +21,9 @@ import trio
 from msgspec import Struct
 
 from pgha.errors import CommandFailed, PostgresTimeout
-from pgha.model.gucs import Guc
+from pgha.model.gucs import Guc, GucFacts
 from pgha.postgres.files import quote_setting, write_file
-from pgha.postgres.programs import Run, binary, run, run_checked
+from pgha.postgres.programs import Run, binary, major_version, run, run_checked
 
 #: $1: the names asked for, in lower case; an empty array: all
 SETTINGS_SQL = """SELECT name, setting, unit, vartype, context, pending_restart, current_setting(name, true), min_val, max_val,
@@ -35,6 +36,7 @@ WHERE name IS NOT NULL ORDER BY lower(name), seqno DESC"""
 
 #: Each round finds at least one more: unknown names are told before any value is looked at.
 _ROUNDS = 8
+HERE_DEADLINE_S = 5.0
 #: What changes where and how the program tells of the others' faults is read last.
 _TELLING = ("log_line_prefix", "log_error_verbosity", "lc_messages", "log_destination", "log_min_messages")
 _NAMED = re.compile(r'parameter "([^"]+)"')
@@ -114,7 +116,7 @@ async def refused(settings: Mapping[str, str], *, bin_dir: Path | str, scratch: 
         with trio.move_on_after(deadline_s) as time:
             for _ in range(_ROUNDS):
                 await in_thread(partial(_write_checked, directory, left))
-                done = await run([binary(bin_dir, "postgres"), "-D", directory, "-C", "data_directory"], deadline_s=deadline_s, cwd=directory)
+                done = await run([binary(bin_dir, "postgres"), "-C", "data_directory", "-D", directory], deadline_s=deadline_s, cwd=directory)
                 if done.exit_code == 0:
                     return found
                 new = told(done.stderr, left)
@@ -128,6 +130,17 @@ async def refused(settings: Mapping[str, str], *, bin_dir: Path | str, scratch: 
     finally:
         with trio.CancelScope(shield=True):
             await in_thread(partial(_forget_checked, directory))
+
+
+def refused_here(bin_dir: Path | str, settings: Mapping[str, str]) -> tuple[dict[str, str], GucFacts]:
+    """The same, for a command: which of `settings` the program on this machine refuses, and what it knows. PostgresError."""
+    async def ask() -> tuple[dict[str, str], GucFacts]:
+        with tempfile.TemporaryDirectory(prefix="pgha-check-") as scratch:
+            found = await refused(settings, bin_dir=bin_dir, scratch=Path(scratch), in_thread=trio.to_thread.run_sync, deadline_s=HERE_DEADLINE_S)
+        known = await described(bin_dir, deadline_s=HERE_DEADLINE_S)
+        return found, GucFacts(of=known, version=await major_version(bin_dir, deadline_s=HERE_DEADLINE_S))
+
+    return trio.run(ask)
 
 
 def _write_checked(directory: Path, settings: Mapping[str, str]) -> None:

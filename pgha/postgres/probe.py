@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from pgha.model.node import Row, Slot, WalReceiver
+from pgha.model.rolling import STANDBY_AT_LEAST
 from pgha.model.wal import Position
 from pgha.postgres.connection import Connection, identify_system
 
@@ -26,6 +27,7 @@ _MOMENT = """'YYYY-MM-DD HH24:MI:SS.US"+00:00"'"""
 # standby is still answered then, but never the other way round. No function tells the timeline that a standby replays;
 # what pg_control knows may be one behind after a switch. While a walreceiver lives it knows; without one, the newest
 # timeline that there are segments of is the one that was received last.
+_LIMITS = "json_build_object(" + ", ".join(f"'{name}', current_setting('{name}')::int" for name in STANDBY_AT_LEAST) + ")"
 _SQL = f"""
 WITH now AS MATERIALIZED (SELECT pg_is_in_recovery() AS standby)
 SELECT standby,
@@ -54,6 +56,7 @@ SELECT standby,
   current_setting('primary_conninfo', true),
   current_setting('primary_slot_name', true),
   current_setting('restore_command', true),
+  {_LIMITS},
   (SELECT row_to_json(w) FROM (SELECT status, sender_host, sender_port, slot_name, received_tli AS timeline,
       latest_end_lsn - '0/0' AS latest_end_lsn FROM pg_stat_get_wal_receiver() WHERE pid IS NOT NULL) w),
   (SELECT json_agg(r) FROM (SELECT pid, usename, application_name, host(client_addr) AS client_addr, state, sync_state,
@@ -75,6 +78,7 @@ class _Receiver(Struct, frozen=True, kw_only=True):
 
 
 _receiver = msgspec.json.Decoder(_Receiver)
+_limits = msgspec.json.Decoder(dict[str, int])
 _rows = msgspec.json.Decoder(tuple[dict[str, Any], ...])
 
 
@@ -86,7 +90,7 @@ async def read_row(conn: Connection, *, deadline_s: float) -> Row:
 
 def _row(answer: tuple[str | None, ...]) -> Row:
     (standby, timeline, flushed, received, replayed, replayed_at, paused, started_at, loaded_at, started_at_s, version, identifier,
-     sync_names, checkpointer_rests, startup_rests, conninfo, slot, restore, receiver, replication, slots) = answer
+     sync_names, checkpointer_rests, startup_rests, conninfo, slot, restore, limits, receiver, replication, slots) = answer
     return Row(
         in_recovery=standby == "t",
         timeline=int(timeline or 0),
@@ -109,6 +113,7 @@ def _row(answer: tuple[str | None, ...]) -> Row:
         primary_conninfo=conninfo or "",
         primary_slot_name=slot or "",
         restore_command=restore or "",
+        limits=_limits.decode(limits) if limits else {},
     )
 
 

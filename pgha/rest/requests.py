@@ -26,6 +26,8 @@ from pgha.rest.wire import JSON, Request, Response, text_response
 
 #: for a request that is only a write to the store
 WRITE_S = 10.0
+#: of a configuration's key
+LONGEST_KEY = 500
 #: at most this long for a restart, whatever timeouts say; below the server's own bound
 RESTART_AT_MOST_S = 880.0
 
@@ -51,7 +53,7 @@ class Requests(Protocol):
         its conditions: waits for its end, with "schedule": 202. cancel_restart: {}. reinitialize: {"force", "from_leader"}: 200 once it
         is begun. reload: {}: 202. patch_config, put_config: the object: a guarded write after validation; 200 and the
         new configuration as JSON, 400 and the problems, 409, 503. check_config: {"config": …, "old"?: …}: the same judgement,
-        and what it would do to PostgreSQL on this node, as JSON; nothing is written.
+        and what it would do to PostgreSQL on this node, as JSON; nothing is written. why_config: {"key"}: where its value comes from, as JSON; 404 and the nearest.
         """
         ...
 
@@ -133,6 +135,11 @@ class Changes:
                 if not isinstance(body.get("config"), dict) or not isinstance(body.get("old", {}), dict):
                     raise Wrong(400, "config is to be the whole configuration to check, a JSON object; old, if given, the one that it replaces")
                 return _response(await self._requests.submit("check_config", body, deadline_s=WRITE_S))
+            case ["config", "why"]:
+                key = object_of(request).get("key")
+                if not isinstance(key, str) or len(key) > LONGEST_KEY:
+                    raise Wrong(400, "key is to be the name of a key, as postgresql.parameters.work_mem")
+                return _response(await self._requests.submit("why_config", {"key": key}, deadline_s=WRITE_S))
             case _:
                 return text_response(404, "not known: " + request.path)
 

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from test_bootstrap_clone import cancelled_at
 
 from pgha.act import steps
-from pgha.errors import OperationFailed, PostgresUnreachable
+from pgha.errors import OperationFailed, PostgresError, PostgresUnreachable
 from pgha.lock import recipe
 from pgha.model import action as a
 from pgha.postgres import files
@@ -236,6 +236,108 @@ def test_a_value_that_postgresql_refuses_is_left_out_and_keeps_nothing_from_star
     assert len(said) == 2 * 2 * 5      # each node's each setting, by each agent
 
 
+def test_a_standby_that_has_less_than_its_primary_stops_replaying_and_a_restart_helps(bed):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.standby_of(one)
+            for node in (one, two):
+                node.dynamic["postgresql"]["parameters"] = {"max_connections": 150}
+                await node.quick(a.ApplyConfiguration())
+            await one.operate(a.Restart(as_primary=True, timeout_s=20))     # the wrong order
+            await two.until(lambda: two.observer.facts.row is not None and two.observer.facts.row.replay_paused)
+            row = two.observer.facts.row
+            control = (await two.reader.read_facts(running=True, timeline=row.timeline, fresh=True)).control
+            assert (row.limits["max_connections"], control.limits["max_connections"]) == (100, 150)
+            assert row.limits.keys() == control.limits.keys()
+            await two.operate(a.Restart(as_primary=False, timeout_s=20, upstream=as_source(one)))
+            await two.until(lambda: two.observer.facts.row is not None and two.observer.facts.row.limits["max_connections"] == 150 and not two.observer.facts.row.replay_paused)
+            await one.sql("CREATE TABLE replayed (x int)")
+            with trio.fail_after(10):
+                while (await two.sql("SELECT to_regclass('replayed')")) == [(None,)]:
+                    await trio.sleep(0.02)
+    trio.run(main)
+
+
+def test_settings_that_postgresql_does_not_start_with_do_not_keep_it_down(bed, caplog):
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            node = one
+            await one.primary()
+            await two.standby_of(one)
+            for member in (one, two):
+                # each is possible, both together are not; and the program that looks at values does not notice
+                member.dynamic["postgresql"]["parameters"] = {"superuser_reserved_connections": 200, "max_connections": 150, "work_mem": "9MB"}
+                await member.quick(a.ApplyConfiguration())
+                assert member.wanted.left_out == {}
+            pending = {"superuser_reserved_connections": ("3", "200"), "max_connections": ("100", "150")}
+            await node.until(lambda: node.observer.facts.row.pending_restart == pending)
+            with pytest.raises(PostgresError, match="must be less than max_connections"):
+                await one.operate(a.Restart(as_primary=True, timeout_s=20))
+            assert not one.living()
+            assert one.standby_signal
+            assert one.wanted.left_out["superuser_reserved_connections"].startswith("PostgreSQL did not start with it: ")
+            await one.operate(a.StartPrimary(timeout_s=20))      # what the next pass decides
+            assert (await one.sql("SELECT current_setting('max_connections'), current_setting('superuser_reserved_connections')")) == [("100", "3")]
+            await node.until(lambda: node.observer.facts.row is not None and node.observer.facts.row.pending_restart == pending)
+            # the operator's restart tries what is configured again; what failed once more falls back once more, also of another agent
+            with pytest.raises(PostgresError, match="must be less than max_connections"):
+                await two.operate(a.Restart(as_primary=False, timeout_s=20, upstream=as_source(one)))
+            await two.operate(a.StartStandby(upstream=as_source(one)))
+            assert (await two.sql("SHOW superuser_reserved_connections")) == [("3",)]
+            for member in (one, two):
+                member.dynamic["postgresql"]["parameters"] = {"superuser_reserved_connections": 10, "max_connections": 150}
+                await member.quick(a.ApplyConfiguration())
+                assert member.wanted.left_out == {}
+            await two.operate(a.Restart(as_primary=False, timeout_s=20, upstream=as_source(one)))
+            await one.operate(a.Restart(as_primary=True, timeout_s=20))
+            assert (await one.sql("SELECT current_setting('max_connections'), current_setting('superuser_reserved_connections')")) == [("150", "10")]
+    trio.run(main)
+    assert sum(record.getMessage().startswith("PostgreSQL did not start with changed settings") for record in caplog.records) == 2
+
+
+def test_what_postgresql_started_with_outlives_the_agent_and_is_no_help_when_it_is_something_else(bed):
+    from pgha.act.wanted import Wanted
+
+    async def main():
+        async with bed.node("a") as node:
+            def wanted():
+                return Wanted(effective=node.wanted.effective, passfile=node.directory / "pgpass", started_file=node.directory / "started_with.json")
+
+            node.dynamic["postgresql"]["parameters"] = {"work_mem": "5MB"}
+            first = wanted()
+            first.did_not_start("never started")        # nothing is known that is better
+            assert first.prepared().file["work_mem"] == "5MB"
+            first.note_started()
+            node.dynamic["postgresql"]["parameters"] = {"work_mem": "6MB", "max_connections": 200}
+            second = wanted()
+            second.did_not_start("LOG:  x\nFATAL:  no memory\nLOG:  shut down\n")
+            assert (second.prepared().file["work_mem"], second.command_line(None)["max_connections"]) == ("5MB", "100")
+            assert second.left_out == dict.fromkeys(("work_mem", "max_connections"), "PostgreSQL did not start with it: FATAL:  no memory")
+            assert second.settings()["work_mem"] == "6MB", "what is configured waits for a restart"
+            second.did_not_start("again")               # so it was not the settings
+            assert second.prepared().file["work_mem"] == "6MB"
+            assert second.left_out == {}
+            (node.directory / "started_with.json").write_text("[1")
+            assert wanted().prepared().file["work_mem"] == "6MB"
+    trio.run(main)
+
+
+def test_custom_conf_is_included_in_place_of_the_former_postgresql_conf(bed):
+    async def main():
+        async with bed.node("a") as node:
+            own = node.directory / "own.conf"
+            own.write_text("work_mem = '11MB'\n")
+            node.dynamic["postgresql"]["custom_conf"] = str(own)
+            await node.primary()
+            assert (await node.sql("SHOW work_mem")) == [("11MB",)]
+            assert (node.data_dir / "postgresql.base.conf").exists()
+            own.unlink()        # a file that is missing keeps nothing from starting
+            await node.operate(a.Restart(as_primary=True, timeout_s=20))
+            assert (await node.sql("SHOW work_mem")) == [("4MB",)]
+    trio.run(main)
+
+
 def test_a_change_is_judged_by_the_server_and_without_one_by_its_program(bed):
     def change(**parameters):
         return {"ttl": 30, "postgresql": {"parameters": parameters}}
@@ -265,6 +367,7 @@ def test_a_change_is_judged_by_the_server_and_without_one_by_its_program(bed):
             assert (good.problems, good.restart) == ((), {"max_connections": ("100", "90")})
             recovery = await node.actor.judge_configuration({}, {"postgresql": {"recovery_conf": {"recovery_min_apply_delay": "soon"}}})
             assert recovery.problems[0].startswith('/config: postgresql.recovery_conf.recovery_min_apply_delay: is "soon", which is no number')
+            assert (await node.actor.judge_configuration(old, old | {"ttl": "x", "pause": True})).asked == "", "PostgreSQL has no say in it"
             await node.operate(a.Demote(mode="fast", release=True, checkpoint=False, why="test", timeout_s=20))
             without = await node.actor.judge_configuration(old, new)
             assert (without.asked, without.version, without.restart) == ("program", 15, {})

@@ -68,6 +68,16 @@ def test_nonsense_of_others_is_named_and_survived(raw):
     assert len(problems) == 1
 
 
+def test_one_bad_value_of_others_costs_only_itself():
+    config, problems = read({"postgresql": {"parameters": {"work_mem": "8MB", "x": [1], "a b": 1, "max_connections": 200, "log_line_prefix": "a\nb", "y": None},
+                                            "recovery_conf": {"restore_command": "cp", "recovery_target_time": "x", "Primary_Conninfo": "x", "archive_cleanup_command": {}}}})
+    assert config.postgresql.parameters == {"work_mem": "8MB", "max_connections": 200}
+    assert config.postgresql.recovery_conf == {"restore_command": "cp"}
+    assert len(problems) == 2
+    assert problems[0].startswith("/config: postgresql.parameters: has a list for x; a parameter's value is text, number or boolean; has \"a b\", which is no parameter's name")
+    assert all(problem.endswith("; the rest of it counts") for problem in problems)
+
+
 def test_unknown_keys_of_others_are_their_business():
     assert read({"site": "north", "postgresql": {"callbacks_of_mine": {}}, "pgha": {"future": 1}})[1] == ()
 

@@ -208,7 +208,7 @@ KEYS = [
     ("bootstrap.method", "walg", "missing bootstrap.method: names a method that has no table with a command beside it; allowed: names of such tables, and what pgha itself can"),
     ("bootstrap.method", "initdb", "carried bootstrap.method"),
     ("bootstrap.dcs.postgresql.create_replica_methods", ["basebackup"], "carried bootstrap.dcs.postgresql.create_replica_methods"),
-    ("postgresql.custom_conf", "/x", "missing postgresql.custom_conf: not supported yet by this version"),
+    ("postgresql.custom_conf", "/x", "carried postgresql.custom_conf"),
     ("postgresql.use_unix_socket_repl", False, "dropped postgresql.use_unix_socket_repl: off is what pgha does"),
     ("postgresql.use_unix_socket_repl", True, "missing postgresql.use_unix_socket_repl: not supported yet by this version"),
     ("postgresql.data_dirr", "/x", "missing postgresql.data_dirr: unknown key; did you mean data_dir?"),

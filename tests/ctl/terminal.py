@@ -162,8 +162,13 @@ class OnTerminal:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(10)
-        os.close(self._leader)
-        os.close(self._follower)
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """As when the window is closed, or the line is cut."""
+        for fd in {self._leader, self._follower} - {-1}:
+            os.close(fd)
+        self._leader = self._follower = -1
 
     @property
     def settings(self) -> list[Any]:

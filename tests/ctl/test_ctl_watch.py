@@ -209,6 +209,14 @@ def test_a_terminal_that_takes_nothing_holds_up_nobody(world: World, agent: Agen
         assert terminal.settings == terminal.before
 
 
+def test_a_terminal_that_goes_away_ends_it(world: World, agent: Agent) -> None:
+    with OnTerminal(argv(world)) as terminal:
+        terminal.until(lambda t: "| n1 " in t, "the table")
+        terminal.hang_up()
+        agent.happens(state("x"))
+        assert terminal.process.wait(10) == -signal.SIGHUP
+
+
 def stopped(pid: int) -> bool:
     with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
         return stat.read().rpartition(")")[2].split()[0] == "T"

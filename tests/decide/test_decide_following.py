@@ -27,6 +27,8 @@ from pgha.model.observation import Upstream
 from pgha.model.request import Request
 from pgha.model.wal import HistoryRow
 
+CRAMPED = {"postgres__row__replay_paused": True, "postgres__row__limits": {"max_connections": 100, "max_wal_senders": 10},
+           "directory__control__limits": {"max_connections": 200, "max_wal_senders": 10}}
 ROWS = [
     row("streams", situation="following", refuses="", does="", says="wanted a:5432, set a:5432, slot b", summary="following a leader (a)"),
     row("a restored store says so", dcs__trusted_from=ahead(20), dcs__generation_changed="the store is another one", refuses="", does="",
@@ -66,6 +68,13 @@ ROWS = [
     row("configuration has changed", settings__configuration_changed=True, does="ApplyConfiguration"),
     row("a restart was asked for", requests=(Request(id=3, kind="restart", at=ago(1)),), does="Restart"),
     row("a reload was asked for", requests=(Request(id=3, kind="reload", at=ago(1)),), does="ApplyConfiguration AnswerRequest"),
+    row("the primary allows more than this standby can", **CRAMPED, refuses="cramped.has_room", says="PostgreSQL has paused replay: max_connections 100, the primary's 200", does="Restart"),
+    row("replay is paused by hand", postgres__row__replay_paused=True, does=""),
+    row("it has less, and replays", **CRAMPED | {"postgres__row__replay_paused": False}, does=""),
+    row("paused with more than the primary has", **CRAMPED | {"postgres__row__limits": {"max_connections": 300}}, does=""),
+    row("a primary's limits are not known", **CRAMPED | {"directory__control": None}, does=""),
+    row("in pause nothing is restarted", **CRAMPED, settings__pause=True, memory__paused=True, does=""),
+    row("a restart is asked for anyway", **CRAMPED, requests=(Request(id=3, kind="restart", at=ago(1)),), does="Restart"),
 ]
 
 

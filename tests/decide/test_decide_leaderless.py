@@ -26,7 +26,7 @@ from decide_world import (
 )
 
 from pgha.decide.standing import Whose, standing
-from pgha.model.action import AcquireLock, Freeze
+from pgha.model.action import AcquireLock, Freeze, Restart
 from pgha.model.cluster import ClusterView
 from pgha.model.decision import Election
 from pgha.model.lock import Licence, LicenceState
@@ -157,3 +157,12 @@ def test_a_refusal_names_every_obstacle():
 def test_who_streams_again_has_left_the_election():
     assert REPLICA.but(memory__election=CANDIDATE.memory.election).decide().memory.election is None
     assert standby_row().receiver is not None
+
+
+def test_a_standby_whose_replay_has_stopped_for_want_of_room_restarts_before_it_takes_part():
+    cramped = CANDIDATE.but(postgres__row__replay_paused=True, postgres__row__limits={"max_connections": 100}, directory__control__limits={"max_connections": 200})
+    decision = cramped.decide()
+    assert only(decision, Restart) == Restart(as_primary=False, timeout_s=300.0)
+    assert decision.summary == "restarting to take part in the election: PostgreSQL has paused replay: max_connections 100, the primary's 200"
+    assert decision.vote.epoch == -1, "it does not vote"
+    assert not [a for a in CANDIDATE.but(postgres__row__replay_paused=True).decide().actions if isinstance(a, Restart)]

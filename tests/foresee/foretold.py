@@ -8,16 +8,19 @@ The forecast sees what the agents' observations say, and nothing of the world; t
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from random import Random
 from typing import Any, TextIO
 
+import msgspec
 from msgspec import Struct
 
 from pgha.clock import candidate_age_s
 from pgha.foresee.forecast import Forecast, foresee
 from pgha.foresee.hypothesis import Hypothesis
 from pgha.foresee.world import Seen
-from tests.simulation import faults, kernel
+from tests.simulation import faults, kernel, level_b
+from tests.simulation.level_b import ShippedWorld
 from tests.simulation.simulation import BORN_WITHIN_S, Options, Simulation
 from tests.simulation.store import MEMBERS
 
@@ -41,6 +44,7 @@ class Story(Struct, kw_only=True):
     sync: tuple[str, ...] = ()
     sync_leader: str = ""
     disturbed: bool = False
+    level: str = "a"
     violations: list[Any] = []
     mistakes: list[str] = []
 
@@ -61,13 +65,25 @@ class Story(Struct, kw_only=True):
         return next((at_s for at_s, name in self.leaders if name and at_s > 0), None)
 
 
-class World(Simulation):
-    """A simulation that can be asked, and that has no program after that."""
+class Asked:
+    """Of a simulation: it can be asked, and has no program after that."""
 
-    def __init__(self, seed: int, *, out: TextIO | None = None) -> None:
+    # What Simulation has.
+    hosts: dict[str, Any]
+    instances: dict[str, Any]
+    names: list[str]
+    scheduler: Any
+    store: Any
+    ttl: int
+    ends_s: float
+    store_config: Any
+    heal: Any
+    leader: Any
+    _begin: Any
+
+    def prepare(self, seed: int) -> None:
         random = self.random = Random(f"{seed}/foretold")
         self.disturbed = random.random() < 0.6
-        super().__init__(Options(seed=seed, program=(), draws=2), out=out)
         if self.disturbed:
             for step in faults.draw(seed, self.names, ttl_s=float(self.ttl), from_s=BORN_WITHIN_S, for_s=random.choice((60.0, 200.0)), faults=random.choice((2, 4, 8))):
                 self.scheduler.at(round(step.at_s * 1e9), self._begin, step)
@@ -75,6 +91,11 @@ class World(Simulation):
 
     def until(self, seconds: float) -> None:
         self.scheduler.run_due(round(seconds * 1e9))
+
+    def step(self, end_s: float) -> None:
+        """One moment further."""
+        due = self.scheduler.next_due()
+        self.scheduler.run_due(due if due is not None else round(end_s * 1e9))
 
     def for_s(self, seconds: float) -> None:
         self.until(self.scheduler.now_s + seconds)
@@ -86,19 +107,34 @@ class World(Simulation):
             self.heal()
         self.for_s(self.random.choice(CALM_S) + self.random.random())
         for _ in range(100):
-            if all(host.gone or (host.agent is not None and host.agent.process.alive and host.agent.seen is not None) for host in self.hosts.values()):
+            if all(host.gone or self.tells(host) is not None for host in self.hosts.values()):
                 break
             self.for_s(0.1)
 
+    def tells(self, host: Any) -> Any:
+        """The host's agent, if it runs and has decided something."""
+        return host.agent if host.agent is not None and host.agent.process.alive and host.agent.seen is not None else None
+
+    def ask(self, agent: Any) -> None:
+        agent.postgres.position_asked()
+        agent.wake()
+
+    def told(self, agent: Any) -> tuple[Any, Any]:
+        """Its last pass, and what it remembers."""
+        return agent.seen, agent.memory
+
     def observe(self) -> dict[str, Seen]:
-        """GET /pgha/observation of everybody: each looks at its PostgreSQL and passes anew."""
+        """GET /pgha/observation?fresh of everybody: each looks at its PostgreSQL and passes anew."""
         for host in self.hosts.values():
-            if host.agent is not None and host.agent.process.alive:
-                host.agent.postgres.position_asked()
-                host.agent.wake()
+            if (agent := self.tells(host)) is not None:
+                self.ask(agent)
         self.for_s(ASKED_S)
-        return {name: Seen(observation=host.agent.seen, memory=host.agent.memory, age_s=candidate_age_s(host.agent.seen.now, host.clock.now()))
-                for name, host in self.hosts.items() if host.agent is not None and host.agent.process.alive and host.agent.seen is not None}
+        seen = {}
+        for name, host in self.hosts.items():
+            if (agent := self.tells(host)) is not None:
+                observation, memory = self.told(agent)
+                seen[name] = Seen(observation=observation, memory=memory, age_s=candidate_age_s(observation.now, host.clock.now()))
+        return seen
 
     def draw(self) -> tuple[Hypothesis, ...]:
         """What is asked."""
@@ -142,8 +178,51 @@ class World(Simulation):
             host.power_off()
 
 
-def tell(seed: int, *, out: TextIO | None = None) -> Story:
+class World(Asked, Simulation):
+    """Level a."""
+
+    def __init__(self, seed: int, *, out: TextIO | None = None) -> None:
+        super().__init__(Options(seed=seed, program=(), draws=2), out=out)
+        self.prepare(seed)
+
+
+class Shipped(Asked, ShippedWorld):
+    """Level b: what the shipped agents publish is asked for the way REST asks, and told as REST tells it."""
+
+    def __init__(self, seed: int, root: Path, *, out: TextIO | None = None) -> None:
+        super().__init__(Options(seed=seed, program=(), draws=2, level="b"), root, out=out)
+        self.prepare(seed)
+
+    def until(self, seconds: float) -> None:
+        self.run.until(seconds, lambda: self.violations)
+
+    def step(self, end_s: float) -> None:
+        self.until(min(end_s, self.scheduler.now_s + 0.05))
+
+    def tells(self, host: Any) -> Any:
+        agent = host.agent._agent if host.agent is not None and host.agent.process.alive else None
+        return agent if agent is not None and agent.board.current().observation is not None else None
+
+    def ask(self, agent: Any) -> None:
+        agent.inbox.wake("observation asked", -1)
+
+    def told(self, agent: Any) -> tuple[Any, Any]:
+        """As it travels."""
+        published = agent.board.current()
+        told = msgspec.json.decode(msgspec.json.encode(Seen(observation=published.observation, memory=published.memory)), type=Seen)
+        return told.observation, told.memory
+
+
+def tell(seed: int, *, level: str = "a", out: TextIO | None = None) -> Story:
     """The whole story of a seed."""
+    if level == "b":
+        with level_b.root_of_a_run() as root:
+            shipped = Shipped(seed, root, out=out)
+            with level_b.logging_to(shipped):
+                try:
+                    return _tell(shipped, seed)
+                finally:
+                    shipped.close()
     world = World(seed, out=out)
     try:
         return _tell(world, seed)
@@ -151,7 +230,7 @@ def tell(seed: int, *, out: TextIO | None = None) -> Story:
         kernel.throw_away([agent.process for host in world.hosts.values() for agent in host.all_agents])
 
 
-def _tell(world: World, seed: int) -> Story:
+def _tell(world: Any, seed: int) -> Story:
     world.live()
     hypotheses = world.draw()
     lags = any(h.what == "lag" for h in hypotheses)
@@ -165,14 +244,14 @@ def _tell(world: World, seed: int) -> Story:
         world.happen(hypothesis)
     leaders = [(0.0, world.leader() or "")]
     end_s = began_s + 2.1 * max(world.longest_ttl_s, 30.0) + 40.0
-    while world.scheduler.now_s < end_s and (due := world.scheduler.next_due()) is not None:
-        world.scheduler.run_due(due)
+    while world.scheduler.now_s < end_s and not world.violations:
+        world.step(end_s)
         now = world.leader() or ""
         if now != leaders[-1][1]:
             leaders.append((world.scheduler.now_s - began_s, now))
     sync = world.view().sync
     story = Story(seed=seed, nodes=world.count, ttl_s=float(world.store_config().get("ttl", 30)), hypotheses=hypotheses, forecast=forecast, leaders=leaders,
-                  sync=sync.members, sync_leader=sync.leader, disturbed=world.disturbed, violations=list(world.violations))
+                  sync=sync.members, sync_leader=sync.leader, disturbed=world.disturbed, level=world.options.level, violations=list(world.violations))
     story.mistakes = mistakes(story)
     return story
 
@@ -226,16 +305,16 @@ def failure(story: Story) -> str:
             f"  foretold: {forecast.leader or 'nobody'} leads, then {', '.join(forecast.winners) or 'nobody'}, likeliest {forecast.likely or 'nobody'}; "
             f"writes back {forecast.writes_back_s}, demotions {forecast.demotes} {forecast.failsafe}\n"
             f"  happened: {', '.join(f'{at_s:.2f} s {name or chr(45)}' for at_s, name in story.leaders)}\n"
-            f"  replay: build/simulate --explain --seed {story.seed} --trace")
+            f"  replay: build/simulate --explain --seed {story.seed}{' --level b' if story.level == 'b' else ''} --trace")
 
 
-def main(seeds: Any, *, seconds: float | None, trace: TextIO | None = None) -> int:
+def main(seeds: Any, *, seconds: float | None, level: str = "a", trace: TextIO | None = None) -> int:
     """For build/simulate --explain. Exit code 1 if a forecast was wrong."""
     tally, began_s = Tally(), time.monotonic()
     for seed in seeds:
         if seconds is not None and time.monotonic() - began_s >= seconds:
             break
-        story = tell(seed, out=trace)
+        story = tell(seed, level=level, out=trace)
         tally.add(story)
         if story.mistakes or story.violations:
             print(failure(story), flush=True)

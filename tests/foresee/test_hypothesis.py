@@ -39,7 +39,7 @@ def test_unknown_members_are_named():
 
 
 def test_several_at_once():
-    assert [str(h) for h in parse_all(["n1=down", "n1=down", "dcs=down", "n2.lag=1kB"], MEMBERS)] == ["n1=down", "dcs=down", "n2.lag=1024"]
+    assert [str(h) for h in parse_all(["n1=down", "n1=down", "dcs=down", "n2.lag=1kB"], MEMBERS)] == ["n1=down", "dcs=down", "n2.lag=1kB"]
     assert [str(h) for h in parse_all(["n1=down", "n1.lag=1kB"], MEMBERS)] == ["n1=down"]
     with pytest.raises(NotAHypothesis, match="supposed already"):
         parse_all(["n2.lag=1kB", "n2.lag=2kB"], MEMBERS)

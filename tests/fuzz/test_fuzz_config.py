@@ -14,7 +14,10 @@ from hostile import BITS, broken, corpus, dumped, inputs, mutated
 
 from pgha.config.cluster import ClusterConfig, merge_patch, normalised, validate_change
 from pgha.config.environment import variables
+from pgha.config.judgement import changed_settings
 from pgha.config.load import effective, load
+from pgha.config.local import LocalConfig
+from pgha.config.why import why
 from pgha.errors import ConfigError
 
 SHARED: dict[str, Any] = {
@@ -22,6 +25,10 @@ SHARED: dict[str, Any] = {
     "ignore_slots": [{"name": "x", "type": "logical"}], "standby_cluster": {"host": "h", "port": 5432}, "pgha": {"crash_handover_after": 3},
     "postgresql": {"use_slots": True, "parameters": {"max_connections": 100, "wal_level": "logical"}, "pg_hba": ["local all all trust"], "recovery_conf": {"restore_command": "cp"}},
 }
+
+
+KEYS = ("ttl", "loop_wait", "slots", "postgresql.use_slots", "postgresql.pg_hba", "postgresql.parameters", "postgresql.parameters.max_connections",
+        "postgresql.parameters.wal_level", "postgresql.recovery_conf.restore_command", "pgha.crash_handover_after", "standby_cluster.host")
 
 
 def judged(path: Path, environ: dict[str, str], *, moved: frozenset[str] = frozenset()) -> None:
@@ -90,6 +97,8 @@ def test_the_store_s(times: int) -> None:
         assert config.loop_wait_s + 2 * config.retry_timeout_s <= config.ttl_s <= 86400
         assert len("\n".join(problems)) < 100_000
         assert not any("\n" in problem for problem in problems)
+        assert all(len(where) == 2 for where in changed_settings(SHARED, value).values())
+        assert len(repr(why(chance.choice(KEYS), local=LocalConfig(), sources={}, dynamic=value))) < 1_000_000
         if isinstance(value, dict):
             normalised(value)
             merged = merge_patch(SHARED, value)

@@ -6,8 +6,10 @@ import base64
 import json
 import logging
 import random
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -132,6 +134,16 @@ time.sleep(for_s)
 """
 
 
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """As packaging/pgha.service has it; a quarter of them may be readers' (the crowd inherits it, too)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 16384), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_files")
 def test_a_thousand_readers_that_never_read_delay_neither_the_lock_nor_a_health_check() -> None:
     """The real server and the real renewer in one process, the crowd in another, and something happens all the while. As in
     test_fuzz_rest.py: with ttl 3 the licence ends 1.9 s after a renewal that was missed."""

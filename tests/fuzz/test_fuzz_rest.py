@@ -41,10 +41,13 @@ KEYS = Keys("service", "bench")
 READS = ("/", "/primary", "/replica", "/read-only", "/leader", "/standby-leader", "/health", "/sync", "/quorum", "/async", "/read-only-sync", "/read-only-quorum", "/liveness", "/readiness", "/patroni",
          "/cluster", "/history", "/config", "/failsafe", "/metrics", "/pgha/decision", "/pgha/observation", "/pgha/vote", "/pgha", "/nonsense")
 CHANGES = (*(("PATCH", "/config"), ("PUT", "/config")) * 5, ("POST", "/reload"), ("POST", "/restart"), ("DELETE", "/restart"), ("POST", "/switchover"), ("DELETE", "/switchover"), ("POST", "/failover"),
-           ("POST", "/reinitialize"), ("POST", "/sigterm"), ("POST", "/citus"), ("DELETE", "/config"), ("TRACE", "/"), ("", "/config"))
+           ("POST", "/reinitialize"), ("POST", "/sigterm"), ("POST", "/citus"), *(("POST", f"/pgha/dry-run/{c}") for c in ("switchover", "failover", "restart", "reinitialize")), ("DELETE", "/config"), ("TRACE", "/"), ("", "/config"))
 PARAMETERS = ("lag", "replication_state", "tag_a", "tag_", "mode", "epoch", "wait", "x", "")
 BODIES = {"/config": {"ttl": 30, "loop_wait": 5, "postgresql": {"parameters": {"max_connections": "100"}}, "slots": {"a": {"type": "physical"}}}, "/restart": {"timeout": "10s", "role": "primary", "postgres_version": "16.4", "restart_pending": True, "schedule": "2099-01-01T00:00:00Z"},
           "/switchover": {"leader": "n1", "candidate": "n2", "scheduled_at": "2099-01-01T00:00:00Z"}, "/failover": {"candidate": "n2"}, "/reinitialize": {"force": True, "from_leader": False}}
+
+
+BODIES |= {f"/pgha/dry-run{path}": BODIES[path] for path in ("/switchover", "/failover", "/restart")} | {"/pgha/dry-run/reinitialize": {"force": True, "from_leader": False}}
 
 
 def text_of(chance: random.Random) -> str:

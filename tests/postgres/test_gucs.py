@@ -7,11 +7,13 @@ from functools import partial
 import pytest
 import trio
 
+from pgha.config.check import check
 from pgha.postgres.gucs import (
     SETTINGS_SQL,
     described,
     parse_described,
     refused,
+    refused_here,
     running_settings,
     settings_argument,
     told,
@@ -79,3 +81,39 @@ def test_what_the_program_refuses(make_node):
         assert found["max_connections"] == '9999999 is outside the valid range for parameter "max_connections" (1 .. 262143)'
         assert not list(a.data_dir.parent.glob("check-*"))
     trio.run(main)
+
+
+@pytest.mark.postgres
+def test_config_check_asks_this_machines_postgresql(make_node):
+    a = make_node()
+    file = a.data_dir.parent / "pgha.toml"
+    text = f"""
+scope = "demo"
+name = "n1"
+restapi.listen = "127.0.0.1:8008"
+etcd3.hosts = ["127.0.0.1:2379"]
+[postgresql]
+listen = "127.0.0.1:5432"
+data_dir = "{a.data_dir}"
+bin_dir = "{a.server.bin_dir}"
+recovery_conf.recovery_min_apply_delay = "soon"
+authentication.superuser = {{username = "postgres"}}
+authentication.replication = {{username = "rep"}}
+[postgresql.parameters]
+work_mem = "8MB"
+wrok_mem = 1
+[bootstrap.dcs.postgresql.parameters]
+work_mem = "8 parsecs"
+"my.extension" = "x"
+"""
+    file.write_text(text)
+    code, said = check(file, {}, ask=refused_here)
+    lines = [line for line in said.splitlines() if "left out" in line]
+    units = 'invalid value for parameter "work_mem": "8 parsecs" (Valid units for this parameter are "B", "kB", "MB", "GB", and "TB")'
+    assert code == 0
+    assert lines == [
+        f"warning: {file}: postgresql.parameters.wrok_mem: is no parameter of PostgreSQL 15; did you mean work_mem?; it would be left out",
+        f'warning: {file}: postgresql.recovery_conf.recovery_min_apply_delay: PostgreSQL 15 refuses it: invalid value for parameter "recovery_min_apply_delay": "soon"; it would be left out',
+        f"warning: {file}: bootstrap.dcs.postgresql.parameters.work_mem: PostgreSQL 15 refuses it: {units}; it would be left out"]
+    file.write_text(text.replace(str(a.server.bin_dir), "/nowhere"))
+    assert "PostgreSQL could not be asked: cannot start /nowhere/postgres" in check(file, {}, ask=refused_here)[1]

@@ -28,11 +28,11 @@ CORNERS: dict[tuple[str, str], Options] = {
     ("promotion.watchdog_is_usable", "refuses"): _corner(
         4, *((130.0, "watchdog fails", {"node": n}, 25.0) for n in ("n1", "n2", "n3")), (132.0, "power", _LEADER, 40.0), draws=2),
     # … and none that its successor counted on, when it holds the lock and is about to promote.
-    ("leading.watchdog_is_ready", "refuses"): _corner(4, (132.0, "power", _LEADER, 40.0), (138.0, "watchdog fails", {"node": "n2"}, 25.0), draws=2),
+    ("leading.watchdog_is_ready", "refuses"): _corner(4, (132.0, "power", _LEADER, 40.0), (136.5, "watchdog fails", {"node": "n2"}, 25.0), draws=2),
     # … and its guard is killed.
-    ("leading.guard_answers", "refuses"): _corner(4, (132.0, "power", _LEADER, 40.0), (139.2, "kill guard", {"node": "n2"}, 0.0), draws=2),
+    ("leading.guard_answers", "refuses"): _corner(4, (132.0, "power", _LEADER, 40.0), (137.0, "kill guard", {"node": "n2"}, 0.0), draws=2),
     # … and its PostgreSQL stands still: it holds the lock for nothing.
-    ("leading.lock_is_of_use", "refuses"): _corner(4, (132.0, "power", _LEADER, 40.0), (139.1, "freeze postgres", {"node": "n2"}, 40.0), draws=2),
+    ("leading.lock_is_of_use", "refuses"): _corner(4, (132.0, "power", _LEADER, 40.0), (137.0, "freeze postgres", {"node": "n2"}, 40.0), draws=2),
     ("switchover.names_somebody_in_pause", "refuses"): _corner(
         1, (125.0, "pause", {}, 70.0), *((140.0 + 5 * i, "key written", {"key": "failover", "value": f'{{"leader":"n{i}","member":null}}'}, 0.0) for i in (1, 2, 3))),
     # The only one left has another cluster's data, and the store does not say whose the cluster is.

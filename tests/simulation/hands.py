@@ -713,6 +713,13 @@ class ModelWanted:
     def to_vet(self) -> dict[str, str]:
         return {}       # nobody changes a parameter here: level b has the question and its answer
 
+    def started_is_news(self) -> bool:
+        return False
+
+    def note_started(self) -> None: ...
+    def did_not_start(self, why: str) -> None: ...
+    def try_configured(self) -> None: ...
+
     def follow(self, upstream: Any, slot_name: str) -> None:
         self._upstream, self._slot_name, self._frozen, self._told = upstream, slot_name, False, True
 

@@ -12,6 +12,8 @@ import os
 import shutil
 import signal
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any, TextIO
@@ -258,24 +260,42 @@ class ToTrace(logging.Handler):
             self._world.trace(process.name, self._world.without_root(record.getMessage()), **facts)
 
 
-def run(options: Options, *, out: TextIO | None = None) -> Outcome:
-    """One run. Ends at the first violation."""
+@contextmanager
+def root_of_a_run() -> Iterator[Path]:
+    """Where the nodes' files lie."""
     root = Path(f"/dev/shm/pgha-simulation-{os.geteuid()}-{os.getpid()}")
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(mode=0o700)
-    world = ShippedWorld(options, root, out=out)
+    try:
+        yield root
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@contextmanager
+def logging_to(world: ShippedWorld) -> Iterator[None]:
+    """What agents log is in the world's trace."""
     logger = logging.getLogger("pgha")
     before = (logger.level, logger.propagate, list(logger.handlers))
     logger.handlers[:] = [ToTrace(world)]
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
-        return drive(world, lambda seconds: world.run.until(seconds, lambda: world.violations))
+        yield
     finally:
-        world.close()
         logger.setLevel(before[0])
         logger.propagate, logger.handlers[:] = before[1], before[2]
-        shutil.rmtree(root, ignore_errors=True)
+
+
+def run(options: Options, *, out: TextIO | None = None) -> Outcome:
+    """One run. Ends at the first violation."""
+    with root_of_a_run() as root:
+        world = ShippedWorld(options, root, out=out)
+        with logging_to(world):
+            try:
+                return drive(world, lambda seconds: world.run.until(seconds, lambda: world.violations))
+            finally:
+                world.close()
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

@@ -235,7 +235,8 @@ class Http:
         machine, parts = self._machine, urlsplit(url)
         machine.process.check()
         target = machine.world.machines.get(name_of(parts.hostname or ""))
-        request = Request(method=method, path=unquote(parts.path), query=dict(parse_qsl(parts.query)), body=body, peer=address(machine.name))
+        headers = {"content-length": str(len(body))} if body else {}       # as every client says it: without, it is no body
+        request = Request(method=method, path=unquote(parts.path), query=dict(parse_qsl(parts.query)), headers=headers, body=body, peer=address(machine.name))
         event, answers = trio.Event(), list[Any]()
 
         def answered(answer: Any) -> None:
@@ -907,7 +908,7 @@ def _probe(instance: Instance, server: Server) -> tuple[str | None, ...]:
     conninfo = server.upstream.conninfo if isinstance(server.upstream, Upstream) else ""
     return ("f" if primary else "t", str(data.timeline), str(data.lsn) if primary else None, None if primary else str(max(server.received, 0)),
             None if primary else str(server.replayed), None, "f", "2026-01-01 00:00:00+00", "2026-01-01 00:00:00+00", str(server.started_s), "150000", data.system_identifier,
-            server.synchronous_standby_names, "t", "t" if primary or server.replayed >= data.lsn else "f", conninfo, server.slot_name, server.restore_command, receiver, replication, slots)
+            server.synchronous_standby_names, "t", "t" if primary or server.replayed >= data.lsn else "f", conninfo, server.slot_name, server.restore_command, None, receiver, replication, slots)
 
 
 __all__ = ["NodeDisk", "SimMachine", "address", "name_of"]

@@ -4,7 +4,7 @@
     build/simulate --hours N [--level a|b] [--jobs N] [--from-seed N]  runs until so many cluster-hours are done
     build/simulate --seconds N                                         runs for so long (the test command's budget)
     build/simulate --seed N --minimise                                 the shortest program that still fails the same way
-    build/simulate --explain [--seconds N] [--from-seed N] [--seed N]  forecasts of `explain --if` against what then happens
+    build/simulate --explain [--level a|b] [--seconds N | --seed N]     forecasts of `explain --if` against what then happens
     build/simulate --replay FILE … [--trace|--minimise]                kept programs (tests/simulation/regressions/*.json)
 
 A failure prints seed, options, the last lines of the transcript, and the command that replays it. Exit code 1 then.
@@ -224,7 +224,7 @@ def main(argv: list[str]) -> int:
         from tests.foresee import foretold
 
         seeds = itertools.count(given.from_seed) if given.seed is None else (given.seed,)
-        return foretold.main(seeds, seconds=(given.seconds or 60.0) if given.seed is None else None, trace=sys.stdout if given.trace else None)
+        return foretold.main(seeds, seconds=(given.seconds or 60.0) if given.seed is None else None, level=given.level, trace=sys.stdout if given.trace else None)
     options = Options(seed=given.seed or 0, level=given.level, nodes=given.nodes, ttl=given.ttl, faults=given.faults, for_s=given.for_s, draws=DRAWS)
     if given.replay:
         bad = 0
