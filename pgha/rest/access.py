@@ -100,7 +100,7 @@ class Names:
             for name in names:
                 nursery.start_soon(self._resolve, name, deadline_s, failed)
         for name in sorted(failed - self.unresolved):
-            log.warning("a name cannot be resolved", of=self._what, name=name, allows="what it meant last" if name in self._known else "nobody")
+            log.warning("a name cannot be resolved", of=self._what, name=name[:300], allows="what it meant last" if name in self._known else "nobody")
         self.unresolved = frozenset(failed)
         return (*found, *(network for name in names for network in self._known.get(name, ())))
 
