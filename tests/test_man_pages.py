@@ -119,7 +119,7 @@ def test_the_common_options_of_ctl_are_described() -> None:
     assert {"-" + flag.replace("\\-", "-") for flag in re.findall(r"\.It.*?Fl (\S+)|Fl (\S+)", head) for flag in flag if flag} >= options
 
 
-@pytest.mark.parametrize("words", [["run"], ["guard"], ["config", "check"], ["config", "sample"], ["config", "import"], ["config", "why"], ["demo"], ["replay"]])
+@pytest.mark.parametrize("words", [["run"], ["guard"], ["leave"], ["config", "check"], ["config", "sample"], ["config", "import"], ["config", "why"], ["demo"], ["replay"]])
 def test_every_option_of_a_command_is_in_the_synopsis(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:
         main([*words, "--help"])

@@ -44,6 +44,7 @@ ELSEWHERE = {
     "pgha config import": "tests/config and the takeover test run it on real files",
     "systemctl disable --now patroni": "the takeover test has a real Patroni",
     "systemctl enable --now patroni": "the same",
+    "pgha leave": "the takeover test does it on the way back",
     "patronictl": "the same",
 }
 
