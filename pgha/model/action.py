@@ -250,7 +250,7 @@ class Sweep(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class AbandonDirectory(Struct, frozen=True, kw_only=True, tag=True):
-    """Set the data directory aside under a numbered `.failed` name; nothing is removed."""
+    """Set the data directory aside under a numbered `.failed` name, or bring back what a copy there was to replace; nothing is removed."""
 
     why: str
 
