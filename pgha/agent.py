@@ -487,7 +487,7 @@ class Agent:
             decision = decide(seen, remembered)
             self.memory = decision.memory
             if self.memory.said != remembered.said:
-                log.info("asked by an operator", what=self.memory.said)
+                log.info("asked by an operator", said=self.memory.said)
             self.renewer.give_mandate(decision.mandate, number=self.number)
             self.renewer.position = self._position_to_record(seen)
             self.failsafe.give(decision.failsafe)

@@ -105,6 +105,9 @@ async def _by_the_first_that_can(
         method = None if name == BASEBACKUP else ctx.wanted.effective().postgresql.methods.get(name)
         if (method is None and name != BASEBACKUP) or (action.source is None and not (method is not None and method.no_leader)):
             continue
+        if method is not None and method.keep_data and action.replace == "keep_old_until_streaming" and await ctx.on_disk(directories.content, ctx.data_dir) == "valid":
+            failures.append(f"{name} works on the data that is to be kept (keep_data)")
+            continue
         try:
             await give_back(ctx, ours=True)     # if the one before could not
             if method is not None and method.in_place:
