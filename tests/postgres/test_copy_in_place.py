@@ -58,8 +58,8 @@ def mark_of(data):
 @pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("was", ["", "copying over", "made"])
 @pytest.mark.parametrize("cut", [marked, moved, made, half, half_named, half_moved, back])
-def test_what_was_there_comes_back(tmp_path, cut, was, ours):
-    data, old = tmp_path / "data", tmp_path / "data.old"
+def test_what_was_there_comes_back(base, cut, was, ours):
+    data, old = base / "data", base / "data.old"
     data.mkdir()
     (data / "of_the_old").touch()
     if was:
@@ -76,9 +76,9 @@ def test_what_was_there_comes_back(tmp_path, cut, was, ours):
 
 
 @pytest.mark.parametrize("was", ["", "copying over"])
-def test_making_way_says_first_what_it_does(tmp_path, was):
+def test_making_way_says_first_what_it_does(base, was):
     """What is on disk at the rename is what the table above begins with."""
-    data, old = tmp_path / "data", tmp_path / "data.old"
+    data, old = base / "data", base / "data.old"
     data.mkdir()
     (data / "of_the_old").touch()
     if was:
@@ -88,17 +88,17 @@ def test_making_way_says_first_what_it_does(tmp_path, was):
     assert (old / REPLACED).read_text().startswith("data.old\n") and not data.exists()
 
 
-def test_what_people_have_taken_does_not_come_back(tmp_path):
+def test_what_people_have_taken_does_not_come_back(base):
     """Its place is free for the next copy; what is there may be theirs."""
-    data = tmp_path / "data"
+    data = base / "data"
     data.mkdir()
-    half(data, tmp_path / "data.old")
-    (tmp_path / "data.old").rename(tmp_path / "rescued")
+    half(data, base / "data.old")
+    (base / "data.old").rename(base / "rescued")
     aside = directories.bring_back(data, ours=False)
-    assert aside == tmp_path / "data.failed" and not data.exists() and directories.bootstrapping(data) == ""
+    assert aside == base / "data.failed" and not data.exists() and directories.bootstrapping(data) == ""
 
 
 @pytest.mark.parametrize("name", ["", "data", "other.old", "../data.old", "data.old/x", "data.older"])
-def test_a_mark_names_only_what_we_name(tmp_path, name):
-    directories.bootstrap_marker(tmp_path / "data").write_text(f"copying\n{name}\n\n")
-    assert directories.replaced_by_copy(tmp_path / "data") == "" and directories.bootstrapping(tmp_path / "data") == "copying"
+def test_a_mark_names_only_what_we_name(base, name):
+    directories.bootstrap_marker(base / "data").write_text(f"copying\n{name}\n\n")
+    assert directories.replaced_by_copy(base / "data") == "" and directories.bootstrapping(base / "data") == "copying"
