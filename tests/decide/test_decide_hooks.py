@@ -33,7 +33,9 @@ from pgha.model.action import Clone, Demote, PrePromote, Restart, StandDown, Sto
 from pgha.model.cluster import FailoverKey, Sync, Tags
 from pgha.model.lock import Licence, LicenceState
 from pgha.model.node import DataDirectoryFacts, PostgresFacts
-from pgha.model.observation import Operation, Request
+from pgha.model.observation import BEFORE_STOP, Operation, Request
+
+HANG_S = LEADER.seen.settings.primary_hang_timeout_s
 
 ASKED = WINNER.but(settings__pre_promote_s=20.0)
 REFUSED = ASKED.but(memory__vetoed_until=ahead(12), memory__veto_why="pre_promote refused (exit code 1: old primary lives)")
@@ -151,6 +153,18 @@ def test_the_mandate_allows_for_it():
     until = world.decide().mandate.until
     assert until is not None and remaining_s(until, world.seen.now) > 20
     assert replace(world.decide().mandate, until=None).kind == "stopping"
+
+
+@pytest.mark.parametrize("kind", ["Demote", "Restart"])
+def test_while_it_runs_the_mandate_is_that_of_a_primary_that_answers(kind):
+    """Nobody has begun to stop it yet: a server that hangs meanwhile is not kept in the lock."""
+    draining = LEADER.but(settings__before_stop_s=100.0, operation=Operation(kind=kind, id=7, started_at=ago(2), progress=BEFORE_STOP))
+    for world, left_s in ((draining, HANG_S + 1.0), (draining.but(postgres__answered_at=ago(HANG_S)), 1.0)):
+        mandate = world.decide().mandate
+        assert mandate.kind == "running" and mandate.until is not None and remaining_s(mandate.until, world.seen.now) == pytest.approx(left_s, abs=1.0)
+    stops = draining.but(operation__progress="stopping PostgreSQL", postgres__answered_at=ago(HANG_S)).decide().mandate
+    assert stops.kind != "running" and stops.until is not None and remaining_s(stops.until, LEADER.seen.now) > HANG_S
+    assert draining.but(postgres=PostgresFacts(process="absent", ever_started=True)).decide().mandate.kind != "running"
 
 
 # --- how a copy is made ---------------------------------------------------------------------------------------------------
