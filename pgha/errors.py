@@ -111,11 +111,12 @@ class GuardSilent(GuardError):
 
 
 class OperationFailed(PghaError):
-    """An operation could not be completed; the text is for people. `final`: the same again cannot help, another way must."""
+    """An operation could not be completed; the text is for people. `final`: the same again cannot help, another way must.
+    `overdue`: a server that was started does not accept in the time that it was given what it was started for."""
 
-    def __init__(self, message: str = "", *, final: bool = False) -> None:
+    def __init__(self, message: str = "", *, final: bool = False, overdue: bool = False) -> None:
         super().__init__(message)
-        self.final = final
+        self.final, self.overdue = final, overdue
 
 
 class Refused(PghaError):

@@ -940,7 +940,7 @@ class AgentProcess:
                 ok, why = True, ""
             except OPERATING_ERRORS as error:
                 why = str(error) or type(error).__name__
-                facts = {"final": bool(getattr(error, "final", False)), "unreached": is_unreached(error)}
+                facts = {"final": bool(getattr(error, "final", False)), "unreached": is_unreached(error), "overdue": bool(getattr(error, "overdue", False))}
                 self.world.trace(self.host.name, "operation failed", kind=operation.kind, why=why.replace(" ", "_"))
         self._operation_scope = None
         self._note_operation(action, facts, ok=ok, why=why)
