@@ -695,7 +695,7 @@ class Agent:
         self.wake()
 
     def _cancel(self, action: CancelOperation) -> None:
-        if self._operation is not None and self._operation.id == action.id and self._operation_scope is not None:
+        if self._operation is not None and self._operation.id == action.id and self._operation_scope is not None and action.while_in in ("", self._operation.progress):
             log.info("ending operation", kind=self._operation.kind, why=action.why)
             self._operation = replace(self._operation, cancelling=True)
             self._operation_scope.cancel()

@@ -112,7 +112,7 @@ class GuardSilent(GuardError):
 
 class OperationFailed(PghaError):
     """An operation could not be completed; the text is for people. `final`: the same again cannot help, another way must.
-    `overdue`: a server that was started does not accept in the time that it was given what it was started for."""
+    `overdue`: a server has not stopped, or does not accept writes after its start, within the time that it was given."""
 
     def __init__(self, message: str = "", *, final: bool = False, overdue: bool = False) -> None:
         super().__init__(message)

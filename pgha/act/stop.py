@@ -55,7 +55,7 @@ async def restart(ctx: Context, action: Restart, progress: Progress) -> dict[str
                     raise OperationFailed("PostgreSQL gives no sign of life: it is not restarted, but handed over")
                 progress("stopping PostgreSQL")
                 if not await stop_fast(ctx, server, timeout_s=action.timeout_s) and not await shut_down(ctx):
-                    raise OperationFailed(f"PostgreSQL had not stopped after {action.timeout_s:g} s")
+                    raise OperationFailed(f"PostgreSQL had not stopped after {action.timeout_s:g} s", overdue=True)
             finally:
                 server.close()
         times.mark("stop")

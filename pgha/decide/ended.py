@@ -78,8 +78,8 @@ def _start(_: Observation, memory: Memory, ended: Operation) -> Memory:
 
 
 def _restart(o: Observation, memory: Memory, ended: Operation) -> Memory:
-    """A primary that is not back within the time that its restart was given, which begins when it is started (what before_stop
-    and the shutdown took is not held against it): somebody else is to be one (compatibility spec 3.5)."""
+    """A primary that has not stopped, or not started, within the time that its restart was given for each (what before_stop
+    took is not held against it): somebody else is to be one (compatibility spec 3.5)."""
     overdue = not ended.ok and memory.restart_within_s > 0.0 and bool(ended.facts.get("overdue"))
     return _start(o, replace(memory, restart_within_s=0.0, restart_overdue=overdue), ended)
 

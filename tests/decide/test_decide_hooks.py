@@ -167,6 +167,30 @@ def test_while_it_runs_the_mandate_is_that_of_a_primary_that_answers(kind):
     assert draining.but(postgres=PostgresFacts(process="absent", ever_started=True)).decide().mandate.kind != "running"
 
 
+DRAINING = LEADER.but(settings__before_stop_s=100.0, dcs__view__failover=FailoverKey(leader="a", candidate="b"), memory__switchover_revision=99, memory__switchover_asked_at=ago(9),
+                      dcs__view__revisions={**LEADER.seen.dcs.view.revisions, "failover": 99},
+                      operation=Operation(kind="Demote", id=7, started_at=ago(9), detail="switchover to b", progress=BEFORE_STOP))
+
+TAKEN_BACK = [
+    row("nothing has changed", does="", refuses=""),
+    row("the key is gone", dcs__view__failover=FailoverKey(), does="CancelOperation", refuses="switchover.is_still_asked_for", says="the request was taken back"),
+    row("another candidate is asked for", dcs__view__revisions={**LEADER.seen.dcs.view.revisions, "failover": 100}, does="CancelOperation",
+        refuses="switchover.is_still_asked_for", says="another request has come"),
+    row("the candidate is gone", peers={"b": silent("b"), "c": peer("c")}, does="CancelOperation", refuses="switchover.is_still_asked_for", says="b: does not answer"),
+    row("the candidate is not to lead any more", peers={"b": peer("b", tags=Tags(nofailover=True)), "c": peer("c")}, does="CancelOperation",
+        refuses="switchover.is_still_asked_for", says="b: tag nofailover is set"),
+    row("the stop has begun", operation__progress="stopping PostgreSQL", dcs__view__failover=FailoverKey(), does="", refuses=""),
+    row("the agent stops", operation__detail="agent stops", dcs__view__failover=FailoverKey(), does="", refuses=""),
+    row("it is being ended", operation__cancelling=True, dcs__view__failover=FailoverKey(), does="", refuses="switchover.is_still_asked_for"),
+]
+
+
+@pytest.mark.parametrize("case", TAKEN_BACK)
+def test_a_switchover_can_be_taken_back_while_before_stop_runs(case):
+    decision = check(DRAINING, case)
+    assert all(action.while_in == BEFORE_STOP for action in decision.actions)      # not what has begun to stop in this very moment
+
+
 # --- how a copy is made ---------------------------------------------------------------------------------------------------
 
 BY_BACKUP = EMPTY.but(settings__replica_methods=("walg", "basebackup"))
