@@ -43,6 +43,7 @@ from pgha.dcs.outage import Outage
 from pgha.decide import decide
 from pgha.decide.common import others
 from pgha.decide.foreign import member_is_ours
+from pgha.decide.lease import silent_s
 from pgha.errors import (
     ConfigError,
     DcsError,
@@ -198,7 +199,7 @@ class Agent:
                           run=machine.run, launch=machine.launch),
             machine=machine, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.configuration_changed,
             last_position=self._last_position, bootstrap_config=self._bootstrap_config, private_dir=self.runtime_dir,
-            beside=self.callbacks.beside, told=self.callbacks)
+            beside=self.callbacks.beside, told=self.callbacks, silent_s=lambda: silent_s(self.postgres.facts, clock.now()))
         self.actor = Actor(context)
         self.inbox.judge = self.actor.judge_configuration
         self.provenance = Provenance(member=self.me.name, effective=lambda: self.effective, sources=loaded.sources, left_out=lambda: self.wanted.left_out,
@@ -694,7 +695,7 @@ class Agent:
         self.wake()
 
     def _cancel(self, action: CancelOperation) -> None:
-        if self._operation is not None and self._operation.id == action.id and self._operation_scope is not None:
+        if self._operation is not None and self._operation.id == action.id and self._operation_scope is not None and action.while_in in ("", self._operation.progress):
             log.info("ending operation", kind=self._operation.kind, why=action.why)
             self._operation = replace(self._operation, cancelling=True)
             self._operation_scope.cancel()
@@ -709,7 +710,7 @@ class Agent:
                 ok, why = True, ""
             except OPERATING_ERRORS as error:
                 why = str(error) or type(error).__name__
-                facts = {"final": bool(getattr(error, "final", False)), "unreached": is_unreached(error)}
+                facts = {"final": bool(getattr(error, "final", False)), "unreached": is_unreached(error), "overdue": bool(getattr(error, "overdue", False))}
                 log.warning("operation failed", kind=operation.kind, why=why)
         self._operation_scope = None
         self._note_operation(action, facts, ok=ok, why=why)

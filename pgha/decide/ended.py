@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from pgha.clock import candidate_age_s, remaining_s
+from pgha.clock import remaining_s
 from pgha.decide import cramped, reinit
 from pgha.decide.standing import licensed
 from pgha.model.decision import Memory
@@ -78,9 +78,9 @@ def _start(_: Observation, memory: Memory, ended: Operation) -> Memory:
 
 
 def _restart(o: Observation, memory: Memory, ended: Operation) -> Memory:
-    """A primary that is not back within the time that its restart was given: somebody else is to be one (compatibility spec 3.5)."""
-    took_s = candidate_age_s(ended.started_at, ended.ended_at) if ended.ended_at is not None else 0.0
-    overdue = not ended.ok and 0.0 < memory.restart_within_s <= took_s
+    """A primary that has not stopped, or not started, within the time that its restart was given for each (what before_stop
+    took is not held against it): somebody else is to be one (compatibility spec 3.5)."""
+    overdue = not ended.ok and memory.restart_within_s > 0.0 and bool(ended.facts.get("overdue"))
     return _start(o, replace(memory, restart_within_s=0.0, restart_overdue=overdue), ended)
 
 

@@ -178,7 +178,7 @@ def _hand_over(o: Observation, memory: Memory) -> Decision:
     reasons = switchover.conditions(o)
     ask = ask_others(o, every_s=0.05)
     if all(r.holds for r in reasons):
-        demote = Demote(mode="fast", release=True, checkpoint=True, why=f"switchover to {key.candidate or 'the best standby'}", timeout_s=stop_timeout_s(o), before_stop_s=o.settings.before_stop_s)
+        demote = Demote(mode="fast", release=True, checkpoint=True, why=f"{switchover.WHY}{key.candidate or 'the best standby'}", timeout_s=stop_timeout_s(o), before_stop_s=o.settings.before_stop_s)
         return Decision(situation="leading", summary=f"handing over: {demote.why}", reasons=reasons, actions=(demote,), memory=memory, ask_peers=ask)
     if switchover.still_patient(o, memory):
         return Decision(situation="leading", summary="asked to hand over, asking the others", reasons=reasons, memory=memory, ask_peers=ask, wake_in_s=0.05)

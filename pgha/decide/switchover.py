@@ -9,6 +9,8 @@ from pgha.decide.schedule import Due, When, when
 from pgha.model.decision import Memory, Reason
 from pgha.model.observation import Observation, Peer
 
+#: How a demotion for it is told from others.
+WHY = "switchover to "
 #: Peers' answers are waited for so long before a request is refused for want of them.
 PATIENCE_S = 2.0
 
@@ -28,6 +30,15 @@ def is_in_time(o: Observation) -> tuple[Reason, When]:
 def conditions(o: Observation) -> tuple[Reason, ...]:
     """Every condition of handing over on request."""
     return (names_this_leader(o), names_another_candidate(o), names_somebody_in_pause(o), has_good_candidate(o))
+
+
+def is_still_asked_for(o: Observation, memory: Memory) -> Reason:
+    """While before_stop runs, nothing has been done yet: the request may be taken back, and the candidate may cease to be one."""
+    rule, key = "switchover.is_still_asked_for", view_of(o).failover
+    if key.empty or view_of(o).revision_of("failover") != memory.switchover_revision:
+        return reason(rule, False, "the request was taken back" if key.empty else "another request has come")
+    obstacles = [r for r in conditions(o) if not r.holds]
+    return reason(rule, not obstacles, obstacles[0].because if obstacles else "nothing has changed since it was asked for")
 
 
 def still_patient(o: Observation, memory: Memory) -> bool:

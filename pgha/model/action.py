@@ -256,10 +256,11 @@ class AbandonDirectory(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class CancelOperation(Struct, frozen=True, kw_only=True, tag=True):
-    """End the operation in flight."""
+    """End the operation in flight. `while_in`: only if its progress is still this."""
 
     id: int
     why: str
+    while_in: str = ""
 
 
 QuickAction = (

@@ -10,6 +10,7 @@ from act_bed import as_source
 from msgspec.structs import replace as but
 
 from pgha.act import Actor
+from pgha.errors import OperationFailed
 from pgha.model import action as a
 from pgha.model.lock import LicenceState
 
@@ -99,6 +100,34 @@ class _Renewer:
     @property
     def licence(self):
         return self._licence()
+
+
+def test_before_stop_is_not_waited_for_when_there_is_nothing_to_stop_any_more(bed):
+    """The postmaster dies meanwhile: the restart goes on at once, and brings it back."""
+    async def main():
+        async with bed.node("a", postgresql={"before_stop": "/bin/sh -c 'kill -9 $(head -1 \"$0\"); sleep 1000' " + str(bed.path / "a/data/postmaster.pid")}) as node:
+            await node.primary()
+            assert node.data_dir == bed.path / "a/data"
+            with trio.fail_after(30):
+                await node.operate(a.Restart(as_primary=True, timeout_s=20, before_stop_s=1000))
+            assert await node.sql("SELECT pg_is_in_recovery()") == [("f",)]
+    trio.run(main)
+
+
+def test_before_stop_is_not_waited_for_while_a_primary_hangs(bed):
+    """A restart ends there, for the next pass to hand over; a demotion goes on."""
+    async def main():
+        async with bed.node("a", postgresql={"before_stop": "/bin/sleep 1000"}) as node:
+            await node.primary()
+            limit_s = node.wanted.effective().settings.primary_hang_timeout_s
+            hung = Actor(replace(node.ctx, silent_s=lambda: limit_s))
+            with trio.fail_after(30):
+                with pytest.raises(OperationFailed, match="no sign of life"):
+                    await hung.operate(a.Restart(as_primary=True, timeout_s=20, before_stop_s=1000), node.progress.append)
+                assert await node.sql("SELECT pg_is_in_recovery()") == [("f",)] and node.progress[-2:] == ["before_stop", "stopping PostgreSQL"]
+                await hung.operate(a.Demote(mode="fast", release=True, checkpoint=True, why="test", timeout_s=20, before_stop_s=1000), node.progress.append)
+            assert not node.living()
+    trio.run(main)
 
 
 @pytest.mark.parametrize("why", ["its limit", "the licence ends", "the lock is lost"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import select
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,11 @@ def dies(pid):
         return bool(select.select([pidfd], [], [], 5.0)[0])
     finally:
         os.close(pidfd)
+
+
+def children():
+    """Of this process, the dead that nobody has reaped among them."""
+    return {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +93,47 @@ def test_at_its_limit_the_whole_group_is_ended(caplog, deaf):
     assert (ended.took_s > programs.GRACE_S) == deaf and ended.took_s < 5
     pids = [int(line) for line in said(caplog) if line.isdigit()]
     assert len(pids) == 2 and all(map(dies, pids))
+
+
+def test_a_program_that_cannot_be_begun_for_whatever_reason_is_not_waited_for():
+    async def main():
+        with pytest.raises(ValueError, match="null byte"):
+            await programs.run(["/bin/echo", "a\0b"], deadline_s=30)
+    trio.run(main)
+
+
+def test_its_end_is_seen_without_a_descriptor_to_see_it_by():
+    """Others have taken the last one meanwhile: neither is it left as it is, nor does anything else end."""
+    async def main():
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with subprocess.Popen(["/bin/sleep", "0.2"]) as child:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+            try:
+                with trio.fail_after(20):
+                    await programs._exited(child.pid)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert child.wait(0) == 0
+    trio.run(main)
+
+
+@pytest.mark.parametrize("spare", [0, 4, 7])
+def test_without_descriptors_it_has_failed_or_ended_but_nothing_else_does(spare):
+    """However many are left when it is begun: it is an answer, and no child stays."""
+    answers, before = [], children()
+
+    async def main():
+        _, hard = limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        await trio.to_thread.run_sync(int)      # trio has what it needs for a thread
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1 + max(int(name) for name in os.listdir("/proc/self/fd")) + spare, hard))
+        try:
+            with trio.fail_after(20):
+                answers.append(await run_script("test", ["/bin/sh", "-c", "exit 7"], run=programs.run, limit_s=5))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    trio.run(main)
+    assert answers[0].exit_code == 7 or "descriptors" in str(answers[0]) or "Too many open files" in str(answers[0])
+    assert children() <= before
 
 
 def test_it_may_clear_up_and_say_so_when_it_is_ended(caplog):
