@@ -32,7 +32,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     only_while = BEFORE_STOP if drains else ""
     cancel = () if not obstacles or operation.cancelling else (CancelOperation(id=operation.id, why=obstacles[0].because, while_in=only_while),)
     # Whoever looks for the end of WAL compares it with the others' positions in the next pass: what they said must not be forgotten.
-    ask = ask_others(o) if (drains or operation.kind in ("StartPrimary", "InspectEndOfWal")) and o.dcs.view is not None else PeerQuestion()
+    ask = ask_others(o) if (operation.detail.startswith(switchover.WHY) or operation.kind in ("StartPrimary", "InspectEndOfWal")) and o.dcs.view is not None else PeerQuestion()
     return Decision(
         situation="busy", summary=f"{operation.kind.lower()} in progress" + (": ending it" if obstacles else ""),
         reasons=tuple(reasons), actions=cancel, memory=memory, ask_peers=ask, wake_in_s=min(0.25 if drains else 1.0, o.settings.loop_wait_s, _free_in_s(o, operation)),

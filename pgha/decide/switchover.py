@@ -37,8 +37,18 @@ def is_still_asked_for(o: Observation, memory: Memory) -> Reason:
     rule, key = "switchover.is_still_asked_for", view_of(o).failover
     if key.empty or view_of(o).revision_of("failover") != memory.switchover_revision:
         return reason(rule, False, "the request was taken back" if key.empty else "another request has come")
-    obstacles = [r for r in conditions(o) if not r.holds]
-    return reason(rule, not obstacles, obstacles[0].because if obstacles else "nothing has changed since it was asked for")
+    if not all(_is_judged(o, name) for name in ([key.candidate] if key.candidate else others(o))):
+        return reason(rule, True, "asking the others")      # one answer that is late ends nothing
+    against = [r for r in conditions(o) if not r.holds]
+    return reason(rule, not against, against[0].because if against else "nothing has changed since it was asked for")
+
+
+def _is_judged(o: Observation, name: str) -> bool:
+    """Has it just answered, or not for long enough to say that it does not?"""
+    last = o.peers.get(name)
+    if name in fresh_peers(o):
+        return True
+    return last is not None and not last.answered and last.silent_since is not None and candidate_age_s(last.silent_since, o.now) >= PATIENCE_S
 
 
 def still_patient(o: Observation, memory: Memory) -> bool:

@@ -176,7 +176,10 @@ TAKEN_BACK = [
     row("the key is gone", dcs__view__failover=FailoverKey(), does="CancelOperation", refuses="switchover.is_still_asked_for", says="the request was taken back"),
     row("another candidate is asked for", dcs__view__revisions={**LEADER.seen.dcs.view.revisions, "failover": 100}, does="CancelOperation",
         refuses="switchover.is_still_asked_for", says="another request has come"),
-    row("the candidate is gone", peers={"b": silent("b"), "c": peer("c")}, does="CancelOperation", refuses="switchover.is_still_asked_for", says="b: does not answer"),
+    row("its answer is late", peers={"b": replace(silent("b"), silent_since=ago(1.9)), "c": peer("c")}, does="", refuses=""),
+    row("nobody has been asked yet", peers={}, does="", refuses=""),
+    row("it has not been asked for a while", peers={"b": replace(peer("b"), asked_at=ago(5)), "c": peer("c")}, does="", refuses=""),
+    row("the candidate is gone", peers={"b": replace(silent("b"), silent_since=ago(2.1)), "c": peer("c")}, does="CancelOperation", refuses="switchover.is_still_asked_for", says="b: does not answer"),
     row("the candidate is not to lead any more", peers={"b": peer("b", tags=Tags(nofailover=True)), "c": peer("c")}, does="CancelOperation",
         refuses="switchover.is_still_asked_for", says="b: tag nofailover is set"),
     row("the stop has begun", operation__progress="stopping PostgreSQL", dcs__view__failover=FailoverKey(), does="", refuses=""),
@@ -188,6 +191,7 @@ TAKEN_BACK = [
 @pytest.mark.parametrize("case", TAKEN_BACK)
 def test_a_switchover_can_be_taken_back_while_before_stop_runs(case):
     decision = check(DRAINING, case)
+    assert bool(decision.ask_peers.names) == (case.name != "the agent stops")      # what they said must not be forgotten before it is judged
     assert all(action.while_in == BEFORE_STOP for action in decision.actions)      # not what has begun to stop in this very moment
 
 
