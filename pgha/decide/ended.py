@@ -6,6 +6,7 @@ from msgspec.structs import replace
 
 from pgha.clock import remaining_s
 from pgha.decide import cramped, reinit
+from pgha.decide.common import may_write
 from pgha.decide.standing import licensed
 from pgha.model.decision import Memory
 from pgha.model.observation import Observation, Operation
@@ -106,6 +107,8 @@ def _promote(o: Observation, memory: Memory, ended: Operation) -> Memory:
 
 
 def _demote(o: Observation, memory: Memory, ended: Operation) -> Memory:
+    if not ended.ok and may_write(o):       # ended while before_stop ran: nothing has been tried
+        memory = replace(memory, handed_over_revision=-1)
     if ended.facts.get("released"):
         return replace(memory, election=None, crash_seen_at=None, handover_judged_at=None, promotion_failed_at=None, holding_since=None, stand_back_until=o.now.plus_s(STAND_BACK_S),
                        stand_back_why="it has just handed the lock over")

@@ -82,6 +82,11 @@ def test_who_was_refused_stays_out_of_the_race(case):
     assert decision.vote.candidate == (case.refuses == ())
 
 
+def test_who_was_refused_says_so_to_a_leader_who_looks_for_a_successor():
+    vetoed = REPLICA.but(memory__vetoed_until=ahead(12), memory__veto_why="pre_promote refused")
+    assert REPLICA.decide().vote.candidate and not vetoed.decide().vote.candidate
+
+
 def ended(world: World, *, ok: bool = True, **facts: object) -> World:
     operation = Operation(kind="PrePromote", id=7, started_at=ago(15), ended_at=ago(0), ok=ok, facts=facts)
     return world.but(ended=operation, memory__holding_since=ago(15))
@@ -193,6 +198,14 @@ def test_a_switchover_can_be_taken_back_while_before_stop_runs(case):
     decision = check(DRAINING, case)
     assert bool(decision.ask_peers.names) == (case.name != "the agent stops")      # what they said must not be forgotten before it is judged
     assert all(action.while_in == BEFORE_STOP for action in decision.actions)      # not what has begun to stop in this very moment
+
+
+def test_what_was_taken_back_before_the_stop_was_not_tried():
+    """The candidate is judged anew; if it may take over after all, it does."""
+    cancelled = DRAINING.but(operation=None, memory__handed_over_revision=99, ended=replace(DRAINING.seen.operation, ended_at=ago(0), why="it was ended"))
+    only(cancelled.decide(), Demote)
+    stopped = cancelled.but(postgres=PostgresFacts(process="absent", ever_started=True)).decide()
+    assert stopped.memory.handed_over_revision == 99
 
 
 # --- how a copy is made ---------------------------------------------------------------------------------------------------
