@@ -24,6 +24,7 @@ usage: pgha COMMAND …
 
   run CONFIG                         the agent of one node: keep PostgreSQL running and the lock honest
   guard CONFIG …                     the process that fences when the agent cannot (the agent starts it, or systemd)
+  leave CONFIG                       in pause, with the agent stopped: leave the running PostgreSQL to another agent
   config check CONFIG                every mistake of a configuration file, in one run
   config why KEY …                   which value of a key counts, where it comes from, and since when
   config sample                      print a configuration to start from
@@ -211,6 +212,17 @@ def _demo(arguments: list[str]) -> int:
     return demo(arguments)
 
 
+def _leave(arguments: list[str]) -> int:
+    parser = _parser("leave", "Leave the running PostgreSQL of this node to another agent (the way back to Patroni): end the guard, and forget what it "
+                              "knew. Say pause and stop the agent first.")
+    parser.add_argument("config", metavar="CONFIG", help="pgha.toml of this node")
+    given = parser.parse_args(arguments)
+    from pgha.leave import leave
+
+    print(leave(given.config, os.environ))
+    return DONE
+
+
 def _replay(arguments: list[str]) -> int:
     parser = _parser("replay", "Decide again on a recorded pass (an observation and the memory before it), and print the decision.")
     parser.add_argument("file", metavar="FILE", help='JSON: {"observation": …, "memory": …}')
@@ -224,6 +236,7 @@ def _replay(arguments: list[str]) -> int:
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "guard": _guard,
+    "leave": _leave,
     "config": _config,
     "ctl": _ctl,
     "demo": _demo,

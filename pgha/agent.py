@@ -42,6 +42,7 @@ from pgha.dcs.keys import Keys, encode
 from pgha.dcs.outage import Outage
 from pgha.decide import decide
 from pgha.decide.common import others
+from pgha.decide.foreign import member_is_ours
 from pgha.errors import (
     ConfigError,
     DcsError,
@@ -51,6 +52,7 @@ from pgha.errors import (
     PghaError,
     PostgresError,
     Refused,
+    is_unreached,
 )
 from pgha.events import EventLog
 from pgha.inbox import Inbox
@@ -151,7 +153,7 @@ class Agent:
         cached = _cached_config(data_dir)
         self.dynamic: dict[str, Any] | None = cached
         self.effective: Effective = effective(local, cached if cached is not None else normalised(dict(local.bootstrap.dcs)))
-        self._config_revision = -1
+        self._config_revision = -2      # twice the revision, and 1 if the cluster is mixed
         self._news = trio.Event()
 
         self.outage = Outage(clock)
@@ -288,7 +290,7 @@ class Agent:
         return await self.peers.ask_once(others(seen)) if seen is not None and seen.dcs.view is not None else {}
 
     def _timing(self) -> Timing:
-        return Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause)
+        return Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause, mixed=self.settings.mixed)
 
     def _longest_ttl_s(self) -> float:
         """Of all that anybody may have meant who did not say."""
@@ -485,7 +487,7 @@ class Agent:
             decision = decide(seen, remembered)
             self.memory = decision.memory
             if self.memory.said != remembered.said:
-                log.info("asked by an operator", what=self.memory.said)
+                log.info("asked by an operator", said=self.memory.said)
             self.renewer.give_mandate(decision.mandate, number=self.number)
             self.renewer.position = self._position_to_record(seen)
             self.failsafe.give(decision.failsafe)
@@ -523,6 +525,8 @@ class Agent:
     def _doubt(self, seen: Observation) -> None:
         """Another's record in the view while this node holds: the renewer, which knows better, is asked to make sure."""
         view = seen.dcs.view
+        if view is not None:
+            self.renewer.saw(view)
         if (view is not None and view.lock is not None and view.lock.incarnation != self.me.incarnation and seen.licence.state is LicenceState.HELD
                 and view.lock_revision != self._doubted_revision):
             self._doubted_revision = view.lock_revision
@@ -589,7 +593,8 @@ class Agent:
         view = seen.dcs.view
         if view is not None and self.me.name not in view.members:
             self.announcer.gone()
-        self._announce(seen, decision)
+        if view is not None and member_is_ours(seen).holds:
+            self._announce(seen, decision)
 
     def _tell_systemd(self) -> None:
         """Ready from the first pass on, whether or not the store or PostgreSQL answers: nobody is to end an agent that waits."""
@@ -706,7 +711,7 @@ class Agent:
                 ok, why = True, ""
             except OPERATING_ERRORS as error:
                 why = str(error) or type(error).__name__
-                facts = {"final": bool(getattr(error, "final", False))}
+                facts = {"final": bool(getattr(error, "final", False)), "unreached": is_unreached(error)}
                 log.warning("operation failed", kind=operation.kind, why=why)
         self._operation_scope = None
         self._note_operation(action, facts, ok=ok, why=why)
@@ -768,7 +773,7 @@ class Agent:
             self._applied = self._to_apply()
         if view is None or view.config is None:
             return
-        mixed = any(not m.is_pgha for m in view.members.values() if m.name != self.me.name and m.version)
+        mixed = view.is_mixed or self.renewer.licence.mixed
         mark = view.revision_of("config") * 2 + mixed
         if mark == self._config_revision:
             return
@@ -812,7 +817,8 @@ class Agent:
             return
         self.local, self.provenance.sources = loaded.local, loaded.sources
         _set_up_log(self.local)
-        self.effective = effective(self.local, self.dynamic if self.dynamic is not None else normalised(dict(self.local.bootstrap.dcs)))
+        self.effective = effective(self.local, self.dynamic if self.dynamic is not None else normalised(dict(self.local.bootstrap.dcs)),
+                                   patroni_member_present=self._config_revision % 2 == 1)
         if self._nursery is not None:
             self._nursery.start_soon(self._reload_surface)
         self._applied = ()      # differs from anything: written and reloaded in the next pass
@@ -888,7 +894,7 @@ def _effect_is_seen(action: LongAction, facts: PostgresFacts) -> bool:
 
 def _upstream_from(action: InspectUpstream, facts: dict[str, Any], why: str, now: Instant) -> Upstream:
     if "timeline" not in facts:
-        return Upstream(name=action.source.name, asked_at=now, ok=False, why=why)
+        return Upstream(name=action.source.name, asked_at=now, ok=False, why=why, unreached=facts.get("unreached") is True)
     return Upstream(name=action.source.name, asked_at=now, ok=True, system_identifier=facts["system_identifier"], timeline=facts["timeline"], lsn=facts["lsn"],
                     in_recovery=facts["in_recovery"], history=msgspec.convert(facts["history"], tuple[HistoryRow, ...]))
 

@@ -79,6 +79,11 @@ class PostgresTimeout(PostgresError):
     """No answer by the deadline: the server is slow, hung or stopped."""
 
 
+def is_unreached(error: BaseException) -> bool:
+    """Does it say that there was no server to speak with, not even one that refuses?"""
+    return isinstance(error, PostgresTimeout) or (isinstance(error, PostgresUnreachable) and not error.sqlstate)
+
+
 class QueryFailed(PostgresError):
     """The server answered with an error."""
 

@@ -53,6 +53,7 @@ LOOSE = {
     "pgha.errors": set[str](),
     "pgha.clock": set[str](),
     "pgha.log": {"pgha.systemd"},
+    "pgha.leave": COMMON | {"pgha.config", "pgha.lock"},
     "pgha.replay": COMMON | {"pgha.model", "pgha.decide"},
     "pgha.announce": COMMON | {"pgha.model", "pgha.dcs"},
     "pgha.inbox": COMMON | {"pgha.model", "pgha.dcs", "pgha.config", "pgha.rest"},

@@ -98,6 +98,9 @@ async def _by_the_first_that_can(ctx: Context, action: Clone, target: Path, size
         method = None if name == BASEBACKUP else ctx.wanted.effective().postgresql.methods.get(name)
         if (method is None and name != BASEBACKUP) or (action.source is None and not (method is not None and method.no_leader)):
             continue
+        if method is not None and method.keep_data and action.replace == "keep_old_until_streaming" and await ctx.on_disk(directories.content, ctx.data_dir) == "valid":
+            failures.append(f"{name} works on the data that is to be kept (keep_data)")
+            continue
         try:
             if method is not None and method.in_place:
                 return name, await copy_in_place(ctx, name, method, source=action.source, system_identifier=action.system_identifier, progress=progress), True

@@ -11,7 +11,6 @@ from pgha.act.steps import closing, control, end_position, nothing_lives, reacha
 from pgha.model.action import InspectEndOfWal, InspectUpstream
 from pgha.postgres.connection import identify_system, timeline_history
 
-DEADLINE_S = 5.0
 #: Not on the way of a failover: a slow disk may take its time.
 END_OF_WAL_DEADLINE_S = 60.0
 
@@ -23,13 +22,13 @@ async def inspect_upstream(ctx: Context, action: InspectUpstream, progress: Prog
     """
     source = action.source
     progress(f"asking {source.name}")
-    where = await reachable(ctx.wanted.source_conninfo(source, "replication"), deadline_s=DEADLINE_S)
-    with closing(await ctx.machine.connect(where, deadline_s=DEADLINE_S)) as conn:
-        system = await identify_system(conn, deadline_s=DEADLINE_S)
-        history = await timeline_history(conn, system.timeline, deadline_s=DEADLINE_S)
-    where = await reachable(ctx.wanted.source_conninfo(source, "rewind"), deadline_s=DEADLINE_S)
-    with closing(await ctx.machine.connect(where, deadline_s=DEADLINE_S)) as conn:
-        rows = await conn.query("SELECT pg_is_in_recovery(), (SELECT timeline_id FROM pg_control_checkpoint())", deadline_s=DEADLINE_S)
+    where = await reachable(ctx.wanted.source_conninfo(source, "replication"), deadline_s=action.deadline_s)
+    with closing(await ctx.machine.connect(where, deadline_s=action.deadline_s)) as conn:
+        system = await identify_system(conn, deadline_s=action.deadline_s)
+        history = await timeline_history(conn, system.timeline, deadline_s=action.deadline_s)
+    where = await reachable(ctx.wanted.source_conninfo(source, "rewind"), deadline_s=action.deadline_s)
+    with closing(await ctx.machine.connect(where, deadline_s=action.deadline_s)) as conn:
+        rows = await conn.query("SELECT pg_is_in_recovery(), (SELECT timeline_id FROM pg_control_checkpoint())", deadline_s=action.deadline_s)
     return {
         "name": source.name, "system_identifier": system.system_identifier, "timeline": system.timeline, "lsn": system.lsn,
         "in_recovery": rows[0][0] == "t", "checkpoint_timeline": int(rows[0][1] or 0), "history": msgspec.to_builtins(history),

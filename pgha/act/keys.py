@@ -16,6 +16,9 @@ async def write_key(ctx: Context, action: WriteKey, *, deadline_s: float) -> Non
     compares = [Compare(key=path, revision=action.if_revision)]
     if action.epoch_revision is not None:
         compares.append(Compare(key=ctx.keys.path(EPOCH), revision=action.epoch_revision))
+    leader = ctx.renewer.licence.leader_revision if action.epoch_revision is not None else 0
+    if leader:      # a member of another make takes over without the epoch
+        compares.append(Compare(key=ctx.keys.path("leader"), revision=leader))
     change: Put | Delete = Delete(key=path) if action.value is None else Put(key=path, value=action.value)
     outcome = await ctx.store.transact(compares=compares, puts=[change], read=[path], deadline_s=deadline_s)
     if outcome.succeeded:
@@ -24,7 +27,7 @@ async def write_key(ctx: Context, action: WriteKey, *, deadline_s: float) -> Non
     # An attempt whose answer was lost may have committed: then the key says what was to be said.
     if (found.value if found is not None else None) == action.value and (found is None or found.revision > action.if_revision):
         return
-    raise Refused(f"{action.key} or the epoch has changed since it was read: decided on an old view")
+    raise Refused(f"{action.key}{', leader' if leader else ''} or the epoch has changed since it was read: decided on an old view")
 
 
 async def write_initialize(ctx: Context, action: WriteInitialize, *, deadline_s: float) -> None:

@@ -144,13 +144,14 @@ class ClusterPostgresql(SharedPostgresql, frozen=True, kw_only=True):
 
 
 class ClusterOwn(Section, frozen=True, kw_only=True):
-    """`pgha` in `/config` (safety model 10 and 16). `primary_hang_timeout_s` 0: not given, so min(ttl, 30) - 1.
+    """`pgha` in `/config` (safety model 10, 14 and 16). `mixed` off: Patroni members may follow, never lead. `primary_hang_timeout_s` 0: not given, so min(ttl, 30) - 1.
     `store_quota_bytes` 0: as etcd says (3.6 and later), else its default of 2 GiB."""
 
     crash_handover_after_s: Annotated[float, Key(duration(0), name="crash_handover_after", aliases=("crash_handover_after_s",))] = 3.0
     primary_hang_timeout_s: Annotated[float, Key(duration(1), name="primary_hang_timeout", aliases=("primary_hang_timeout_s",))] = 0.0
     compaction: Annotated[bool, Key(flag())] = True
     store_quota_bytes: Annotated[int, Key(size(0), name="store_quota")] = 0
+    mixed: Annotated[Literal["auto", "off"], Key(choice("auto", "off", also={False: "off", True: "auto"}))] = "auto"
 
 
 def _table(value: Any) -> dict[str, Any]:
@@ -205,7 +206,8 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
         for name, value in config.postgresql.parameters.items():
             if wrong := gucs.problem(name, value):
                 report.problem(("postgresql", "parameters", name), f"{wrong}; not used")
-        return _repaired(config, report, patroni_member_present=patroni_member_present), tuple(report.problems)
+        mixed = patroni_member_present and config.pgha.mixed != "off"
+        return _repaired(config, report, patroni_member_present=mixed), tuple(report.problems)
 
     @property
     def primary_hang_timeout_s(self) -> float:

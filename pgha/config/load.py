@@ -176,7 +176,7 @@ def effective(local: LocalConfig, dynamic: Any, *, patroni_member_present: bool 
         use_pg_rewind=postgresql.use_pg_rewind, use_slots=cluster.postgresql.use_slots,
         remove_data_directory_on_rewind_failure=postgresql.remove_data_directory_on_rewind_failure,
         remove_data_directory_on_diverged_timelines=postgresql.remove_data_directory_on_diverged_timelines,
-        has_bootstrap_section="bootstrap" in local.given, tags=local.tags,
+        has_bootstrap_section="bootstrap" in local.given, tags=local.tags, mixed=patroni_member_present and cluster.pgha.mixed != "off",
         may_compact_store=cluster.pgha.compaction, store_quota_bytes=cluster.pgha.store_quota_bytes,
         permanent_slots=kept.permanent, ignored_slots=kept.left_alone, may_drop_slots=kept.readable,
         replica_methods=methods, leaderless_methods=tuple(name for name in methods if name in postgresql.methods and postgresql.methods[name].no_leader),

@@ -59,6 +59,7 @@ maximum_lag_on_failover = "1MB"         # a standby further behind does not beco
 # [bootstrap.dcs.pgha]
 # store_quota = "8GB"                   # etcd's --quota-backend-bytes, which etcd itself tells only from 3.6 on
 # compaction = false                    # never compact etcd's history; by default: if nobody else does for a day
+# mixed = "off"                         # Patroni members that join may follow, never lead; by default ("auto") they take part
 
 [bootstrap.dcs.postgresql]
 use_pg_rewind = true                    # an old primary comes back without a full copy

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from pgha.errors import ConfigError
-from pgha.model.cluster import PausedHolder, Sync
+from pgha.model.cluster import Outsider, PausedHolder, Sync
 from pgha.model.wal import HistoryRow
 
 #: A few hundred bytes a member.
@@ -54,6 +54,7 @@ class Remembered(Struct, frozen=True, kw_only=True):
     paused: PausedHolder | None = None
     sync: Sync = Sync()
     sync_restored: int | None = None
+    outsider: Outsider | None = None
     system_identifier: str = ""
     generation: StoreGeneration = StoreGeneration()
     members: dict[str, RememberedMember] = {}
@@ -132,6 +133,8 @@ def _makes_no_sense(facts: Remembered) -> str:
         return "members"
     if not all(map(math.isfinite, facts.slots.values())):
         return "slots"
+    if facts.outsider is not None and not 0 < facts.outsider.port < 1 << 16:
+        return "outsider"
     if not 0 <= facts.sync.quorum < _LARGEST:
         return "sync"
     return "" if all(0 <= row.switch_lsn < 1 << 64 and 0 <= row.timeline < 1 << 32 for row in facts.history) else "history"

@@ -91,10 +91,12 @@ def understood(scope: str, keys: dict[str, Key], *, quiet: bool = False, whateve
 
 def _leader(keys: dict[str, Key], lock: dict[str, Any] | None, reader: _Reader) -> str:
     """Who holds the lock. In a pure pgha cluster `leader` stays when its lock is released (safety model 2), so the lock
-    record decides; elsewhere the key is leased, and its presence is the lock."""
+    record decides; where members of another make take part the key is leased, and its presence is the lock."""
     named = keys["leader"].value.decode(errors="replace") if "leader" in keys else ""
+    if named and keys["leader"].lease:
+        return named
     if lock is None:
-        if named and not keys["leader"].lease and "pgha/lock" not in keys:
+        if named and "pgha/lock" not in keys:
             reader.warn(f"nobody holds the lock; it was last held by {named}")
             return ""
         return named

@@ -212,7 +212,7 @@ def fault_in(status: int, body: bytes) -> Fault | None:
             return Fault(Meaning.REFUSED, 0, "no /v3 here: etcd 3.4 or newer with its gRPC gateway is needed")
         # Plain text: a proxy's, or etcd's own before the request reaches its gateway. It explains, it classifies nothing.
         words = " ".join(body[:WORDS_CHARACTERS].decode("utf-8", "replace").split())
-        return Fault(meaning_of(0, "", status), 0, f"HTTP status {status}: {words}" if words else f"HTTP status {status} without an explanation")
+        return Fault(meaning_of(0, "", status), 0, f"HTTP status {status}: {words}"[:WORDS_CHARACTERS] if words else f"HTTP status {status} without an explanation")
     if isinstance(said.error, StreamError):
         code, message = said.error.grpc_code or said.error.code, said.error.message
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pgha.clock import candidate_age_s
-from pgha.decide import eligible
+from pgha.decide import eligible, mixed
 from pgha.decide.common import ask_others, fence_in_s, fresh_peers, reason
 from pgha.decide.standing import Whose, licensed, standing
 from pgha.model.action import CancelOperation
@@ -58,6 +58,8 @@ def still_wanted(o: Observation, memory: Memory, operation: Operation) -> Reason
         return reason("busy.still_wanted", False, "this node holds the lock itself")
     if operation.kind == "Clone" and memory.reinit is not None and o.dcs.view is not None and standing(o).whose is Whose.FREE:
         return reason("busy.still_wanted", False, f"nobody leads: {standing(o).because}")
+    if operation.detail == mixed.QUESTION:
+        return reason("busy.still_wanted", True, "what is asked of a member of another make that led last, within a second")
     if operation.kind == "InspectUpstream" and o.dcs.view is not None and (now := standing(o)).whose is Whose.FREE:
         return reason("busy.still_wanted", False, f"whoever was asked does not lead any more: {now.because}")
     return reason("busy.still_wanted", True, "nothing speaks against it")

@@ -134,6 +134,7 @@ def _finish_bootstrap(o: Observation, memory: Memory) -> Decision:
     acquire = AcquireLock(
         lock_revision=0, lock_value=b"", epoch_revision=view.revision_of("pgha/epoch"), epoch_number=view.epoch.number,
         initialize_revision=memory.bootstrap_revision if view.initialize is not None else 0, initialize_value=memory.bootstrap_identifier,
+        mixed=o.settings.mixed, also_unchanged={"leader": view.revision_of("leader")},
         lsn=control.checkpoint_lsn if control else 0, timeline=control.timeline if control else 1,
         claim_timeline=control.timeline if control else 1,
     )

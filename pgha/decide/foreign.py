@@ -11,6 +11,9 @@ from pgha.model.observation import Observation
 
 
 def decide(o: Observation, memory: Memory) -> Decision | None:
+    member = member_is_ours(o)
+    if not member.holds:
+        return Decision(situation="foreign", summary=f"not taking part: {member.because}", reasons=(member,), memory=memory, wake_in_s=o.settings.loop_wait_s)
     reasons = (name_is_ours(o), system_identifier_matches(o))
     if all(r.holds for r in reasons):
         return None
@@ -31,6 +34,18 @@ def name_is_ours(o: Observation) -> Reason:
     now = standing(o)
     return reason("foreign.name_is_ours", now.whose is not Whose.IMPOSTOR,
                   f"{now.because}: give each node its own `name`" if now.whose is Whose.IMPOSTOR else f"{o.me.name} is this node's alone")
+
+
+def member_is_ours(o: Observation) -> Reason:
+    """A Patroni member of this name, somewhere else. Its key goes with its lease if it does not live any more; until then
+    this node neither acts nor overwrites the key (agent.py): both would believe that they hold what either holds."""
+    rule, view, settings = "foreign.member_is_ours", o.dcs.view, o.settings
+    own = view.members.get(o.me.name) if view is not None else None
+    if own is None or own.is_pgha or not own.version or not own.host or licensed(o) or not settings.postgres_host:
+        return reason(rule, True, "no Patroni member has this name")
+    here = (own.host.lower(), own.port) == (settings.postgres_host.strip("[]").lower(), settings.postgres_port)
+    at = f"a Patroni member is {o.me.name} at {own.host}:{own.port}"
+    return reason(rule, here, f"{at}, which is this node" if here else f"{at}, this node is at {settings.postgres_host}:{settings.postgres_port}: stop it, or give each node its own `name`")
 
 
 def system_identifier_matches(o: Observation) -> Reason:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s
-from pgha.decide import cramped, promotion, restart
+from pgha.decide import cramped, mixed, promotion, restart
 from pgha.decide.common import NONSENSE_AHEAD, ask_others, fresh_peers, own_history, reason, view_of
 from pgha.decide.standing import Standing, Whose, because, standing
-from pgha.model.action import AcquireLock, Action, Freeze, ReadCluster
+from pgha.model.action import AcquireLock, Action, Freeze, ReadCluster, WriteKey
 from pgha.model.decision import Decision, Election, Memory, Reason, Vote
 from pgha.model.observation import Observation
 from pgha.model.wal import format_lsn
@@ -90,7 +90,8 @@ def _elect(o: Observation, memory: Memory, now: Standing, read: Reason) -> Decis
         election = replace(election, frozen_at=o.now)
         actions = (Freeze(epoch=election.epoch),)
         return replace(decision, summary="election: stopped streaming, so that the position is final", actions=actions, memory=replace(memory, election=election))
-    peers = promotion.peer_conditions(o, election)
+    ended = mixed.former_primary_has_ended(o, election, chosen=promotion.manually_chosen(o))
+    peers = (*promotion.peer_conditions(o, election), *([ended] if ended is not None else []))
     reasons = (*decision.reasons, *peers)
     obstacles = [r for r in (*own, receiver_gone, *peers) if not r.holds]
     if not read.holds:
@@ -100,7 +101,13 @@ def _elect(o: Observation, memory: Memory, now: Standing, read: Reason) -> Decis
         action = _acquire(o)
         standbys = tuple(sorted(p.name for p in fresh_peers(o).values() if p.in_recovery and p.running))
         return replace(decision, memory=replace(memory, expected_standbys=standbys), summary=f"taking the lock: {now.because}", reasons=reasons, actions=(action,), wake_in_s=0.0)
+    if (ask_it := mixed.question(o, election, ended)) is not None and [ended] == obstacles:
+        return replace(decision, summary=f"not taking the lock: {obstacles[0].because}", reasons=reasons, actions=(ask_it,))
     waited_s = candidate_age_s(election.began_at, o.now)
+    if o.settings.mixed and promotion.is_named(o) and waited_s >= promotion.CANDIDATE_S:
+        # Members of another make leave the field to whom an operator named for as long as it answers: it must say that it cannot.
+        clear = WriteKey(key="failover", value=b"{}", if_revision=view_of(o).revision_of("failover"), epoch_revision=None)
+        return replace(decision, summary="declining to take over, so that others may: " + "; ".join(r.because for r in obstacles), reasons=reasons, actions=(clear,))
     return replace(decision, summary="not taking the lock: " + "; ".join(r.because for r in obstacles), reasons=reasons,
                    wake_in_s=0.05 if waited_s < 3 else 0.5)
 
@@ -155,7 +162,7 @@ def _acquire(o: Observation) -> AcquireLock:
         claims = (*claims, (view.epoch.timeline, view.epoch.holder))[-20:]
     return AcquireLock(
         lock_revision=view.lock_revision, lock_value=view.lock_value, epoch_revision=view.revision_of("pgha/epoch"), epoch_number=view.epoch.number,
-        also_unchanged={key: view.revision_of(key) for key in ("sync", "failsafe", "config")},
+        also_unchanged={key: view.revision_of(key) for key in ("sync", "failsafe", "config", "leader")}, mixed=o.settings.mixed,
         claim_timeline=highest + 1, claims=claims, lsn=own.lsn, timeline=own.timeline,
     )
 

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from pgha.clock import holder_age_s, remaining_s
 from pgha.decide import failsafe, paused, restart
 from pgha.decide.common import fence_in_s, may_write, reason
-from pgha.decide.standing import Whose, because, left_s, licensed, standing
+from pgha.decide.standing import Whose, adopts_predecessor, because, left_s, licensed, standing
 from pgha.model.action import Action, Demote, ReadCluster
 from pgha.model.decision import Decision, Memory, Reason
 from pgha.model.lock import demote_at
@@ -26,7 +26,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if licensed(o):
         return _while_licensed(o, memory)
     now = standing(o)
-    if paused.without_record(o, now):
+    if paused.without_record(o, now) or adopts_predecessor(o, now):
         return paused.take_as_primary(o, memory, now)
     reasons = (because(now), licence_is_valid(o))
     if now.whose in (Whose.UNKNOWN, Whose.SETTLING):

@@ -15,7 +15,14 @@ from __future__ import annotations
 from pgha.decide import failsafe, restart
 from pgha.decide.common import leader_member, may_write, reason, source_of, view_of
 from pgha.decide.slots import own_slot_name
-from pgha.decide.standing import Standing, Whose, because, licensed, standing
+from pgha.decide.standing import (
+    Standing,
+    Whose,
+    adopts_predecessor,
+    because,
+    licensed,
+    standing,
+)
 from pgha.model.action import (
     AcquireLock,
     Action,
@@ -102,16 +109,19 @@ def outlived(o: Observation, now: Standing) -> tuple[Action, ...]:
 
 
 def take_as_primary(o: Observation, memory: Memory, now: Standing) -> Decision:
-    """No record, a running primary, pause: it goes on, and takes the lock once absence counts; the first one wins."""
+    """A running primary, and no record, in pause: it goes on, and takes the lock once absence counts; the first one wins.
+    Or another agent of this node has left it with the leased key `leader`: that is as good as a record of its own."""
     view, row = view_of(o), o.postgres.row
+    adopts = adopts_predecessor(o, now)
     actions: tuple[Action, ...] = (ReadCluster(),)
-    if now.whose is Whose.FREE and restart.read_in_this_pass(o).holds and row is not None:
+    if (adopts or now.whose is Whose.FREE) and restart.read_in_this_pass(o).holds and row is not None:
         actions = (AcquireLock(
-            lock_revision=0, lock_value=b"", epoch_revision=view.revision_of("pgha/epoch"), epoch_number=view.epoch.number, paused=True,
-            also_unchanged={key: view.revision_of(key) for key in ("sync", "failsafe", "config")},
+            lock_revision=view.lock_revision, lock_value=view.lock_value, epoch_revision=view.revision_of("pgha/epoch"), epoch_number=view.epoch.number,
+            paused=not adopts, mixed=o.settings.mixed, also_unchanged={key: view.revision_of(key) for key in ("sync", "failsafe", "config", "leader")},
             claim_timeline=row.timeline, claims=view.epoch.claims, lsn=row.position, timeline=row.timeline),)
-    return Decision(situation="paused", summary=f"continue to run as primary without lock: {now.because}", reasons=(because(now), restart.guard_answers(o)),
-                    actions=actions if restart.guard_answers(o).holds else (), memory=memory, wake_in_s=READ_EVERY_S)
+    summary = f"adopting the primary that another agent has left: {now.because}" if adopts else f"continue to run as primary without lock: {now.because}"
+    return Decision(situation="paused", summary=summary, reasons=(because(now), restart.guard_answers(o)),
+                    actions=actions if restart.guard_answers(o).holds else (), memory=memory, wake_in_s=0.05 if adopts else READ_EVERY_S)
 
 
 # --- what is done --------------------------------------------------------------------------------------------------------

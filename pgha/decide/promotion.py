@@ -63,6 +63,12 @@ def manually_chosen(o: Observation) -> bool:
     return key.candidate == o.me.name and not key.leader and not key.scheduled_at
 
 
+def is_named(o: Observation) -> bool:
+    """An operator asked for this very node, by a switchover or a failover, to begin now."""
+    key = view_of(o).failover
+    return key.candidate == o.me.name and not key.scheduled_at
+
+
 def timeline_is_known(o: Observation) -> Reason:
     """With check_timeline, a node must have followed to the cluster's newest timeline."""
     own, cluster = own_position(o).timeline, view_of(o).timeline
@@ -166,7 +172,7 @@ def _precedes(o: Observation, peer: Peer, own: Position, election: Election) -> 
         return False        # still moving: `peers_were_waited_for` waits for its vote
     if peer.tags.failover_priority != o.settings.tags.failover_priority:
         return peer.tags.failover_priority > o.settings.tags.failover_priority
-    return peer.name < o.me.name
+    return peer.is_pgha and peer.name < o.me.name       # those of another make know no order of names: whoever is first has it
 
 
 def peers_were_waited_for(o: Observation, election: Election) -> Reason:

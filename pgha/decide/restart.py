@@ -73,9 +73,11 @@ def readopt(o: Observation) -> AcquireLock:
     known += [(directory.end_of_wal, directory.end_of_wal_timeline)] if directory.end_of_wal else []
     known += [(0, directory.control.timeline)] if directory.control is not None else []
     lsn, timeline = (row.position, row.timeline) if row else max(known, default=(0, 0))
+    mixed = view.lock is not None and view.lock.mixed
     return AcquireLock(
         lock_revision=view.lock_revision, lock_value=view.lock_value, epoch_revision=view.revision_of("pgha/epoch"),
-        epoch_number=view.epoch.number, readopt=True, paused=view.lock is not None and view.lock.mode == "paused", claim_timeline=view.epoch.timeline, claims=view.epoch.claims, lsn=lsn, timeline=timeline,
+        epoch_number=view.epoch.number, readopt=True, mixed=mixed, also_unchanged={"leader": view.revision_of("leader")} if mixed else {},
+        paused=view.lock is not None and view.lock.mode == "paused", claim_timeline=view.epoch.timeline, claims=view.epoch.claims, lsn=lsn, timeline=timeline,
     )
 
 

@@ -59,6 +59,12 @@ def standing(o: Observation) -> Standing:
     given = o.failsafe.promise
     if given is not None and given.name and given.binds(record, o.now) and (record is None or record.node_id != o.me.node_id):
         return _promised(o, given)
+    return _beside_leader_key(o, _by_record(o, record, untrusted_s), trusted=untrusted_s <= 0)
+
+
+def _by_record(o: Observation, record: LockRecord | None, untrusted_s: float) -> Standing:
+    """As the lock record alone has it."""
+    licence, seen = o.licence, o.dcs.lock_seen
     if record is None:
         return _absent(o, untrusted_s)
     age_s = candidate_age_s(seen.since, o.now) if seen.since else 0.0
@@ -86,6 +92,44 @@ def standing(o: Observation) -> Standing:
         return Standing(whose=Whose.FREE, record=record,
                         because=f"{record.holder or 'unknown'}'s record was seen unchanged for {age_s:.2f} s, ttl {record.ttl_s:g} s")
     return Standing(whose=Whose.LIVE, because=f"held by {record.holder or 'unknown'}, expires in {left:.1f} s unless renewed", record=record, left_s=left)
+
+
+def _beside_leader_key(o: Observation, now: Standing, *, trusted: bool) -> Standing:
+    """A leased key `leader` is a lock of its own: both must be free (safety model 14)."""
+    view, record = o.dcs.view, now.record
+    assert view is not None
+    if view.leader_lease and view.leader != o.me.name:
+        holds = now.whose is Whose.LIVE and record is not None and record.holder == view.leader
+        if holds or now.whose is Whose.IMPOSTOR:
+            return now
+        return Standing(whose=Whose.LIVE, because=f"{view.leader} holds the key leader under a lease", record=_outsider(o, view.leader), left_s=1e9)
+    own = record is not None and record.node_id == o.me.node_id
+    if view.leader_lease and not (own and record is not None and record.mixed):
+        return Standing(whose=Whose.LIVE, because="this node's name stands in the key leader, under a lease of another agent's", record=_outsider(o, o.me.name), left_s=1e9)
+    if now.whose is Whose.OWN_FORMER and record is not None and record.mixed and view.leader != o.me.name:
+        return Standing(whose=Whose.FREE, because="this node's own record stands, but its key leader is gone: another may have led since", record=record)
+    outsider = o.dcs.outsider
+    left = outsider is not None and record is not None and outsider.name == record.holder and record.mode == "paused" and not own
+    if left and trusted and not view.leader and record is not None and now.whose is Whose.LIVE:
+        # Its node was handed over in pause, as on the way back to Patroni: there is no holder of ours that might write.
+        return Standing(whose=Whose.FREE, because=f"{record.holder}'s node was left to an agent of another make in pause, which led last, and has the key no more", record=record)
+    return now
+
+
+def _outsider(o: Observation, name: str) -> LockRecord:
+    return LockRecord(holder=name, node_id="", incarnation="", sequence=0, ttl_s=o.settings.ttl_s)
+
+
+def adopts_predecessor(o: Observation, now: Standing) -> bool:
+    """Does a primary run here under a leased `leader` of this name, that another agent of this node has left, and no pgha
+    node's record in the way? Then both are adopted together: the transaction compares that very key (safety model 14)."""
+    view, seen = o.dcs.view, o.dcs.lock_seen
+    if view is None or not view.leader_lease or view.leader != o.me.name or now.whose is not Whose.LIVE:
+        return False
+    if o.dcs.trusted_from is not None and remaining_s(o.dcs.trusted_from, o.now) > 0:
+        return False
+    by_record = _by_record(o, seen.record, 0.0)
+    return by_record.whose is Whose.FREE or (seen.record is None and view.epoch.number == 0)
 
 
 def _promised(o: Observation, given: Promise) -> Standing:
@@ -149,6 +193,9 @@ def _absent(o: Observation, untrusted_s: float) -> Standing:
     if never and not any(p.answered and p.system_identifier for p in o.peers.values()):
         return Standing(whose=Whose.NEVER, because="the cluster was never initialised")
     needed_s = wait_s(max(o.dcs.remembered_ttl_s, o.settings.ttl_s, ABSENCE_S))
+    outsider = o.dcs.outsider
+    if outsider is not None and outsider.alone and not view.leader and untrusted_s <= 0 and _another_may_be_paused(o) is None:
+        return Standing(whose=Whose.FREE, because=f"{outsider.name}, of another make, led by the key leader alone, and has it no more")
     since = o.dcs.lock_seen.absent_since
     age_s = candidate_age_s(since, o.now) if since else 0.0
     left = max(needed_s - age_s, untrusted_s)

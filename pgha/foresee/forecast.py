@@ -284,6 +284,8 @@ def _unknown(world: World, unheard: Mapping[str, str], *, leader_lost: bool) -> 
             said.append(f"{name} did not tell what it sees ({why}): it is taken to be down" + ("; if it is not, it may take over" if may else ""))
         if may:
             may_join.append(name)
+    if any(not m.is_pgha and m.version for m in world.view.members.values()):
+        said.append("members of another make take part: when the lease of the key leader ends, and whether one of them takes it first, is not foretold")
     for name, node in world.nodes.items():
         operation = node.o.operation
         if node.up and leader_lost and node.o.settings.pre_promote_s:

@@ -245,6 +245,8 @@ class World:
         if member is not None and member.lease:
             ttl_s = next((n.o.settings.ttl_s for n in self.nodes.values()), 30.0)
             self._later(ttl_s, "vanishes", hypothesis.node)
+        if self.view.leader_lease and self.view.leader == hypothesis.node:
+            self._later(max(0.0, self._lock_since_s + next((n.o.settings.ttl_s for n in self.nodes.values()), 30.0)), "lease", hypothesis.node)
 
     def holds(self, node: Node) -> bool:
         """A licence that has not run out."""
@@ -329,6 +331,10 @@ class World:
             self.at_s, _, what, name = heapq.heappop(self._queue)
             if what == "vanishes":
                 self._vanishes(name)
+                continue
+            if what == "lease":
+                self._write(leader="", leader_lease=0, revisions={**self.view.revisions, "leader": 0})
+                self._wake_all()
                 continue
             node = self.nodes[name]
             if not node.up:

@@ -16,7 +16,17 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from pgha.clock import Deadline, Instant, earlier, remaining_s
-from pgha.model.lock import Identity, Licence, LicenceState, LockMode, LockRecord, fence_at, licence_s, licensed_until
+from pgha.model.lock import (
+    LEASE_DOUBT_S,
+    Identity,
+    Licence,
+    LicenceState,
+    LockMode,
+    LockRecord,
+    fence_at,
+    licence_s,
+    licensed_until,
+)
 
 
 class Sent(Struct, frozen=True, kw_only=True):
@@ -44,7 +54,7 @@ class LicenceBook:
 
     # --- what to send --------------------------------------------------------------------------------------------------
 
-    def compose(self, now: Instant, *, ttl_s: float, mode: LockMode, lsn: int, timeline: int, onto_revision: int) -> Sent:
+    def compose(self, now: Instant, *, ttl_s: float, mode: LockMode, lsn: int, timeline: int, onto_revision: int, mixed: bool = False) -> Sent:
         """The record to send next; call immediately before sending.
 
         An unsettled record for the same compare is sent again as it is, so that its validity goes on counting from
@@ -53,14 +63,14 @@ class LicenceBook:
         last = self._sent.get(self._composed)
         if (
             last is not None and last.onto_revision == onto_revision and self._composed != self._committed
-            and last.record.mode == mode and last.record.ttl_s == ttl_s
+            and last.record.mode == mode and last.record.ttl_s == ttl_s and last.record.mixed == mixed
         ):
             return last
         self._sequence += 1
         self._composed = self._sequence
         record = LockRecord(
             holder=self.me.name, node_id=self.me.node_id, incarnation=self.me.incarnation, sequence=self._sequence,
-            ttl_s=ttl_s, mode=mode, lsn=lsn, timeline=timeline,
+            ttl_s=ttl_s, mode=mode, lsn=lsn, timeline=timeline, mixed=mixed,
         )
         sent = Sent(record=record, at=now, onto_revision=onto_revision)
         self._sent[self._sequence] = sent
@@ -87,7 +97,7 @@ class LicenceBook:
 
     # --- what came back ------------------------------------------------------------------------------------------------
 
-    def committed(self, sent: Sent, *, revision: int, value: bytes, epoch: int, epoch_revision: int, acquired_pass: int) -> None:
+    def committed(self, sent: Sent, *, revision: int, value: bytes, epoch: int, epoch_revision: int, acquired_pass: int, leader_revision: int = 0) -> None:
         """`sent` is known to be in the store at `revision`."""
         record = sent.record
         self._sent = {n: s for n, s in self._sent.items() if n >= record.sequence}
@@ -105,6 +115,7 @@ class LicenceBook:
             valid_until=None if released else licensed_until(record, sent.at),
             revision=revision, epoch=epoch, epoch_revision=epoch_revision, acquired_pass=acquired_pass,
             failing_since=None, failing_why="", lost_to="", by_failsafe=False, shortened_at=None,
+            mixed=record.mixed, leader_revision=leader_revision if record.mixed else 0,
         )
         if before.by_failsafe and record.sequence < before.sequence and not released:
             # A send of before the round has arrived at last. What all members promised since stands beside it.
@@ -129,7 +140,7 @@ class LicenceBook:
             return False
         if self._cap is not None or remaining_s(fence_at(licence.valid_until, licence.ttl_s), now) <= 0:
             return False        # a shorter one may have been committed; or the killing has begun, and nothing is revived
-        end = began.plus_s(licence_s(min(ttl_s, licence.ttl_s)))
+        end = began.plus_s(licence_s(min(ttl_s, licence.ttl_s)) - (LEASE_DOUBT_S if licence.mixed else 0.0))     # as a renewal's would be
         for number, sent in self._sent.items():
             end = earlier(end, licensed_until(sent.record, sent.at)) if number > sequence else end
         if sequence <= licence.sequence or remaining_s(end, licence.valid_until) <= 0:

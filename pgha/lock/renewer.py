@@ -7,7 +7,8 @@ one endpoint after the other, as long as the loop's mandate stands; what may be 
 Rules of this file:
 * the clock is read before the first byte is sent, never after;
 * whether a take-over is promised away is asked in the same step in which it becomes "under way" (safety model 12);
-* nothing here waits for the guard, except before a write that shortens the licence, which the guard confirms first.
+* nothing here waits for the guard, except before a write that shortens the licence, which the guard confirms first;
+* in a mixed cluster the key `leader` is part of every write, and is never left out of a compare (`leader_key`).
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from pgha.dcs import ABSENT, Compare, Delete, Entry, Outcome, Put, Store
 from pgha.dcs.keys import EPOCH, LOCK, Keys, encode, parse_epoch, parse_lock
 from pgha.dcs.outage import Outage
 from pgha.errors import DcsError, DcsRefused, DcsUnreachable, GuardError, Refused
+from pgha.lock.leader_key import LeaderKey
 from pgha.lock.licence import LicenceBook, Sent
 from pgha.lock.promise import Promises
 from pgha.log import Log
 from pgha.model.action import AcquireLock
+from pgha.model.cluster import ClusterView
 from pgha.model.decision import Mandate
-from pgha.model.lock import Epoch, Identity, Licence, LicenceState, LockMode, LockRecord
+from pgha.model.lock import MIXED_TTL_S, Epoch, Identity, Licence, LicenceState, LockMode, LockRecord
 from pgha.model.wal import format_lsn
 
 log = Log("pgha.lock")
@@ -54,6 +57,7 @@ class Timing(Struct, frozen=True, kw_only=True):
     ttl_s: float
     loop_wait_s: float
     paused: bool = False
+    mixed: bool = False     # members of another make take part
 
 
 class Round(Struct, frozen=True, kw_only=True):
@@ -86,6 +90,7 @@ class Renewer:
         self._outage = outage or Outage(clock)
         self._told = False               # that renewals fail, for another reason than silence
         self._book = LicenceBook(me)
+        self._leader = LeaderKey(store, path=keys.path("leader"), name=me.name)
         self._busy = trio.Lock()
         self._news = trio.Event()
         self._renewing: trio.CancelScope | None = None
@@ -98,6 +103,7 @@ class Renewer:
         self._renew_now = False
         self._acquiring_since: Instant | None = None
         self._narrow_refused_at: Instant | None = None
+        self._doubted_leader = 0
         self.me = me
         self.mandate = Mandate()
         self.narrower: Narrower | None = None
@@ -133,28 +139,42 @@ class Renewer:
             self.position = (action.lsn, action.timeline)       # what the next renewals say, too, until a server answers
             # Paused only where the guard knows of a pause already; a licence that is new begins with an end.
             sent = self._book.compose(
-                self._clock.now(), ttl_s=timing.ttl_s, mode="paused" if action.paused else "held", lsn=action.lsn,
-                timeline=action.timeline, onto_revision=action.lock_revision,
+                self._clock.now(), ttl_s=max(timing.ttl_s, MIXED_TTL_S) if action.mixed else timing.ttl_s, mode="paused" if action.paused else "held",
+                lsn=action.lsn, timeline=action.timeline, onto_revision=action.lock_revision, mixed=action.mixed,
             )
             value = encode(sent.record)
             epoch = Epoch(number=action.epoch_number if action.readopt else action.epoch_number + 1, holder=self.me.name,
                           incarnation=self.me.incarnation, timeline=action.claim_timeline, claims=action.claims)
             self._epoch = epoch
-            compares, puts = self._take_over(action, value, epoch, config)
             self._acquiring_since = sent.at
             self._announce()        # should its answer be lost, `run` settles it
+            lease = await self._lease_to_take_over(sent, deadline_s) if _is_leased(sent.record) else 0
+            compares, puts = self._take_over(action, value, epoch, config, lease)
             outcome = await self._store.transact(
-                compares=compares, puts=puts, read=[self._keys.path(LOCK), self._keys.path(EPOCH)], deadline_s=deadline_s,
+                compares=compares, puts=puts, read=[self._keys.path(LOCK), self._keys.path(EPOCH), self._leader.path], deadline_s=deadline_s,
                 attempt_s=ATTEMPT_S,
             )
             self.heard_at = self._clock.now()
             if outcome.succeeded:
+                if any(put.key == self._leader.path for put in puts):
+                    self._leader.written(lease, outcome.revision)
+                else:
+                    self._leader.forget()
                 self._won(sent, outcome.revision, value, epoch.number,
                           action.epoch_revision if action.readopt else outcome.revision)
                 return
             self._settle_take_over(outcome)
             if not self._holds():
                 raise Refused("the lock, or what eligibility was judged on, has changed meanwhile")
+
+    async def _lease_to_take_over(self, sent: Sent, deadline_s: float) -> int:
+        """The record's validity counts from before this."""
+        try:
+            return await self._leader.lease(sent.record.ttl_s, deadline_s=deadline_s)
+        except DcsError:
+            self._book.never_acquired()     # nothing was sent
+            self._announce()
+            raise
 
     def _refuse_promised(self, action: AcquireLock) -> None:
         """Whoever promised not to take over does not, whatever has been decided meanwhile. Where no cluster ever was, nobody
@@ -169,7 +189,7 @@ class Renewer:
         return (licence.state is LicenceState.HELD and licence.valid_until is not None
                 and remaining_s(licence.valid_until, self._clock.now()) > 0)
 
-    def _take_over(self, action: AcquireLock, value: bytes, epoch: Epoch, config: bytes | None) -> tuple[list[Compare], list[Put | Delete]]:
+    def _take_over(self, action: AcquireLock, value: bytes, epoch: Epoch, config: bytes | None, lease: int) -> tuple[list[Compare], list[Put | Delete]]:
         path = self._keys.path
         compares = [
             Compare(key=path(LOCK), revision=action.lock_revision, value=action.lock_value if action.lock_revision else None),
@@ -178,7 +198,9 @@ class Renewer:
         ]
         puts: list[Put | Delete] = [Put(key=path(LOCK), value=value)]
         if not action.readopt:
-            puts += [Put(key=path(EPOCH), value=encode(epoch)), Put(key=path("leader"), value=self.me.name.encode())]
+            puts.append(Put(key=path(EPOCH), value=encode(epoch)))
+        if not action.readopt or action.mixed:
+            puts.append(self._leader.put(lease))
         if action.initialize_revision is not None:
             compares.append(Compare(key=path("initialize"), revision=action.initialize_revision))
             puts.append(Put(key=path("initialize"), value=action.initialize_value.encode()))
@@ -187,7 +209,8 @@ class Renewer:
         return compares, puts
 
     def _won(self, sent: Sent, revision: int, value: bytes, epoch: int, epoch_revision: int) -> None:
-        self._book.committed(sent, revision=revision, value=value, epoch=epoch, epoch_revision=epoch_revision, acquired_pass=self._pass)
+        self._book.committed(sent, revision=revision, value=value, epoch=epoch, epoch_revision=epoch_revision, acquired_pass=self._pass,
+                             leader_revision=self._leader.revision or 0)
         self._confirm_by = None
         log.info("lock acquired", sequence=sent.record.sequence, epoch=epoch, ttl_s=sent.record.ttl_s,
                  took_s=remaining_s(self._clock.now(), sent.at))
@@ -200,6 +223,7 @@ class Renewer:
         mine = self._book.recognise(record)
         if mine is not None and entry is not None:
             epoch_entry = outcome.found.get(self._keys.path(EPOCH))
+            self._note_leader(mine, outcome, entry.revision)
             self._won(mine, entry.revision, entry.value, _epoch_number(epoch_entry), epoch_entry.revision if epoch_entry else ABSENT)
         else:
             self._book.never_acquired()
@@ -227,7 +251,7 @@ class Renewer:
     async def _send_release(self, lsn: int, timeline: int, deadline_s: float, *, endless: bool) -> None:
         for _ in range(2):          # the second time only if the first found a later renewal of ours in the store
             onto = self.licence.revision
-            sent = self._book.compose(self._clock.now(), ttl_s=self.licence.ttl_s, mode="released", lsn=lsn, timeline=timeline, onto_revision=onto)
+            sent = self._book.compose(self._clock.now(), ttl_s=self.licence.ttl_s, mode="released", lsn=lsn, timeline=timeline, onto_revision=onto, mixed=self.licence.mixed)
             end = self._book.shortened(sent)
             if end is not None:
                 if endless and self.narrower is not None:
@@ -235,10 +259,20 @@ class Renewer:
                     await self.narrower.narrow(end, self.licence.ttl_s, sequence=sent.record.sequence - 1)
                 self._book.shorten(sent, end)
             value = encode(sent.record)
+            compares = [Compare(key=self._keys.path(LOCK), revision=onto, value=self._book.value)]
+            puts: list[Put | Delete] = [Put(key=self._keys.path(LOCK), value=value)]
+            if self.licence.mixed and self._leader.revision != ABSENT:
+                # Members of another make see that nobody leads any more. One that has the key already keeps it.
+                compares.append(self._leader.compare())
+                puts.append(self._leader.delete())
             outcome = await self._store.transact(
-                compares=[Compare(key=self._keys.path(LOCK), revision=onto, value=self._book.value)],
-                puts=[Put(key=self._keys.path(LOCK), value=value)], read=[self._keys.path(LOCK)], deadline_s=deadline_s, attempt_s=ATTEMPT_S,
+                compares=compares, puts=puts, read=[self._keys.path(LOCK), self._leader.path], deadline_s=deadline_s, attempt_s=ATTEMPT_S,
             )
+            leader = outcome.found.get(self._leader.path)
+            if leader is not None and self._leader.is_ours(leader):
+                self._leader.written(leader.lease, leader.revision)
+            else:
+                self._leader.gone()
             entry = outcome.found.get(self._keys.path(LOCK))
             mine = sent if outcome.succeeded else self._book.recognise(parse_lock(entry.value) if entry else None)
             if mine is None or (entry is None and not outcome.succeeded):
@@ -246,7 +280,8 @@ class Renewer:
             revision = outcome.revision if outcome.succeeded or entry is None else entry.revision
             stored = value if outcome.succeeded or entry is None else entry.value
             self._book.committed(mine, revision=revision, value=stored, epoch=self.licence.epoch,
-                                 epoch_revision=self.licence.epoch_revision, acquired_pass=self.licence.acquired_pass)
+                                 epoch_revision=self.licence.epoch_revision, acquired_pass=self.licence.acquired_pass,
+                                 leader_revision=self._leader.revision or 0)
             if mine.record.mode == "released":
                 log.info("lock released", sequence=mine.record.sequence, lsn=format_lsn(lsn), timeline=timeline)
                 self._announce()
@@ -296,7 +331,7 @@ class Renewer:
             return 0.2                      # no mandate: not renewed; a new one wakes us
         timing = self._timing()
         refused = self._narrow_refused_at
-        changed = ((timing.ttl_s != licence.ttl_s or timing.paused != (licence.mode == "paused"))
+        changed = ((timing.ttl_s != licence.ttl_s or timing.paused != (licence.mode == "paused") or self._is_to_be_mixed(timing) != licence.mixed)
                    and (refused is None or holder_age_s(refused, now) >= NARROW_AGAIN_S))
         if changed or self._renew_now or licence.failing_since is not None or self._confirm_by is not None or licence.by_failsafe:
             return 0.0
@@ -309,11 +344,11 @@ class Renewer:
                 return
             self._renew_now = False
             timing = self._timing()
-            sent = self._compose_renewal(timing.ttl_s, "paused" if timing.paused else "held")
+            sent = self._compose_renewal(timing.ttl_s, "paused" if timing.paused else "held", mixed=self._is_to_be_mixed(timing))
             end = self._book.shortened(sent)
             if end is not None and not await self._confirmed(sent, end):
                 # Without the guard's word the licence must not be shortened: it is renewed as long as it was.
-                sent, end = self._compose_renewal(licence.ttl_s, licence.mode), None
+                sent, end = self._compose_renewal(licence.ttl_s, licence.mode, mixed=licence.mixed), None
             if self.licence.state is not LicenceState.HELD:
                 return                  # released, or forgotten by the fence, while the guard was asked
             if end is not None:
@@ -328,9 +363,13 @@ class Renewer:
                 await self._send_renewal(sent, min(left_s, 4 * ATTEMPT_S))
             self._renewing = None
 
-    def _compose_renewal(self, ttl_s: float, mode: LockMode) -> Sent:
+    def _compose_renewal(self, ttl_s: float, mode: LockMode, *, mixed: bool) -> Sent:
         return self._book.compose(self._clock.now(), ttl_s=ttl_s, mode=mode, lsn=self.position[0], timeline=self.position[1],
-                                  onto_revision=self.licence.revision)
+                                  onto_revision=self.licence.revision, mixed=mixed)
+
+    def _is_to_be_mixed(self, timing: Timing) -> bool:
+        """From pure to mixed: first a record with a ttl that both sides count on is committed, then the lease is attached."""
+        return timing.mixed and (self.licence.mixed or self.licence.ttl_s >= MIXED_TTL_S)
 
     async def _confirmed(self, sent: Sent, end: Deadline) -> bool:
         """Does the guard know the shorter end?"""
@@ -351,15 +390,27 @@ class Renewer:
         value = encode(sent.record)
         compares = [Compare(key=path(LOCK), revision=licence.revision, value=self._book.value)]
         puts: list[Put | Delete] = [Put(key=path(LOCK), value=value)]
+        limit = self._clock.now().plus_s(deadline_s)
+        lease = await self._leader.lease(sent.record.ttl_s, deadline_s=deadline_s / 2) if _is_leased(sent.record) else 0
+        if sent.record.mixed or licence.mixed:
+            compares.append(self._leader.compare())
+            if not self._leader.stands_under(lease):
+                puts.append(self._leader.put(lease))
+            deadline_s = remaining_s(limit, self._clock.now())
+            if deadline_s <= 0:
+                raise DcsUnreachable("the lease of leader took all the time that there was")
         restores, self._epoch_missing = self._epoch_missing, False
         if restores:
             # Somebody has deleted it: without it every leader's write is refused, and the next take-over would count from 1.
             epoch = replace(self._epoch, number=licence.epoch, holder=self.me.name, incarnation=self.me.incarnation)
             compares.append(Compare(key=path(EPOCH), revision=ABSENT))
             puts.append(Put(key=path(EPOCH), value=encode(epoch)))
-        outcome = await self._store.transact(compares=compares, puts=puts, read=[path(LOCK), path(EPOCH)], deadline_s=deadline_s, attempt_s=ATTEMPT_S)
+        read = [path(LOCK), path(EPOCH), *([self._leader.path] if sent.record.mixed or licence.mixed else [])]
+        outcome = await self._store.transact(compares=compares, puts=puts, read=read, deadline_s=deadline_s, attempt_s=ATTEMPT_S)
         self.heard_at = self._clock.now()
         if outcome.succeeded:
+            if any(put.key == self._leader.path for put in puts):
+                self._leader.written(lease, outcome.revision)
             self._renewed(sent, outcome.revision, value, epoch_revision=outcome.revision if restores else None)
             self._epoch_missing = path(EPOCH) not in outcome.found and licence.epoch_revision != ABSENT
             return
@@ -367,11 +418,15 @@ class Renewer:
         record = parse_lock(entry.value) if entry else None
         mine = self._book.recognise(record)
         if mine is not None and entry is not None:
+            if entry.revision == licence.revision and (sent.record.mixed or licence.mixed):
+                self._leader_has_changed(outcome.found.get(self._leader.path))
+                return
             if entry.revision < licence.revision:
                 raise DcsRefused(f"the store shows this node's record at revision {entry.revision}, before {licence.revision}: it was restored")
             # An attempt whose answer was lost had committed; if it created the record again, the epoch came with it.
             epoch_entry = outcome.found.get(path(EPOCH))
             together = epoch_entry is not None and epoch_entry.revision == entry.revision
+            self._note_leader(mine, outcome, entry.revision)
             self._renewed(mine, entry.revision, entry.value, epoch_revision=entry.revision if together else None)
         elif record is None:
             await self._recreate(sent, value, deadline_s)
@@ -379,6 +434,48 @@ class Renewer:
             raise DcsRefused(f"the store shows this node's record of sequence {record.sequence}, after {licence.sequence}: it was restored")
         else:
             self._lost(record)
+
+    def _note_leader(self, mine: Sent, outcome: Outcome, revision: int) -> None:
+        """An attempt whose answer was lost had committed, at `revision`: what of `leader` is this process's?"""
+        entry = outcome.found.get(self._leader.path)
+        if not mine.record.mixed:
+            self._leader.forget()
+        elif entry is not None and self._leader.is_ours(entry):
+            self._leader.written(entry.lease, entry.revision)
+        elif self._leader.revision is None or revision > self._leader.revision:
+            self._leader.written(0, revision)       # it stood then, and does no more: the next compare fails, and says so
+
+    def _leader_has_changed(self, entry: Entry | None) -> None:
+        """The record stands, and `leader` is not as it was: deleted, or put by another. Whoever may take it over then does not
+        know of the record, so the licence ends here (safety model 14)."""
+        licence = self.licence
+        if entry is None and (licence.by_failsafe or not licence.mixed):
+            # Its lease ended while all others had promised not to take over; or it never was what the others go by.
+            self._leader.gone()
+            raise DcsRefused("the key leader is absent: it is created again")
+        if entry is not None and self._leader.is_ours(entry):
+            self._leader.written(entry.lease, entry.revision)
+            raise DcsRefused("the key leader was written under this node's name: it is taken again")
+        self.leader_lost(entry.value.decode(errors="replace")[:100] if entry is not None else "")
+
+    def saw(self, view: ClusterView) -> None:
+        """What the store shows beside a licence of this process: is somebody else leading? What is certain counts at once; where
+        the renewer may know better than the view, a renewal tells."""
+        licence = self.licence
+        if licence.state is not LicenceState.HELD or view.revision < max(licence.revision, licence.leader_revision):
+            return
+        if view.leader_lease and view.leader != self.me.name:
+            self.leader_lost(view.leader)
+        elif licence.leader_revision and not view.leader and not licence.by_failsafe:
+            self.leader_lost("")
+        elif licence.leader_revision not in (0, view.revision_of("leader"), self._doubted_leader):
+            self._doubted_leader = licence.leader_revision
+            self.confirm()
+
+    def leader_lost(self, to: str) -> None:
+        """The key `leader` was deleted, or `to` has it: all at once, also where the record still stands."""
+        self._leader.forget()
+        self._lost(LockRecord(holder=to or "nobody: the key leader was deleted", node_id="", incarnation="", sequence=self.licence.sequence, ttl_s=self.licence.ttl_s or MIXED_TTL_S))
 
     async def _recreate(self, sent: Sent, value: bytes, deadline_s: float) -> None:
         """The record is absent though this licence is valid: create it again, never over another's (safety model 3)."""
@@ -389,15 +486,17 @@ class Renewer:
         if _epoch_number(entry) > licence.epoch:
             raise DcsRefused(f"the lock record is absent, and the epoch is {_epoch_number(entry)}, after this holder's {licence.epoch}: not created again")
         epoch = replace(self._epoch, number=licence.epoch, holder=self.me.name, incarnation=self.me.incarnation)
-        puts: list[Put | Delete] = [Put(key=path(LOCK), value=value), Put(key=path("leader"), value=self.me.name.encode())]
-        if entry is None or entry.revision != licence.epoch_revision:
+        puts: list[Put | Delete] = [Put(key=path(LOCK), value=value)]
+        compares = [Compare(key=path(LOCK), revision=ABSENT), Compare(key=path(EPOCH), revision=entry.revision if entry else ABSENT)]
+        if sent.record.mixed or licence.mixed:
+            compares.append(self._leader.compare())     # it stands, under the lease that was just renewed, or others may have it
+        else:
+            puts.append(self._leader.put(0))
+        if restores := entry is None or entry.revision != licence.epoch_revision:
             puts.append(Put(key=path(EPOCH), value=encode(epoch)))
-        outcome = await self._store.transact(
-            compares=[Compare(key=path(LOCK), revision=ABSENT), Compare(key=path(EPOCH), revision=entry.revision if entry else ABSENT)],
-            puts=puts, read=[path(LOCK)], deadline_s=deadline_s, attempt_s=ATTEMPT_S,
-        )
+        outcome = await self._store.transact(compares=compares, puts=puts, read=[path(LOCK), self._leader.path], deadline_s=deadline_s, attempt_s=ATTEMPT_S)
         if outcome.succeeded:
-            if len(puts) == 3:
+            if restores:
                 self._renewed(sent, outcome.revision, value, epoch_revision=outcome.revision)
             else:
                 self._renewed(sent, outcome.revision, value)
@@ -409,8 +508,10 @@ class Renewer:
             raise DcsUnreachable("the lock record was created again by an attempt whose answer was lost")    # the next renewal sees it
         if record is not None:
             self._lost(record)
+        elif licence.mixed and not self._leader.is_ours(outcome.found.get(self._leader.path)):
+            self._leader_has_changed(outcome.found.get(self._leader.path))
         else:
-            raise DcsRefused("the epoch changed while the lock record was created again")
+            raise DcsRefused("the epoch, or leader, changed while the lock record was created again")
 
     def _renewed(self, sent: Sent, revision: int, value: bytes, *, epoch_revision: int | None = None) -> None:
         licence = self.licence
@@ -421,7 +522,7 @@ class Renewer:
         self._told = False
         self._book.committed(sent, revision=revision, value=value, epoch=licence.epoch,
                              epoch_revision=licence.epoch_revision if epoch_revision is None else epoch_revision,
-                             acquired_pass=licence.acquired_pass)
+                             acquired_pass=licence.acquired_pass, leader_revision=self._leader.revision or 0)
         self._confirm_by = None
         if self.licence.mode != licence.mode:
             log.info("pause is in force: the lock record says so" if self.licence.mode == "paused" else "pause is over: the lock record says so", sequence=sent.record.sequence)
@@ -518,6 +619,11 @@ class Renewer:
 
     def _wake(self) -> None:
         self._news.set()
+
+
+def _is_leased(record: LockRecord) -> bool:
+    """Does `leader` stand under a lease while this record is the holder's?"""
+    return record.mixed and record.mode == "held"
 
 
 _NOBODY = LockRecord(holder="nobody", node_id="", incarnation="", sequence=0, ttl_s=30.0)

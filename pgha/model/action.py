@@ -29,7 +29,7 @@ class AcquireLock(Struct, frozen=True, kw_only=True, tag=True):
     """Take the lock over (`readopt` false) or renew one's own record under this incarnation (`readopt` true).
 
     Compares the lock at `lock_revision` and `lock_value` (0: absent), the epoch at `epoch_revision`, and `sync`,
-    `failsafe`, `config` at theirs. `claim_timeline`: the number claimed for the coming promotion (0 with readopt).
+    `failsafe`, `config`, `leader` at theirs. `mixed`: write `leader` under a lease, too. `claim_timeline`: the number claimed for the coming promotion (0 with readopt).
     """
 
     lock_revision: int
@@ -38,6 +38,7 @@ class AcquireLock(Struct, frozen=True, kw_only=True, tag=True):
     epoch_number: int
     also_unchanged: dict[str, int] = {}
     readopt: bool = False
+    mixed: bool = False
     paused: bool = False                     # the new record is in mode `paused`: so was the one re-adopted, and the guard knows
     claim_timeline: int = 0
     claims: tuple[tuple[int, str], ...] = ()
@@ -229,6 +230,8 @@ class InspectUpstream(Struct, frozen=True, kw_only=True, tag=True):
     """Ask the leader's PostgreSQL for its system identifier, timeline and history."""
 
     source: Source
+    deadline_s: float = 5.0
+    why: str = ""
 
 
 class InspectEndOfWal(Struct, frozen=True, kw_only=True, tag=True):

@@ -147,6 +147,18 @@ class LockSeen(Struct, frozen=True, kw_only=True):
     absent_since: Instant | None = None
 
 
+class Outsider(Struct, frozen=True, kw_only=True):
+    """The member of another make that led last, as far as this process saw, by the leased key `leader`, and where its PostgreSQL is.
+
+    `alone`: no lock record stood beside it, nor has since: nobody of ours led, so nobody of ours is to be waited for.
+    """
+
+    name: str
+    host: str = ""
+    port: int = 5432
+    alone: bool = False
+
+
 class PausedHolder(Struct, frozen=True, kw_only=True):
     """Who held the lock in pause when a record that can be believed was last seen: its server may write without an end."""
 
@@ -183,6 +195,12 @@ class ClusterView(Struct, frozen=True, kw_only=True):
         if self.history is None:
             return 0
         return self.history[-1].timeline + 1 if self.history else 1
+
+    @property
+    def is_mixed(self) -> bool:
+        """Do members of another make take part, or have they since pgha's holder first saw one? The record says so for as long as
+        no operator says otherwise: absent keys prove nothing (safety model 14)."""
+        return bool(self.leader_lease or (self.lock is not None and self.lock.mixed) or any(m.version and not m.is_pgha for m in self.members.values()))
 
     @property
     def initialized(self) -> bool:

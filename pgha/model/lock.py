@@ -11,9 +11,17 @@ from pgha.clock import DRIFT, NEVER, Deadline, Instant
 
 LockMode = Literal["held", "paused", "released"]
 
+#: Members of another make raise a lower ttl to this one, each for itself: what both sides count on is no less (safety model 14).
+MIXED_TTL_S = 20.0
+#: A keep-alive may have been acknowledged by a store's leader that was none any more, for so long (1.8 s, measured).
+LEASE_DOUBT_S = 2.0
+
 
 class LockRecord(Struct, frozen=True, kw_only=True, omit_defaults=False):
     """The value of `pgha/lock`. `sequence` counts the renewals of one incarnation from 1.
+
+    `mixed`: members of another make take part. While the record is held, the key `leader` is then leased, so that they may
+    take over; in pause it is not, since nobody is to (safety model 14). Whoever takes over goes on with that.
 
     Fields that a newer version adds are ignored when reading: whoever takes over writes its own record in any case.
     """
@@ -26,6 +34,7 @@ class LockRecord(Struct, frozen=True, kw_only=True, omit_defaults=False):
     mode: LockMode = "held"
     lsn: int = 0
     timeline: int = 0
+    mixed: bool = False
 
 
 class Epoch(Struct, frozen=True, kw_only=True):
@@ -78,6 +87,8 @@ class Licence(Struct, frozen=True, kw_only=True):
     failing_why: str = ""
     lost_to: str = ""                   # whose record replaced ours
     by_failsafe: bool = False           # `since` and `valid_until` come from a failsafe round: the store did not answer
+    mixed: bool = False                 # of the committed record
+    leader_revision: int = 0            # mixed: of `leader`, as this incarnation wrote it; 0: pure, or not written yet
 
     @property
     def endless(self) -> bool:
@@ -91,10 +102,13 @@ def licence_s(ttl_s: float) -> float:
 
 
 def licensed_until(record: LockRecord, since: Deadline) -> Deadline:
-    """How long `record`, first sent at `since`, lets its holder write once it is committed: in pause without an end."""
+    """How long `record`, first sent at `since`, lets its holder write once it is committed: in pause without an end.
+
+    In a mixed cluster the lease of `leader` was renewed after `since`, so this is the earlier of both ends.
+    """
     if record.mode == "paused":
         return NEVER
-    return since if record.mode == "released" else since.plus_s(licence_s(record.ttl_s))
+    return since if record.mode == "released" else since.plus_s(licence_s(record.ttl_s) - (LEASE_DOUBT_S if record.mixed else 0.0))
 
 
 def wait_s(ttl_s: float) -> float:

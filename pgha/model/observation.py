@@ -7,7 +7,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from pgha.clock import Instant
-from pgha.model.cluster import ClusterView, LockSeen, PausedHolder, Sync, Tags
+from pgha.model.cluster import ClusterView, LockSeen, Outsider, PausedHolder, Sync, Tags
 from pgha.model.failsafe import FailsafeFacts
 from pgha.model.lock import Identity, Licence
 from pgha.model.node import DataDirectoryFacts, GuardFacts, PostgresFacts, WatchdogFacts
@@ -57,6 +57,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     ignored_slots: tuple[SlotMatcher, ...] = ()  # never touched (`ignore_slots`, and what of `slots` is not kept by this version)
     may_drop_slots: bool = True              # false: the configuration does not say for certain which ones are to be kept
     has_bootstrap_section: bool = True
+    mixed: bool = False                      # members of another make take part (safety model 14)
     tags: Tags = Tags()
     watchdog_required: bool = False
     may_compact_store: bool = True
@@ -102,6 +103,7 @@ class DcsFacts(Struct, frozen=True, kw_only=True):
     capacity: StoreCapacity | None = None
     remembered_pause: PausedHolder | None = None  # persisted; None: the last record that can be believed was not paused
     remembered_sync: Sync | None = None   # persisted: /sync before the store went back, which shows another and that has not been written since
+    outsider: Outsider | None = None      # the member of another make that leads, or led last
     remembered_ttl_s: float = 0.0         # largest ttl seen in a record, persisted
     remembered_identifier: str = ""       # the last system identifier that the store gave for the cluster, persisted
     remembered_members: dict[str, str] = {}   # name → api_url of members seen within member_slots_ttl
@@ -141,6 +143,7 @@ class Upstream(Struct, frozen=True, kw_only=True):
     timeline: int = 0
     lsn: int = 0
     in_recovery: bool = False
+    unreached: bool = False              # not ok, since no server was there to answer
     history: tuple[HistoryRow, ...] = ()
 
 

@@ -24,7 +24,15 @@ from pgha.dcs.keys import UNREADABLE_LOCK, Keys, parse
 from pgha.dcs.outage import Outage
 from pgha.errors import Compacted, DcsError
 from pgha.log import Log
-from pgha.model.cluster import ClusterView, LockSeen, Member, PausedHolder, Sync, slot_name
+from pgha.model.cluster import (
+    ClusterView,
+    LockSeen,
+    Member,
+    Outsider,
+    PausedHolder,
+    Sync,
+    slot_name,
+)
 from pgha.model.lock import wait_s
 from pgha.model.observation import DcsFacts, StoreCapacity
 from pgha.model.overview import synchronous
@@ -85,7 +93,7 @@ class ClusterObserver:
         if problem:
             log.warning("remembered facts could not be read", why=problem)
         self.facts = DcsFacts(
-            unreachable_since=clock.now(), remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused,
+            unreachable_since=clock.now(), outsider=self._remembered.outsider, remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused,
             remembered_identifier=self._remembered.system_identifier, remembered_members=self._known_members(), remembered_slots=self._known_slots(),
             last_positions={n: Position(timeline=m.timeline, lsn=m.lsn) for n, m in self._remembered.members.items()},
         )
@@ -120,8 +128,10 @@ class ClusterObserver:
             if before.view is None or problem not in before.view.problems:
                 log.warning("store holds what cannot be read", key=problem)
         self._remember(view)
+        outsider = _outsider(view, before)
+        self._remembered = replace(self._remembered, outsider=replace(outsider, alone=False) if outsider is not None else None)
         self.facts = replace(
-            before, view=view, lock_seen=lock_seen, read_at=began if snapshot is not None else before.read_at,
+            before, view=view, lock_seen=lock_seen, outsider=outsider, read_at=began if snapshot is not None else before.read_at,
             remembered_ttl_s=self._remembered.ttl_s, remembered_pause=self._remembered.paused,
             remembered_identifier=self._remembered.system_identifier, remembered_members=self._known_members(), remembered_slots=self._known_slots(), last_positions=self._positions(view, before),
             remembered_sync=self._former_sync(view),
@@ -410,6 +420,18 @@ class ClusterObserver:
             self._wake()
         elif why != self.facts.why:
             self.facts = replace(self.facts, why=why)
+
+
+def _outsider(view: ClusterView, before: DcsFacts) -> Outsider | None:
+    """Who of another make leads, or has led since one of ours did."""
+    known, leader = before.outsider, view.members.get(view.leader)
+    if view.leader_lease and leader is not None:
+        return None if leader.is_pgha else Outsider(name=leader.name, host=leader.host, port=leader.port, alone=view.lock is None)
+    if known is None or (view.leader_lease and view.leader != known.name):
+        return None
+    if view.lock is not None and view.lock.mode != "released" and (before.view is None or view.lock_revision != before.view.lock_revision):
+        return None         # one of ours has taken over
+    return replace(known, alone=known.alone and view.lock is None)
 
 
 def _remembered(member: Member, before: RememberedMember | None, now_s: float, kept_s: float) -> RememberedMember:

@@ -150,12 +150,15 @@ def _from_vote(name: str, body: dict[str, Any], asked_at: Any) -> Peer:
 
 
 def _from_patroni(name: str, body: dict[str, Any], asked_at: Any) -> Peer:
-    """A reply without `xlog` says that its SQL does not answer: then nothing of it counts (compatibility spec 3.3)."""
+    """A reply without `xlog` says that its SQL does not answer: then nothing of it counts (compatibility spec 3.3), but that it
+    calls itself a primary: that refuses, as it does among its own kind."""
     xlog = body.get("xlog")
     tags = body.get("tags")
     identifier = _identifier(body.get("database_system_identifier", ""))
     if not isinstance(xlog, dict):
-        return Peer(name=name, asked_at=asked_at, answered=bool(identifier), why="its PostgreSQL does not answer", system_identifier=identifier)
+        primary = body.get("role") in ("primary", "master") and body.get("state") not in ("stopped", "crashed", "start failed")
+        return Peer(name=name, asked_at=asked_at, answered=bool(identifier) or primary, why="its PostgreSQL does not answer", system_identifier=identifier,
+                    in_recovery=False if primary else None)
     in_recovery = "location" not in xlog
     lsn = max(_number(xlog.get(key) or 0) for key in ("location", "received_location", "replayed_location"))
     return Peer(name=name, asked_at=asked_at, answered=True, in_recovery=in_recovery, timeline=_number(body.get("timeline") or 0), lsn=lsn, running=True,

@@ -85,6 +85,8 @@ class Published(Struct, frozen=True, kw_only=True):
         view = self.view
         if view is None or self.node.cluster_unlocked:
             return ""
+        if view.leader_lease:
+            return view.leader      # a member of another make may hold it, whatever pgha's last record says
         return (view.lock.holder if view.lock is not None else "") or view.leader
 
 
@@ -212,8 +214,10 @@ def is_unlocked(seen: Observation) -> bool:
         return False
     if view is None:
         return True
+    if view.leader and view.leader_lease:
+        return False        # held by a member of another make, or by one of ours beside its record
     if view.lock is None:
-        return not (view.leader and view.leader_lease)      # a cluster without pgha's lock has a leased leader key
+        return True
     if view.lock.mode == "released":
         return True
     since = seen.dcs.lock_seen.since

@@ -153,6 +153,10 @@ def test_a_method_in_place_of_data_that_is_there(bed, keeps, how):
             place(bed, two, one, f"[ -e $datadir/of_the_old ] && touch {bed.path}/seen; touch $datadir/written; mkdir $datadir/base 2>/dev/null || :\n" + end, no_params=True, keep_data=keeps)
             with pytest.raises(OperationFailed, match="only if"):
                 await clone(two, one, ["place"])
+            if keeps:
+                with pytest.raises(OperationFailed, match="place works on the data that is to be kept"):
+                    await clone(two, one, ["place"], replace="keep_old_until_streaming")
+                assert not (bed.path / "seen").exists() and (await two.reader.read_facts(running=False)).state == "valid"
             asked = a.Clone(source=as_source(one), system_identifier=(await one.control()).system_identifier, methods=("place",), replace="remove_first", why="test")
             old = two.data_dir.with_name("data.old")
             if how == "works":

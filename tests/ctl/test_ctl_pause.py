@@ -102,6 +102,7 @@ def test_a_holder_that_is_down_is_stated_of_the_record_that_stands(world: World)
     """No agent answers, so it stands in the key; with one, the agent writes the same."""
     world.load("paused")
     world.put("pgha/lock", LOCK)
+    world.put("leader", b"n1")      # without a lease, as pgha's holder has it in pause
     for name in ("n1", "n2", "n3"):
         world.agent_at(name, ("127.0.0.1", 1))
     written: list[Any] = []

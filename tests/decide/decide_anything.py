@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from pgha.clock import NEVER, Instant
 from pgha.decide.standing import Whose
 from pgha.model import failsafe
-from pgha.model.cluster import ClusterView, FailoverKey, HistoryEntry, PausedHolder, Status, Sync, Tags
+from pgha.model.cluster import ClusterView, FailoverKey, HistoryEntry, Outsider, PausedHolder, Status, Sync, Tags
 from pgha.model.decision import Election, Replica, SyncBook
 from pgha.model.lock import Epoch, Licence, LicenceState, licence_s
 from pgha.model.node import DataDirectoryFacts, WalReceiver
@@ -56,6 +56,19 @@ def paused_or_promised(chance: Random) -> w.World:
         path, values = chance.choice(MODES)
         if not path.startswith("dcs__view") or found.seen.dcs.view is not None:
             found = found.but(**{path: values(chance)})
+    return found
+
+
+def mixed(chance: Random) -> w.World:
+    """A world in which members of another make take part."""
+    found = world(chance)
+    for _ in range(chance.randrange(1, 6)):
+        path, values = chance.choice(MIXED)
+        if not path.startswith("dcs__view") or found.seen.dcs.view is not None:
+            found = found.but(**{path: values(chance)})
+    view = found.seen.dcs.view
+    if view is not None and view.lock is not None and chance.random() < 0.5:
+        found = w.with_lock(found, replace(view.lock, mixed=True))
     return found
 
 
@@ -217,6 +230,19 @@ def _failsafe(chance: Random) -> failsafe.FailsafeFacts:
                       incarnation=chance.choice(("", "run-a", "run-0")), epoch=chance.choice((0, 5, 6)), sequence=chance.choice((0, 6, 7, 9)), slots=chance.choice(({}, {"c": 5, "?": 2**62})))
     return failsafe.FailsafeFacts(promise=chance.choice((None, promise, promise)), missing=chance.choice(({}, {"c": "no answer"})))
 
+
+#: What mixed clusters go by.
+MIXED: tuple[tuple[str, Any], ...] = (
+    ("settings__mixed", one_of(True)),
+    ("settings__mixed", one_of(True)),
+    ("dcs__view__leader", lambda chance: chance.choice(("", "a", "b", "c", "p", "p"))),
+    ("dcs__view__leader_lease", one_of(0, 7, 7)),
+    ("dcs__outsider", one_of(None, Outsider(name="p", host="p"), Outsider(name="p", alone=True), Outsider(name="c", host="c", alone=True), Outsider(name="b", host="b"))),
+    ("peers", lambda chance: {p.name: replace(p, is_pgha=_bool(chance)) for p in (_peer(chance) for _ in range(chance.randrange(4)))}),
+    ("upstream", lambda chance: Upstream(name=chance.choice(("p", "c")), asked_at=_instant(chance), ok=_bool(chance), in_recovery=_bool(chance), unreached=_bool(chance))),
+    ("dcs__view__epoch__number", one_of(0, 0, 5)),
+    ("dcs__view__failover", lambda chance: FailoverKey(leader=_name(chance), candidate=_name(chance))),
+)
 
 #: What pause and failsafe mode go by.
 MODES: tuple[tuple[str, Any], ...] = (

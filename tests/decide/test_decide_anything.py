@@ -8,7 +8,7 @@ from random import Random
 
 import decide_world as w
 import pytest
-from decide_anything import SYNCHRONOUS, TAKEN, paused_or_promised, world
+from decide_anything import SYNCHRONOUS, TAKEN, mixed, paused_or_promised, world
 
 from pgha.clock import candidate_age_s, remaining_s
 from pgha.decide.standing import ABSENCE_S, Whose, standing
@@ -79,6 +79,28 @@ def test_every_decision_in_pause_or_beside_a_promise_is_whole_and_safe(seed):
                 # What ends a primary in pause: an operator's word, and nothing else that this node sees or does not see.
                 assert o.dcs.view is not None, because
                 assert not o.dcs.view.failover.empty, because
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_decision_of_a_mixed_cluster_heeds_the_key_leader(seed):
+    chance = Random(f"{seed}/mixed")
+    for _ in range(EACH):
+        case = mixed(chance)
+        decision = case.decide()
+        o, because = case.seen, (seed, decision.situation, decision.summary, decision.actions)
+        _is_whole(case, decision)
+        for action in decision.actions:
+            if makes_primary(action):
+                assert licensed(case), because
+            if isinstance(action, AcquireLock) and action.initialize_revision is None:
+                view = o.dcs.view
+                assert view is not None, because
+                assert view.leader_lease == 0 or view.leader == o.me.name, because
+                assert action.mixed is (view.lock is not None and view.lock.mixed if action.readopt else o.settings.mixed), because
+                assert action.also_unchanged.get("leader", -1) == view.revision_of("leader") or (action.readopt and not action.mixed), because
+                adopted = view.leader_lease != 0 and not action.readopt
+                assert not adopted or o.postgres.is_primary, because
+                assert not (action.readopt and action.mixed) or view.leader == o.me.name, because
 
 
 def _is_safe(case: w.World, decision: Decision, because: object) -> None:

@@ -159,7 +159,7 @@ def test_lock_identifier_and_configuration_are_one_transaction_over_the_own_clai
     decision = MADE.decide()
     assert names(decision) == ("ReadCluster", "AcquireLock")
     assert only(decision, AcquireLock) == AcquireLock(lock_revision=0, lock_value=b"", epoch_revision=0, epoch_number=0, initialize_revision=7, initialize_value=SYSTEM,
-                                                     lsn=LSN - MiB, timeline=TIMELINE, claim_timeline=TIMELINE)
+                                                     lsn=LSN - MiB, timeline=TIMELINE, claim_timeline=TIMELINE, also_unchanged={"leader": 0})
 
 
 def test_a_completed_bootstrap_is_forgotten():

@@ -111,7 +111,8 @@ PEERS = [
     row("more beats priority", peers__c=peer("c", lsn=LSN - 1, frozen_epoch=5, tags=Tags(failover_priority=5)), refuses=""),
     row("equal, a comes before b by name", peers__a=peer("a", frozen_epoch=5), refuses="promotion.no_peer_is_ahead", says="a at 0/4000000"),
     row("equal, moving, name does not count yet", peers__a=peer("a"), refuses="", says="a without a final position"),
-    row("equal, of another make: it cannot freeze, so its name counts", peers__a=peer("a", is_pgha=False), refuses="promotion.no_peer_is_ahead"),
+    row("equal, of another make, which knows no order of names", peers__a=peer("a", is_pgha=False), refuses="", does="AcquireLock"),
+    row("of another make, with a higher priority", peers__a=peer("a", is_pgha=False, tags=Tags(failover_priority=2)), refuses="promotion.no_peer_is_ahead"),
     row("c is on a newer timeline that ours ends in", peers__c=peer("c", frozen_epoch=5, timeline=4, lsn=LSN, history=(NEWER,)), refuses="promotion.no_peer_is_ahead",
         says="c at 0/4000000 on timeline 4"),
     row("c is on a newer timeline that ends behind us, and has less", peers__c=peer("c", frozen_epoch=5, timeline=4, lsn=LSN - KiB, history=(HistoryRow(timeline=3, switch_lsn=LSN - MiB),)),
@@ -191,7 +192,7 @@ def test_of_two_frozen_standbys_exactly_one_goes_first():
 
 def test_exactly_the_record_that_was_judged_is_taken_with_what_it_was_judged_on():
     action = only(CANDIDATE.decide(), AcquireLock)
-    assert action == AcquireLock(lock_revision=100, lock_value=b"record", epoch_revision=50, epoch_number=5, also_unchanged={"sync": 0, "failsafe": 0, "config": 3},
+    assert action == AcquireLock(lock_revision=100, lock_value=b"record", epoch_revision=50, epoch_number=5, also_unchanged={"sync": 0, "failsafe": 0, "config": 3, "leader": 50},
                                  readopt=False, claim_timeline=4, claims=(), lsn=LSN, timeline=TIMELINE)
 
 

@@ -178,6 +178,15 @@ def test_the_copy_keeps_what_is_there_and_comes_from_whom_it_may():
     assert only(tagged.but(**voter).decide(), Clone).source.name == "a"
 
 
+def test_the_copy_is_made_by_the_operators_methods_unless_the_leader_was_asked_for():
+    by = STOPPED.but(memory__reinit=WANTED, upstream=ANSWERED, settings__replica_methods=("walg", "basebackup"))
+    assert only(by.decide(), Clone).methods == ("walg", "basebackup")
+    assert "with walg, then pg_basebackup" in by.decide().summary
+    assert only(by.but(memory__reinit__from_leader=True).decide(), Clone).methods == ("basebackup",)
+    voter = {"settings__synchronous_mode": "on", "dcs__view__config": {"synchronous_mode": True}, "dcs__view__sync": Sync(leader="a", members=("b",))}
+    assert only(by.but(**voter).decide(), Clone).methods == ("basebackup",)
+
+
 def test_a_synchronous_standby_leaves_first():
     voter = REPLICA.but(memory__reinit=WANTED, upstream=ANSWERED, settings__synchronous_mode="on", dcs__view__config={"synchronous_mode": True},
                         dcs__view__sync=Sync(leader="a", members=("b",)))

@@ -190,6 +190,7 @@ def test_a_member_of_another_make_is_not_foretold(healthy):
     said = foresee(seen, parse_all(["n1=down"], healthy.stage.hosts), unheard={})
     assert "n3" in said.winners
     assert "another program (version 4.1.5)" in said.unknown[0]
+    assert "is not foretold" in said.unknown[1]
 
 
 def test_a_stale_observation_makes_the_bounds_wider(healthy):

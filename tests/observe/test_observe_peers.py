@@ -258,6 +258,18 @@ def test_a_member_of_another_make_whose_sql_does_not_answer_says_nothing_but_who
     with_servers(main, b=of_another_make(body))
 
 
+@pytest.mark.parametrize(("state", "in_recovery"), [("running", False), ("starting", False), ("stopping", False), ("crashed", None), ("stopped", None), ("start failed", None)])
+def test_a_member_of_another_make_that_calls_itself_a_primary_is_one_also_if_its_sql_does_not_answer(state: str, in_recovery: bool | None):
+    body = {**{k: v for k, v in recorded("primary").items() if k not in ("xlog", "timeline")}, "state": state}
+
+    async def main(scene: Scene, b: Server) -> None:
+        scene.observer.ask(question(b=b))
+        peer = await scene.peer("b")
+        assert (peer.answered, peer.in_recovery, peer.running) == (True, in_recovery, False)
+
+    with_servers(main, b=of_another_make(body))
+
+
 # --- no answers ------------------------------------------------------------------------------------------------------
 
 

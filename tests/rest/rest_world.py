@@ -89,12 +89,15 @@ def golden_answer(when: str, which: str, request: str) -> dict[str, Any]:
 
 
 def view_of(etcd: Mapping[str, Mapping[str, Any]], **changed: Any) -> Any:
-    """A ClusterView from a recording's keys. `changed`: values by short key with __ for /; None takes one away."""
+    """A ClusterView from a recording's keys. `changed`: values by short key with __ for /; None takes one away, a pair is
+    value and lease."""
     values = {key: str(entry["value"]).encode() for key, entry in etcd.items()}
     leases = {key: 77 if entry["leased"] else 0 for key, entry in etcd.items()}
     for short, value in changed.items():
         key = "/service/bench/" + short.replace("__", "/")
         values.pop(key, None)
+        if isinstance(value, tuple):
+            value, leases[key] = value
         if value is not None:
             values[key] = value if isinstance(value, bytes) else json.dumps(value).encode()
     entries = {k: Entry(key=k, value=v, revision=9, lease=leases.get(k, 0)) for k, v in values.items()}

@@ -249,21 +249,24 @@ def test_an_observation_serialises_without_secrets() -> None:
     run(main)
 
 
-@pytest.mark.parametrize(("lock", "seen_s_ago", "leader", "wanted"), [
-    ({}, 0.0, b"n1", "n1"),
-    ({}, 5.0, b"n1", "n1"),                 # a candidate waits a little longer than the ttl
-    ({}, 5.1, b"n1", ""),
-    ({"mode": "released"}, 0.0, b"n1", ""),
-    ({"mode": "paused"}, 60.0, b"n1", "n1"),
-    ({}, 0.0, b"n3", "n1"),                 # the record decides, not the plain key
-    ({}, 0.0, None, "n1"),
-    (None, 0.0, b"n3", "n3"),               # no record, but a leased key: a cluster of another make
+@pytest.mark.parametrize(("lock", "seen_s_ago", "leader", "lease", "wanted"), [
+    ({}, 0.0, b"n1", 0, "n1"),
+    ({}, 5.0, b"n1", 0, "n1"),                 # a candidate waits a little longer than the ttl
+    ({}, 5.1, b"n1", 0, ""),
+    ({"mode": "released"}, 0.0, b"n1", 0, ""),
+    ({"mode": "paused"}, 60.0, b"n1", 0, "n1"),
+    ({}, 0.0, b"n3", 0, "n1"),                 # the record decides, not the plain key
+    ({}, 0.0, None, 0, "n1"),
+    (None, 0.0, b"n3", 0, ""),
+    (None, 0.0, b"n3", 7, "n3"),               # no record, but a leased key: a cluster of another make
+    ({"mode": "released"}, 0.0, b"n3", 7, "n3"),
+    ({}, 60.0, b"n3", 7, "n3"),                # a mixed cluster: whoever has the leased key has taken over
 ])
-def test_a_released_or_expired_lock_has_no_leader(lock: dict[str, Any] | None, seen_s_ago: float, leader: bytes | None, wanted: str) -> None:
+def test_a_released_or_expired_lock_has_no_leader(lock: dict[str, Any] | None, seen_s_ago: float, leader: bytes | None, lease: int, wanted: str) -> None:
     async def main() -> None:
         record = LockRecord(**{"holder": "n1", "node_id": "a", "incarnation": "b", "sequence": 4, "ttl_s": 5.0, **(lock or {})})
         changed = {} if lock is None else {"pgha__lock": msgspec.to_builtins(record)}
-        value = published(primary=False, seen_lock_s_ago=seen_s_ago, leader=leader, **changed)
+        value = published(primary=False, seen_lock_s_ago=seen_s_ago, leader=None if leader is None else (leader, lease), **changed)
         app, *_ = app_for(value)
         members = json.loads((await get(app, "/cluster")).body)["members"]
         assert [m["name"] for m in members if m["role"] == "leader"] == ([wanted] if wanted else [])

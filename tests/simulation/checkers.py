@@ -78,7 +78,12 @@ def out_of_action(world: Any, name: str) -> bool:
 
 
 class OnePrimary(Checker):
-    """Never two nodes accept commits at one instant. With agent and guard of one of them out of action, it is an exposure."""
+    """Never two nodes accept commits at one instant. With agent and guard of one of them out of action, it is an exposure.
+
+    With members of another make: no node of ours is a second writer (safety model 14). One that accepts has ended before one of
+    theirs begins, but where the key `leader` was taken from under it; none begins while one of theirs accepts that it could
+    have asked. What two of theirs do is theirs.
+    """
 
     def __init__(self, world: Any) -> None:
         super().__init__(world)
@@ -94,13 +99,29 @@ class OnePrimary(Checker):
             return
         bare = [n for n in (*others, instance.name) if self._bare(n)]
         text = f"{instance.name} begins to accept commits while {', '.join(others)} does"
-        if bare:
+        if excuse := self._of_another_make(instance.name, others):
+            self.world.exposure("OnePrimary", f"{text}; {excuse}")
+        elif bare:
             self.world.exposure("OnePrimary", f"{text}; neither agent nor guard of {', '.join(bare)} could act")
         else:
             self.broken(text)
 
     def _bare(self, name: str) -> bool:
-        return out_of_action(self.world, name)
+        return not self.world.is_patroni(name) and out_of_action(self.world, name)
+
+    def _of_another_make(self, begins: str, others: list[str]) -> str:
+        """Why a node of ours has broken no promise; "" if it has, or none of theirs takes part."""
+        world = self.world
+        theirs = [n for n in others if world.is_patroni(n)]
+        if world.is_patroni(begins):
+            if len(theirs) == len(others):
+                return "both are Patroni members"
+            if world.view().leader != begins:
+                return "that Patroni member has not the key leader"       # it was frozen, or was started again
+            return "the key leader was taken from under its holder" if world.leader_was_tampered() else ""
+        if len(theirs) < len(others) or not theirs:
+            return ""
+        return "" if any(world.could_be_asked(begins, n) for n in theirs) else "that Patroni member could not be asked"
 
 
 class NothingPromisedIsLost(Checker):
@@ -151,6 +172,8 @@ class LossIsBounded(Checker):
 
         data, world = instance.dir, self.world
         before, self.previous = self.previous, data.branch
+        if world.patronis:
+            return          # what a Patroni member last published, and what it may lose, is not known here
         if before is None or data.bootstrap_mark == "making" or not before.acknowledged or data.branch.root is not before.root:
             return
         at, lsn = common(data.branch, data.lsn, before, before.end)
@@ -191,6 +214,8 @@ class PromotesUnderTheLock(Checker):
 
         if instance.dir.bootstrap_mark == "making":
             return          # for nobody to connect to
+        if self.world.is_patroni(instance.name):
+            return
         host, world = self.world.hosts[instance.name], self.world
         left_s = remaining_s(host.valid_until, host.clock.now()) if host.valid_until is not None else -1.0
         if left_s <= 0:
@@ -202,6 +227,9 @@ class PromotesUnderTheLock(Checker):
         record = world.lock_record()
         if record is not None and record.node_id != host.node_id and not world.store_was_tampered(60.0):
             self.broken(f"{instance.name} becomes primary ({how}) while the store says that {record.holder} holds the lock")
+        leader = world.view().leader if world.patronis else instance.name
+        if leader != instance.name and not world.leader_was_tampered():
+            self.broken(f"{instance.name} becomes primary ({how}) while the key leader names {leader or 'nobody'}")
 
     def _bare(self, host: Any) -> bool:
         return not host.protected
@@ -231,16 +259,26 @@ class TimelinesAreTold(Checker):
             return
         other = self.used.get(branch.number)
         if other is not None and other is not branch and not self.world.store_was_replaced():
-            self.broken(f"{instance.name} promotes to timeline {branch.number}, which another promotion has used")
+            self._say(instance, f"{instance.name} promotes to timeline {branch.number}, which another promotion has used")
         self.used[branch.number] = branch
 
+    def _say(self, instance: Any, text: str) -> None:
+        """A Patroni member claims no timeline, and knows of no claim."""
+        if self.world.patronis:
+            self.world.exposure("TimelinesAreTold", text)
+        else:
+            self.broken(text)
+
     def forked(self, instance: Any) -> None:
-        if not self.world.hosts[instance.name].protected:
+        if self.world.is_patroni(instance.name) or not self.world.hosts[instance.name].protected:
             self.world.exposure("TimelinesAreTold", f"{instance.name} writes timeline {instance.dir.timeline} where another has written already")
             return
         self.broken(f"{instance.name} writes timeline {instance.dir.timeline} where another has written already")
 
     def mixed(self, instance: Any, upstream: Any) -> None:
+        if self.world.is_patroni(instance.name):
+            self.world.exposure("TimelinesAreTold", f"{instance.name}, a Patroni member, streams from {upstream.name} although it has rows of its own")
+            return
         self.broken(f"{instance.name} streams from {upstream.name} although it has rows of its own: it serves what is nobody's history")
 
     def started_half_rewound(self, instance: Any) -> None:
@@ -295,7 +333,7 @@ class NoFlapping(Checker):
             self.changes += 1
 
     def judge(self, edges: int) -> None:
-        if self.changes > edges + 1:
+        if self.changes > edges + 1 and not self.world.patronis:
             self.broken(f"{self.changes} times somebody became primary, after {edges} faults and ends of faults")
 
 
@@ -306,7 +344,7 @@ class TrafficIsBounded(Checker):
         # The leader: a renewal and a status; everybody: a position in the member key, the lease; the watch's checks.
         per_s = 1 / min(loop_wait_s, ttl_s / 3) + 1 / loop_wait_s + nodes * (1 / loop_wait_s + 1 / (0.4 * ttl_s) + 1 / (2.5 * min(loop_wait_s, ttl_s / 3) + 1)) + 0.2
         allowed = per_s * seconds * 1.25 + 10
-        if requests > allowed:
+        if requests > allowed and not self.world.patronis:
             self.broken(f"{requests} requests in {seconds:.0f} calm seconds of {nodes} nodes, ttl {ttl_s:g}, loop_wait {loop_wait_s:g}; budget {allowed:.0f}")
 
 

@@ -222,7 +222,7 @@ def _flush_switchover(sim: Any, with_: dict[str, Any]) -> None:
 def _schedule_restart(sim: Any, with_: dict[str, Any]) -> None:
     agent = sim.hosts[with_["at"]].agent
     if agent is not None and agent.process.alive:
-        agent.request("restart", schedule=soon(sim, with_["in_s"]), **({"role": with_["role"]} if with_["role"] else {}))
+        agent.request("restart", schedule=soon(sim, with_["in_s"]), **with_["on"])
 
 
 def _flush_restart(sim: Any, with_: dict[str, Any]) -> None:
@@ -506,7 +506,7 @@ KINDS: dict[str, Kind] = {
                          _reinitialize, since=3),
     "switchover scheduled": Kind(3, lambda r, n, t: {"candidate": r.choice((*n, "")), "in_s": r.choice((1.0, 5.0, 30.0, -5.0, -60.0, None)), "text": r.choice(("soon", "2025-06-15T15:06:40", 5)),
                                                      "flushed": r.random() < 0.3}, _schedule_switchover, _flush_switchover, (0.5, 40.0), since=3),
-    "restart scheduled": Kind(2, lambda r, n, t: {"node": _who(r, n), "in_s": r.choice((1.0, 5.0, 30.0)), "role": r.choice(("", "", "primary", "replica")), "flushed": r.random() < 0.3},
+    "restart scheduled": Kind(2, lambda r, n, t: {"node": _who(r, n), "in_s": r.choice((1.0, 5.0, 30.0)), "on": r.choice(({}, {}, {"role": "primary"}, {"role": "replica"}, {"restart_pending": True}, {"postgres_version": r.choice(("14", "16"))})), "flushed": r.random() < 0.3},
                               _schedule_restart, _flush_restart, (0.5, 40.0), since=3),
     "tags": Kind(1.5, lambda r, n, t: {"node": _who(r, n), "tags": r.choice(({"nofailover": True}, {"nosync": True}, {"failover_priority": 3}, {"clonefrom": True},
                                                                            {"replicatefrom": n[int(r.random() * len(n))]}, {"noloadbalance": True}))},

@@ -907,7 +907,7 @@ def _probe(instance: Instance, server: Server) -> tuple[str | None, ...]:
                                       "database": None, "temporary": False} for n, lsn in instance.slots.items()]).decode()
     conninfo = server.upstream.conninfo if isinstance(server.upstream, Upstream) else ""
     return ("f" if primary else "t", str(data.timeline), str(data.lsn) if primary else None, None if primary else str(max(server.received, 0)),
-            None if primary else str(server.replayed), None, "f", "2026-01-01 00:00:00+00", "2026-01-01 00:00:00+00", str(server.started_s), "150000", data.system_identifier,
+            None if primary else str(server.replayed), None, "f", str(server.started_s), "2026-01-01 00:00:00+00", str(server.started_s), "150000", data.system_identifier,
             server.synchronous_standby_names, "t", "t" if primary or server.replayed >= data.lsn else "f", conninfo, server.slot_name, server.restore_command, None, receiver, replication, slots)
 
 

@@ -92,7 +92,7 @@ class Volume:
 
 
 def command_of(options: Options) -> str:
-    extra = "".join(f" --{k} {getattr(options, k)}" for k in ("nodes", "ttl") if getattr(options, k))
+    extra = "".join(f" --{k} {getattr(options, k)}" for k in ("nodes", "ttl", "patronis") if getattr(options, k))
     return f"build/simulate --seed {options.seed} --level {options.level} --faults {options.faults} --for {options.for_s:g}{extra} --trace"
 
 
@@ -209,6 +209,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--minimise", action="store_true")
     parser.add_argument("--nodes", type=int, default=0)
     parser.add_argument("--ttl", type=int, default=0)
+    parser.add_argument("--patronis", type=int, default=0, help="so many nodes are Patroni members (level a)")
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--for", type=float, default=1500.0, dest="for_s", metavar="SECONDS")
     parser.add_argument("--hours", type=float)
@@ -225,7 +226,7 @@ def main(argv: list[str]) -> int:
 
         seeds = itertools.count(given.from_seed) if given.seed is None else (given.seed,)
         return foretold.main(seeds, seconds=(given.seconds or 60.0) if given.seed is None else None, level=given.level, trace=sys.stdout if given.trace else None)
-    options = Options(seed=given.seed or 0, level=given.level, nodes=given.nodes, ttl=given.ttl, faults=given.faults, for_s=given.for_s, draws=DRAWS)
+    options = Options(seed=given.seed or 0, level=given.level, nodes=given.nodes, ttl=given.ttl, patronis=given.patronis, faults=given.faults, for_s=given.for_s, draws=DRAWS)
     if given.replay:
         bad = 0
         for path in given.replay:

@@ -23,6 +23,7 @@ from pgha.config.schema import Report, read
 from pgha.config.state import Remembered
 from pgha.dcs.keys import Keys, encode
 from pgha.decide import decide
+from pgha.decide.foreign import member_is_ours
 from pgha.errors import (
     ConfigError,
     DcsError,
@@ -32,6 +33,7 @@ from pgha.errors import (
     PghaError,
     PostgresError,
     Refused,
+    is_unreached,
 )
 from pgha.lock import watchdog
 from pgha.lock.guard_client import GuardStatus
@@ -86,7 +88,7 @@ KEYS = Keys("service", "sim")
 #: How long a peer's answer is waited for, and may be held back (observe/peers.py).
 ANSWER_S, WAIT_S = 0.6, 0.25
 
-_EFFECTIVE: dict[tuple[str, bytes], Any] = {}
+_EFFECTIVE: dict[tuple[str, bytes, bool], Any] = {}
 
 
 def local_config(name: str, tags: dict[str, Any] | None = None, *, watchdog: str = "automatic", bootstraps: bool = True) -> LocalConfig:
@@ -104,12 +106,12 @@ def local_config(name: str, tags: dict[str, Any] | None = None, *, watchdog: str
     return local
 
 
-def effective_of(name: str, local: LocalConfig, config: dict[str, Any]) -> Any:
+def effective_of(name: str, local: LocalConfig, config: dict[str, Any], *, mixed: bool = False) -> Any:
     """`effective`, once for each configuration: it is a pure function."""
     text = encode(config)
-    found = _EFFECTIVE.get((name, text))
+    found = _EFFECTIVE.get((name, text, mixed))
     if found is None or found.local is not local:
-        found = _EFFECTIVE[name, text] = effective(local, config)
+        found = _EFFECTIVE[name, text, mixed] = effective(local, config, patroni_member_present=mixed)
         if len(_EFFECTIVE) > 500:
             _EFFECTIVE.clear()
     return found
@@ -546,7 +548,8 @@ class AgentProcess:
         self._news.set()
 
     def _timing(self) -> Any:
-        return stepped.sources().lock_renewer.Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause)
+        return stepped.sources().lock_renewer.Timing(ttl_s=self.settings.ttl_s, loop_wait_s=self.settings.loop_wait_s, paused=self.settings.pause,
+                                                      mixed=self.settings.mixed)
 
     def _longest_ttl_s(self) -> float:
         return max(self.settings.ttl_s, self.cluster.facts.remembered_ttl_s, 30.0)
@@ -779,6 +782,8 @@ class AgentProcess:
 
     def _doubt(self, seen: Observation) -> None:
         view = seen.dcs.view
+        if view is not None:
+            self.renewer.saw(view)
         if (view is not None and view.lock is not None and view.lock.incarnation != self.me.incarnation and seen.licence.state is LicenceState.HELD
                 and view.lock_revision != self._doubted_revision):
             self._doubted_revision = view.lock_revision
@@ -813,7 +818,8 @@ class AgentProcess:
         view = seen.dcs.view
         if view is not None and self.me.name not in view.members:
             self.announcer.gone()
-        self._announce(seen, decision)
+        if view is not None and member_is_ours(seen).holds:
+            self._announce(seen, decision)
         if self._voters:
             waiting, self._voters = self._voters, []
             for epoch, answered, context, timer in waiting:
@@ -934,7 +940,7 @@ class AgentProcess:
                 ok, why = True, ""
             except OPERATING_ERRORS as error:
                 why = str(error) or type(error).__name__
-                facts = {"final": bool(getattr(error, "final", False))}
+                facts = {"final": bool(getattr(error, "final", False)), "unreached": is_unreached(error)}
                 self.world.trace(self.host.name, "operation failed", kind=operation.kind, why=why.replace(" ", "_"))
         self._operation_scope = None
         self._note_operation(action, facts, ok=ok, why=why)
@@ -965,7 +971,7 @@ class AgentProcess:
         if isinstance(action, InspectUpstream):
             now = self.clock.now()
             if "timeline" not in facts:
-                self._upstream = Upstream(name=action.source.name, asked_at=now, ok=False, why=why)
+                self._upstream = Upstream(name=action.source.name, asked_at=now, ok=False, why=why, unreached=facts.get("unreached") is True)
             else:
                 self._upstream = Upstream(name=action.source.name, asked_at=now, ok=True, system_identifier=facts["system_identifier"],
                                           timeline=facts["timeline"], lsn=facts["lsn"], in_recovery=facts["in_recovery"],
@@ -983,14 +989,15 @@ class AgentProcess:
         view = self.cluster.facts.view
         if view is None or view.config is None:
             return
-        mark = view.revision_of("config")
+        mixed = view.is_mixed or self.renewer.licence.mixed
+        mark = view.revision_of("config") * 2 + mixed
         if mark == self._config_revision:
             return
         self._config_revision = mark
         self._before_limit = (self.postgres.facts, self.settings.primary_hang_timeout_s)
         self.postgres.kick()
         self.dynamic = view.config
-        self.effective = effective_of(self.host.name, self.local, view.config)
+        self.effective = effective_of(self.host.name, self.local, view.config, mixed=mixed)
         self.fence.changed()
         if self.instance.dir.content == "valid" and not self.instance.disk_full:
             self.host.cached_config = view.config

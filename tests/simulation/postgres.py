@@ -271,7 +271,7 @@ class Instance:
         conninfo = f"user=r host={server.upstream} port=5432 application_name={self.name}" if server.upstream else ""
         return Row(in_recovery=not server.primary, timeline=data.timeline, lsn=data.lsn if server.primary else 0,
                    received_lsn=0 if server.primary else server.received, replayed_lsn=0 if server.primary else server.replayed, receiver=receiver,
-                   replication=replication, slots=slots, started_at_s=server.started_s, server_version=150000, system_identifier=data.system_identifier,
+                   replication=replication, slots=slots, started_at=str(server.started_s), started_at_s=server.started_s, server_version=150000, system_identifier=data.system_identifier,
                    synchronous_standby_names=server.synchronous_standby_names, primary_conninfo=conninfo, primary_slot_name=server.slot_name,
                    restore_command=server.restore_command)
 

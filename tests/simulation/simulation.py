@@ -28,7 +28,11 @@ BORN_WITHIN_S = 120.0
 #: After the last fault has ended: time for records to expire, absence to be believed, clones to be made.
 CALM_S = 60.0
 #: How much is drawn for a world. Kept programs say under which number they were found; those of before say nothing.
-DRAWS = 3
+DRAWS = 4
+
+
+#: What no cluster with Patroni members has here.
+WITHOUT_PATRONI = ("synchronous_mode", "synchronous_mode_strict", "synchronous_node_count", "maximum_lag_on_syncnode", "failsafe_mode")
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -41,7 +45,8 @@ class Options(Struct, frozen=True, kw_only=True):
     faults: int = 20
     for_s: float = 1500.0
     program: tuple[Step, ...] | None = None
-    draws: int = 1              # 2: also settings and tags that few clusters have; 3: also reinitialize, and what is scheduled
+    draws: int = 1              # 2: also settings and tags that few clusters have; 3: also reinitialize, and what is scheduled; 4: Patroni members
+    patronis: int = 0           # so many of the nodes are Patroni's (level (a))
 
 
 class Outcome(Struct, kw_only=True):
@@ -82,6 +87,11 @@ class Simulation(World):
                             "synchronous_node_count": random.choice((1, 1, 2))}
         if random.random() < 0.4:
             self.config["failsafe_mode"] = True
+        self.patronis = min(options.patronis or _draw_patronis(options), self.count - 1)
+        if self.patronis:
+            # Neither synchronous modes nor failsafe mode: the model of a Patroni member has none. What it raises ttl to counts.
+            self.ttl = max(20, self.ttl)
+            self.config = {k: v for k, v in self.config.items() if k not in WITHOUT_PATRONI} | {"ttl": self.ttl, "loop_wait": 5, "retry_timeout": 5}
         self.longest_ttl_s = float(self.ttl)
         make = make_agent or _level_a
         self.make_agent = lambda host, incarnation: make(host, incarnation=incarnation)
@@ -90,6 +100,7 @@ class Simulation(World):
             name = f"n{number + 1}"
             host = self.add_host(name)
             host.first_config = self.config
+            host.patroni = number >= self.count - self.patronis
             host.device.present = devices
             tags: dict[str, Any] = {}
             if random.random() < 0.08 and number:
@@ -112,6 +123,8 @@ class Simulation(World):
         self._tampered_ns: int | None = None
         self._replaced = self._was_paused = False
         self._manual_ns: int | None = None
+        self._edge_ns = 0                       # when a fault last began or ended
+        self._leader_tampered_ns: int | None = None     # when the key `leader`, or a lease, was last taken from under its holder
         self._on_again_ns: int | None = None    # when the synchronous mode was last switched on
         after_change = self.store._after_change
 
@@ -186,6 +199,9 @@ class Simulation(World):
                 return
         self.trace("fault", step.fault, **{k: v for k, v in with_.items() if isinstance(v, str | int | float)}, for_s=step.for_s)
         self.edges += 1
+        self._edge_ns = self.scheduler.now_ns
+        if step.fault in ("lease lost", "key deleted", "key written", "store restored"):
+            self._leader_tampered_ns = self.scheduler.now_ns
         self.faults_done += 1
         self.writers.hurry()
         kind.begin(self, with_)
@@ -195,6 +211,7 @@ class Simulation(World):
     def _end(self, kind: faults.Kind, step: Step, with_: dict[str, Any]) -> None:
         self.trace("fault", f"end of {step.fault}", **{k: v for k, v in with_.items() if k == "at"})
         self.edges += 1
+        self._edge_ns = self.scheduler.now_ns
         self.writers.hurry()
         assert kind.end is not None
         kind.end(self, with_)
@@ -309,6 +326,20 @@ class Simulation(World):
     def store_was_tampered(self, within_s: float) -> bool:
         return self._tampered_ns is not None and self.scheduler.now_ns - self._tampered_ns < within_s * SECOND
 
+    # members of another make
+
+    def leader_was_tampered(self) -> bool:
+        """Not by anybody whose key it is: nobody can know before it is seen to be gone (safety model 14)."""
+        return self._leader_tampered_ns is not None and self.scheduler.now_ns - self._leader_tampered_ns < (self.longest_ttl_s * 1.1 + 5) * SECOND
+
+    def could_be_asked(self, asking: str, name: str) -> bool:
+        """Would this Patroni member's agent or PostgreSQL have told that it accepts writes, just now and a moment ago?"""
+        if self._was_paused or self.scheduler.now_ns - self._edge_ns < 5 * SECOND:
+            return False
+        agent = self.hosts[name].agent
+        tells = self.instances[name].answers() or (agent is not None and agent.process.alive and not agent.process.frozen)
+        return tells and self.network.both_ways(asking, name)
+
     def store_was_replaced(self) -> bool:
         return self._replaced
 
@@ -344,11 +375,15 @@ class Simulation(World):
         self.store.put(KEYS.path("failover"), value)
 
     def change_config(self, change: dict[str, Any]) -> None:
+        if self.patronis:
+            change = {k: v for k, v in change.items() if k not in WITHOUT_PATRONI}
         if change.get("synchronous_mode") and not self.config.get("synchronous_mode"):
             self._on_again_ns = self.scheduler.now_ns
         self.config = {**self.config, **change}
         self._was_paused = self._was_paused or bool(change.get("pause"))
         self.longest_ttl_s = max(self.longest_ttl_s, float(self.config["ttl"]))
+        if not change:
+            return
         if KEYS.path("config") in self.store.world._entries and not all(self.store.down.values()):
             self.store.put(KEYS.path("config"), json.dumps(self.config).encode())
 
@@ -398,8 +433,18 @@ class Simulation(World):
         self.checkers["TimelinesAreTold"].settled(primary)
 
 
+def _draw_patronis(options: Options) -> int:
+    """One cluster in seven has members of another make."""
+    random = Random(f"{options.seed}/patronis")
+    return random.choice((1, 1, 2)) if options.draws >= 4 and options.level == "a" and random.random() < 0.15 else 0
+
+
 def _level_a(host: Any, *, incarnation: int) -> Any:
     from tests.simulation.node import AgentProcess, local_config
+    from tests.simulation.patroni import PatroniProcess
+
+    if host.patroni:
+        return PatroniProcess(host, incarnation=incarnation)
 
     if host.local is None:
         host.local = local_config(host.name, host.tags, watchdog=host.watchdog_mode, bootstraps=host.bootstraps)

@@ -134,7 +134,7 @@ class StoreWorld:
             self._pushed = world.revision
             told: dict[tuple[str, int], list[Change]] = {}
             serving = {member: self._serves_watches(member) for member in MEMBERS}
-            for watch in self._watches.values():
+            for watch in list(self._watches.values()):
                 if serving[watch.member]:
                     self._push_from(watch, told)
             if world.revision > KEEP_REVISIONS and world.revision % 500 == 0:

@@ -54,6 +54,14 @@ def test_a_corner_is_reached_and_clean(pair: tuple[str, str]) -> None:
     assert not outcome.violations, failure(outcome)
 
 
+@pytest.mark.parametrize(("seed", "patronis"), [(2, 1), (5, 2), (6, 1), (13, 2)])
+def test_a_cluster_with_patroni_members_is_clean(seed: int, patronis: int) -> None:
+    """No node of ours is a second writer, and everybody comes back."""
+    outcome = run(Options(seed=seed, draws=DRAWS, patronis=patronis))
+    assert not outcome.violations, failure(outcome)
+    assert outcome.role_changes > 1
+
+
 def test_a_budget_of_random_programs_is_clean() -> None:
     volume, failed = many(Options(seed=0, draws=DRAWS), hours=None, seconds=SECONDS, jobs=1, from_seed=1, keep_going=False)
     assert not failed, failure(failed[0])

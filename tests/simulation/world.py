@@ -12,7 +12,7 @@ What the model leaves out:
 * the store: one kind, etcd's (linearizable reads, revisions, leases, a watch); serializable reads of followers that lag are
   not asked for by pgha, and not modelled. Consul, ZooKeeper, and the bytes of etcd's gateway are the drivers' contract
   (tests/dcs) and the fuzz corpus. A quota is full or not at all; defragmentation and slow growth are not there.
-* Patroni members, and mixed clusters.
+* Patroni members: what `patroni` says of them; level (b) has none.
 * PostgreSQL: WAL is positions and branches, not records; no archive (restore_command, nostream), no logical or permanent
   slots, no tablespaces, no pg_hba; WAL is never missing (no slot is invalidated, no segment recycled under a standby);
   max_connections and the like never stop a standby; every backend dies when SIGKILL says so (no uninterruptible sleep).
@@ -117,6 +117,7 @@ class Host:
         self.agent: Any = None
         self.all_agents: list[Any] = []
         self.device = Device(self)
+        self.patroni = False                # a member of another make: its agent is `patroni.PatroniProcess`, and it has no guard
         self.watchdog_mode: Any = "automatic"
         self.node_id = f"id-{name}"
         self.up = True
@@ -138,7 +139,7 @@ class Host:
 
     def start_guard(self) -> GuardProcess | None:
         """None if the host is down. Harmless if one runs."""
-        if not self.up:
+        if not self.up or self.patroni:
             return None
         if self.guard is None or not self.guard.process.alive:
             self.guards += 1
@@ -266,6 +267,7 @@ class World:
         self.names: list[str] = []
         self.systems = 0                    # how many clusters were made by initdb
         self.hints = True                   # they have wal_log_hints
+        self.patronis = 0                   # how many members are of another make
         self.violations: list[Violation] = []
         self.exposures: list[Violation] = []    # what is stated, not promised (safety 1)
         self.passes = 0
@@ -276,6 +278,9 @@ class World:
         self.names.append(name)
         host = self.hosts[name] = Host(self, name)
         return host
+
+    def is_patroni(self, name: str) -> bool:
+        return self.hosts[name].patroni
 
     def violation(self, checker: str, text: str) -> None:
         self.trace("checker", "VIOLATION", checker=checker, text=text.split("\n", maxsplit=1)[0])
