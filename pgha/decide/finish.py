@@ -31,7 +31,7 @@ def finish(o: Observation, decision: Decision) -> Decision:
     room = capacity.store_has_room(o)
     if not room.holds and room not in decision.reasons:
         decision = replace(decision, reasons=(*decision.reasons, room))     # it may be why nobody leads
-    return replace(decision, mandate=mandate(o), failsafe=failsafe.order(o, memory, slots.published_slots(o)), state=decision.state or state(o),
+    return replace(decision, mandate=mandate(o), failsafe=failsafe.order(o, memory, slots.published_slots(o) if o.settings.failsafe_mode else {}), state=decision.state or state(o),
                    role=decision.role or role(o), paused=pause, memory=memory, leaves_sync=memory.leaving_since is not None,
                    wake_in_s=min(decision.wake_in_s, lease.judged_again_in_s(o), asked.due_in_s(o, memory)))
 

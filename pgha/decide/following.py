@@ -21,6 +21,8 @@ from pgha.model.wal import Position, claim_of
 #: A standby that does not stream for so long looks whether it can at all.
 LOOK_AFTER_S = 1.0
 LOOK_EVERY_S = 2.0
+#: … and one that is not to stream at all.
+LOOK_BESIDE_THE_ARCHIVE_S = 30.0
 #: Peers are asked for their positions from so long before a record's expiry.
 PROBE_BEFORE_EXPIRY_S = 2.0
 
@@ -59,9 +61,6 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
         more, memory, reasons, summary = looked
         if summary:
             return replace(decision, summary=summary, reasons=(*decision.reasons, wanted, *reasons), actions=(*actions, *more), memory=memory, wake_in_s=0.5)
-    maintenance = slots.maintenance(o)
-    if maintenance is not None and wanted.holds:
-        actions.append(maintenance)
     room = cramped.has_room(o)
     wants = operator_requests(o, as_primary=False)
     if not room.holds and not paused.in_force(o) and not any(isinstance(a, Restart) for a in wants):
@@ -73,11 +72,12 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
         memory = memory if memory.leaving_since else replace(memory, leaving_since=o.now)
         return replace(decision, summary=f"asked to restart: {let_go.because}", reasons=(*decision.reasons, wanted, room, let_go), memory=memory, wake_in_s=0.1,
                        actions=tuple(a for a in (*actions, *asked) if not isinstance(a, Restart)))
-    actions += asked
+    actions += asked or (slots.upkeep(o) if wanted.holds else [])
+    in_the_way = slots.obstacles(o)
     if not room.holds:
         decision = replace(decision, reasons=(*decision.reasons, room))
-    return replace(decision, summary=f"no action. I am ({o.me.name}), a secondary, " + _whom(o, now),
-                   reasons=(*decision.reasons, wanted, *slots.obstacles(o)), actions=tuple(actions), memory=memory)
+    return replace(decision, summary=f"no action. I am ({o.me.name}), a secondary, " + _whom(o, now) + slots.complaint(in_the_way),
+                   reasons=(*decision.reasons, wanted, *in_the_way), actions=tuple(actions), memory=memory)
 
 
 def _is_the_clusters(o: Observation, row: Row) -> bool:
@@ -201,7 +201,7 @@ def _look(o: Observation, memory: Memory, leader: Member | None) -> tuple[list[A
             return [stop], memory, (judged.because,), f"cannot follow {leader.name} as it is: {judged.because.because}"
     if since is None or candidate_age_s(since, o.now) < LOOK_AFTER_S:
         return None
-    asked = memory.upstream_asked_at
-    if asked is None or candidate_age_s(asked, o.now) >= LOOK_EVERY_S:
+    asked, every_s = memory.upstream_asked_at, LOOK_EVERY_S if not o.settings.tags.nostream else LOOK_BESIDE_THE_ARCHIVE_S
+    if asked is None or candidate_age_s(asked, o.now) >= every_s:
         return [InspectUpstream(source=source_of(leader))], replace(memory, upstream_asked_at=o.now), (), f"not streaming, asking {leader.name} for its timeline"
     return None

@@ -211,23 +211,21 @@ def _keep_books(o: Observation, memory: Memory) -> Decision:
     listed, memory = failsafe.list_to_write(o, memory)
     if listed is not None:
         actions.append(listed)
-    maintenance = slots.maintenance(o)
-    if maintenance is not None:
-        actions.append(maintenance)
     compact, memory = capacity.compaction(o, memory)
     if compact is not None:
         actions.append(compact)
-    if restart.lock_seen_held(o).holds:
-        actions += operator_requests(o, as_primary=True, synchronous_names=synchronous.primary_names(o, memory))
+    asked = operator_requests(o, as_primary=True, synchronous_names=synchronous.primary_names(o, memory)) if restart.lock_seen_held(o).holds else []
+    actions += asked or slots.upkeep(o)
+    in_the_way = slots.obstacles(o)
     lasts = licence_left(o) if o.licence.endless else f"{left_s(o):.1f} s left, {fence_in_s(o):.1f} s to the fence"
-    reasons = (reason("leading.licence", True, lasts), *capacity.reasons(o), *kept.reasons, *slots.obstacles(o))
+    reasons = (reason("leading.licence", True, lasts), *capacity.reasons(o), *kept.reasons, *in_the_way)
     # Both texts are the reference's: people's alerts look for them.
     summary = f"no action. I am ({o.me.name}), the leader with the lock"
     if o.licence.by_failsafe:
         summary = "continue to run as a leader because failsafe mode is enabled and all members are accessible"
     if (held_up := next((r for r in kept.reasons if r.rule == synchronous.COMMITS_GO_ON and not r.holds), None)) is not None:
         summary += f"; {held_up.because}"       # a DBA who sees nothing but waiting sessions finds it in the log
-    return Decision(situation="leading", summary=summary, reasons=reasons, actions=tuple(actions), memory=memory,
+    return Decision(situation="leading", summary=summary + slots.complaint(in_the_way), reasons=reasons, actions=tuple(actions), memory=memory,
                     wake_in_s=min(o.settings.loop_wait_s, kept.wake_in_s or o.settings.loop_wait_s))
 
 

@@ -73,6 +73,8 @@ def test_a_permanent_slot_and_what_it_keeps_survive_a_failover(cluster):
     others = [node for node in cluster.nodes if node is not old]
     change(old, {**LITTLE, "slots": {"archive": {"type": "physical"}}, "ignore_slots": [{"name": "by_hand", "type": "physical"}]})
     cluster.wait(lambda: all("archive" in slots(node) for node in cluster.nodes), 15, "every node has the permanent slot")
+    refused = old.request("PATCH", "/config", {"slots": {"debezium": {"type": "logical", "database": "postgres", "plugin": "pgoutput"}}})
+    assert (refused.status, "slots.debezium: is a logical slot" in refused.body) == (400, True), refused
     for node in cluster.nodes:
         for name in ("by_hand", "nobodys"):
             node.ask(f"SELECT pg_create_physical_replication_slot('{name}', true) IS NOT NULL")
@@ -121,7 +123,7 @@ def test_a_permanent_slot_and_what_it_keeps_survive_a_failover(cluster):
     finally:
         reader.end()
         leader = cluster.leader() or cluster.wait_leader()
-        change(leader, {"slots": None, "ignore_slots": None})
+        change(leader, {"slots": None, "ignore_slots": None, "postgresql": {"parameters": {"wal_keep_size": "128MB"}}})
     cluster.wait(lambda: not any({"archive", "by_hand"} & slots(node).keys() for node in cluster.nodes), 15, "what the configuration names no more is dropped")
 
 
@@ -178,8 +180,16 @@ def test_tags_steer_who_streams_from_whom_who_is_copied_and_who_serves_reads(clu
         upstream.start_agent()
         streams_from(cluster, reader, upstream)
 
+        # It is to read from an archive only, of which there is none here.
+        retag(reader, nostream=True)
+        cluster.wait(lambda: not any(reader.name in slots(node) for node in (leader, upstream)), 15, "nobody keeps a slot for it")
+        assert reader.ask("SELECT count(*) FROM pg_stat_wal_receiver") == 0
+        retag(reader, replicatefrom=upstream.name)
+        streams_from(cluster, reader, upstream)
+
         # A copy is taken from who offers itself; its slot stays for member_slots_ttl when it goes.
         added = cluster.add_node()
+        shutil.rmtree(added.directory, ignore_errors=True)      # another test's, of the same name
         added.start_agent()
         streams_from(cluster, added, leader)
         assert f"bootstrap from replica '{upstream.name}'" in added.log_path.read_text()

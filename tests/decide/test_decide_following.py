@@ -42,7 +42,7 @@ ROWS = [
     row("the files are a former agent's", configured_upstream="", refuses="following.follows_wanted", does="Follow"),
     row("quoted", postgres__row__primary_conninfo="user='r' host='a' port='5432'", refuses=""),
     row("the leader has no key: left as it is", dcs__view__members={}, postgres__row__primary_conninfo="host=x port=1", refuses="", says="the leader's address is not known", does=""),
-    row("no slots, none is set", settings__use_slots=False, postgres__row__primary_slot_name="", refuses="", does=""),
+    row("no slots, none is set", settings__use_slots=False, postgres__row__primary_slot_name="", postgres__row__slots=(), refuses="", does=""),
     row("nostream", settings__tags=Tags(nostream=True), refuses="following.follows_wanted", does="Follow"),
     row("nostream, and streams of nobody", settings__tags=Tags(nostream=True), postgres__row__primary_conninfo="", postgres__row__primary_slot_name="", configured_upstream="", refuses="", does=""),
     row("of c by its tag", settings__tags=Tags(replicatefrom="c"), refuses="following.follows_wanted", says="wanted c:5432", does="Follow"),
@@ -109,12 +109,15 @@ def test_a_moving_position_is_no_vote():
 
 # --- a standby that does not stream ---------------------------------------------------------------------------------------
 
+ARCHIVE_ONLY = {"settings__tags": Tags(nostream=True), "postgres__row__primary_conninfo": "", "postgres__row__primary_slot_name": "", "configured_upstream": ""}
 LOST = REPLICA.but(postgres__row__receiver=None, memory__not_streaming_since=ago(1.5), memory__upstream_asked_at=ago(3))
 WENT_ON = Upstream(name="a", asked_at=ago(1), ok=True, system_identifier=SYSTEM, timeline=4, lsn=LSN, history=(*HISTORY, HistoryRow(timeline=3, switch_lsn=LSN - 1)))
 
 AHEAD = Upstream(name="a", asked_at=ago(1), ok=True, timeline=3, lsn=LSN - 1, history=HISTORY)
 
 LOOKS = [
+    row("nor is it to, by its tag", **ARCHIVE_ONLY, does="", summary="following a leader (a)"),
+    row("… and looks now and then whether it could", **ARCHIVE_ONLY, memory__upstream_asked_at=ago(30), does="InspectUpstream"),
     row("it looks why", does="InspectUpstream", summary="not streaming, asking a for its timeline"),
     row("not for long", memory__not_streaming_since=ago(0.9), does=""),
     row("asked a moment ago", memory__upstream_asked_at=ago(1.9), does=""),

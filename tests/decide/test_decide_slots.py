@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import pytest
-from decide_world import LEADER, LSN, REPLICA, STATUS, KiB, MiB, member, names, only, primary_row, slot, standby_row
+from decide_world import (
+    LEADER,
+    LSN,
+    REPLICA,
+    STATUS,
+    KiB,
+    MiB,
+    ago,
+    ahead,
+    member,
+    names,
+    only,
+    primary_row,
+    slot,
+    standby_row,
+)
 from msgspec.structs import replace
 
 from pgha.decide.slots import maintenance, obstacles, published_slots, retained_names
 from pgha.model.action import MaintainSlots
 from pgha.model.cluster import Status, Tags, slot_name
-from pgha.model.observation import SlotMatcher
+from pgha.model.observation import Request, SlotMatcher
 
 
 @pytest.mark.parametrize("member, slot_of", [("b", "b"), ("Node-1.db", "node_1_db"), ("ü", "u0252"), ("x" * 70, "x" * 63), ("a b", "au0032b")])
@@ -38,11 +53,16 @@ ON_A_STANDBY = [
     ("one too many, in pause", {"postgres__row__slots": (*HERE, IDLE), "settings__pause": True}, None),
     ("one too many, and the configuration is gone", {"postgres__row__slots": (*HERE, IDLE), "dcs__view__config": None}, None),
     ("one too many, and what is to be kept cannot be read", {"postgres__row__slots": (*HERE, IDLE), "settings__may_drop_slots": False}, None),
+    ("one too many, and the store has just been restored", {"postgres__row__slots": (*HERE, IDLE), "dcs__trusted_from": ahead(20)}, None),
+    ("one too many, and the store was restored a while ago", {"postgres__row__slots": (*HERE, IDLE), "dcs__trusted_from": ago(1)}, MaintainSlots(drop=("x",))),
     ("its own name", {"postgres__row__slots": (*HERE, slot("b", active=False))}, MaintainSlots(drop=("b",))),
     ("its own name, in use", {"postgres__row__slots": (*HERE, slot("b"))}, None),
     ("its own name, retained", {"postgres__row__slots": (*HERE, slot("b", active=False)), "dcs__remembered_slots": ("b",), "dcs__remembered_members": {"b": "x"}}, MaintainSlots(drop=("b",))),
     ("its own name, permanent: not on this node", {"postgres__row__slots": (*HERE, slot("b", active=False)), "settings__permanent_slots": ("b",)}, MaintainSlots(drop=("b",))),
     ("no slots are used", {"settings__use_slots": False, "postgres__row__slots": ()}, None),
+    ("no slots are used any more", {"settings__use_slots": False, "postgres__row__slots": (*HERE, IDLE, slot("b"))}, MaintainSlots(drop=("a", "c"))),
+    ("no slots are used any more, and some are kept", {"settings__use_slots": False, "settings__permanent_slots": ("c",), "settings__ignored_slots": (SlotMatcher(name="a"),)}, None),
+    ("no slots are used any more, in pause", {"settings__use_slots": False, "settings__pause": True}, None),
     ("PostgreSQL does not say", {"postgres__row": None}, None),
     # ignore_slots: everything that is given has to match
     ("ignored", {"postgres__row__slots": (*HERE, IDLE), "settings__ignored_slots": (SlotMatcher(name="x"),)}, None),
@@ -148,6 +168,14 @@ def test_both_situations_ask_for_it():
     assert names(REPLICA.but(postgres__row__slots=(), configured_upstream="").decide()) == ("Follow",), "first whom to follow"
 
 
+@pytest.mark.parametrize("world", [LEADER, REPLICA], ids=["leader", "standby"])
+def test_slots_for_which_there_may_be_no_room_hold_up_nothing_that_would_make_room(world):
+    world = world.but(postgres__row__slots=())
+    assert names(world.but(settings__configuration_changed=True).decide()) == ("ApplyConfiguration",)
+    assert names(world.but(requests=(Request(id=1, kind="restart", at=ago(1)),)).decide()) == ("Restart",)
+    assert names(world.decide()) == ("MaintainSlots",)
+
+
 def test_what_is_published_of_slots():
     """Members' and permanent ones, and the leader's own name: whose else they are, nobody is to move theirs after them."""
     found = (slot("b"), slot("c", restart_lsn=0), slot("p", active=False), slot("x"), slot("d", active=False), slot("l", type="logical"), slot("t", temporary=True))
@@ -168,9 +196,14 @@ def test_what_stands_in_the_way_is_told():
     assert told(LEADER) == told(REPLICA) == []
     twins = {**LEADER.seen.dcs.view.members, "C": member("C")}
     assert told(LEADER.but(dcs__view__members=twins)) == [("slots.names_differ", "members C and c have one slot, c: rename all but one of them")]
+    for world in (LEADER, REPLICA):
+        assert world.but(dcs__view__members=twins).decide().summary.endswith("; members C and c have one slot, c: rename all but one of them"), "so the log has it"
     assert told(LEADER.but(postgres__row__slots=(slot("b"), slot("c", type="logical"), slot("p", temporary=True)), settings__permanent_slots=("p",))) == [
         ("slots.name_is_free", "a physical slot c is wanted, and a logical one has its name"),
         ("slots.name_is_free", "a physical slot p is wanted, and a temporary one has its name")]
+    left = REPLICA.but(postgres__row__slots=(*HERE, slot("l", type="logical", active=False, restart_lsn=MiB)), postgres__row__replayed_lsn=66 * MiB)
+    assert told(left) == [("slots.logical_move_along", "the logical slot l keeps 65.0 MiB of WAL on this standby, and nobody moves it: drop it if it is not to be read from here again")]
+    assert told(left.but(postgres__row__replayed_lsn=65 * MiB)) == told(left.but(postgres__row__in_recovery=False, postgres__row__lsn=LSN)) == []
     late = REPLICA.but(settings__permanent_slots=("x",), postgres__row__slots=(*HERE, IDLE), dcs__view__status=_status(x=MiB))
     assert told(late) == [("slots.kept_from_the_readers_position", "x keeps WAL from 0/3F00000 here, its reader is at 0/100000: until it is past, it could not go on here")]
     assert "slots.kept_from_the_readers_position" in {found.rule for found in late.decide().reasons}

@@ -52,6 +52,12 @@ class Truth:
     def removed(self, instance: Any, data: Any) -> None:
         self._tell("removed", instance, data)
 
+    def reads(self, instance: Any, lsn: int) -> None:
+        self._tell("reads", instance, lsn)
+
+    def slot_dropped(self, instance: Any, name: str) -> None:
+        self._tell("slot_dropped", instance, name)
+
 
 class Checker:
     """One promise. `world`: what to report to, and the truth about hosts and store."""
@@ -321,6 +327,22 @@ class NewestCopyStays(Checker):
         self.broken(f"{instance.name} deletes the only copy that has everything up to {self.newest[1]} on timeline {self.newest[0].number}")
 
 
+class ReaderGoesOn(Checker):
+    """Whoever reads by a permanent slot goes on where it was, whoever leads now: unless the slot was made there after it had
+    passed, no server lets go of what the reader has not got, and none drops the slot."""
+
+    def reads(self, instance: Any, lsn: int) -> None:
+        from tests.simulation.reader import SLOT
+
+        kept, begin = instance.slots[SLOT], instance.dir.slots_begin[SLOT]
+        if begin <= lsn < kept:
+            self.broken(f"{instance.name} keeps WAL for the slot {SLOT} from {kept} only, its reader is at {lsn}; the slot was made at {begin}")
+
+    def slot_dropped(self, instance: Any, name: str) -> None:
+        if name in (self.world.store_config().get("slots") or {}) and not self.world.store_was_tampered(60.0):
+            self.broken(f"{instance.name} drops the permanent slot {name}")
+
+
 class NoFlapping(Checker):
     """At most one role change per fault (its begin and its end are two)."""
 
@@ -356,4 +378,4 @@ class ComesBack(Checker):
             self.broken(f"{within_s:g} s after the last fault has ended: {why_not}")
 
 
-ALL = (OnePrimary, NothingPromisedIsLost, LossIsBounded, PromotesUnderTheLock, TimelinesAreTold, NewestCopyStays, NoFlapping, TrafficIsBounded, ComesBack)
+ALL = (OnePrimary, NothingPromisedIsLost, LossIsBounded, PromotesUnderTheLock, TimelinesAreTold, NewestCopyStays, ReaderGoesOn, NoFlapping, TrafficIsBounded, ComesBack)

@@ -83,6 +83,7 @@ class FileDir(DataDir):
                 f.write(text)
         self._fd = os.open(f"{path}/global/pg_control", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.inode = os.fstat(self._fd).st_ino
+        self.slots, self.slots_begin = {}, {}
         self.path = path
         self._written = 0
         self.branch, self.lsn = model.branch, model.lsn

@@ -356,6 +356,9 @@ def _replace_data(how: str) -> Begin:
         saved = getattr(host, "saved_data", None)
         if not _may_be_spared(sim, host) or (how == "backup" and saved is None):
             return
+        record = sim.lock_record()
+        if with_.get("state_too") and record is not None and record.mode == "paused" and record.node_id == host.node_id:
+            return      # it does not expire, and whose it is comes back as nobody who may end it: then people have to say that the holder is down
         host.power_off()
         instance.dir = with_["foreign"] = _another_clusters() if how == "foreign" else DataDir() if how == "wiped" else saved.copy()
         if with_.get("state_too"):

@@ -523,18 +523,21 @@ async def _create_slot(conn: Connection, name: str, *, deadline_s: float) -> Non
     await conn._answered(deadline_s)
     if name in conn._instance.slots:
         raise QueryFailed("exists", sqlstate="42710")
-    conn._instance.slots[name] = conn._instance.dir.lsn
+    conn._instance.make_slot(name)
 
 
 async def _drop_slot(conn: Connection, name: str, *, deadline_s: float) -> None:
     await conn._answered(deadline_s)
-    conn._instance.slots.pop(name, None)
+    if name not in conn._instance.slots:
+        raise QueryFailed("does not exist", sqlstate="42704")
+    conn._instance.drop_slot(name)
 
 
 async def _advance_slot(conn: Connection, name: str, lsn: int, *, deadline_s: float) -> int:
     await conn._answered(deadline_s)
-    conn._instance.slots[name] = min(lsn, conn._instance.dir.lsn)
-    return conn._instance.slots[name]
+    if name not in conn._instance.slots:
+        raise QueryFailed("does not exist", sqlstate="42704")
+    return conn._instance.advance_slot(name, lsn)
 
 
 # --- programs --------------------------------------------------------------------------------------------------------------
@@ -649,6 +652,7 @@ async def run_rewind(path: ModelDir, bin_dir: Any, source: dict[str, Any], contr
     data.min_recovery_lsn, data.min_recovery_timeline = from_dir.lsn, from_dir.timeline
     data.written += 1
     data.rewind_marker = ""
+    data.slots.clear()
     instance._changed("files")
     return Rewound(outcome="rewound", target_changed=True)
 

@@ -656,18 +656,17 @@ class SimMachine:
         if sql.startswith("SELECT pg_create_physical_replication_slot"):
             if parameters[0] in instance.slots:
                 raise QueryFailed("exists", sqlstate="42710")
-            instance.slots[parameters[0]] = data.lsn
+            instance.make_slot(parameters[0])
             return [("",)]
         if sql.startswith("SELECT pg_drop_replication_slot"):
             if parameters[0] not in instance.slots:
                 raise QueryFailed("does not exist", sqlstate="42704")
-            del instance.slots[parameters[0]]
+            instance.drop_slot(parameters[0])
             return [("",)]
         if sql.startswith("SELECT end_lsn FROM pg_replication_slot_advance"):
             if parameters[0] not in instance.slots:
                 raise QueryFailed("does not exist", sqlstate="42704")
-            instance.slots[parameters[0]] = max(instance.slots[parameters[0]], min(parse_lsn(parameters[1]), data.lsn))
-            return [(format_lsn(instance.slots[parameters[0]]),)]
+            return [(format_lsn(instance.advance_slot(parameters[0], parse_lsn(parameters[1]))),)]
         if sql.startswith(("SELECT FROM pg_roles", "BEGIN; SET LOCAL", "CREATE ROLE", "ALTER ROLE", "COMMIT", "ROLLBACK", "GRANT EXECUTE", "CREATE DATABASE")):
             return []
         raise AssertionError(f"the model's PostgreSQL does not know this: {sql}")
@@ -786,6 +785,7 @@ class SimMachine:
         data.state, data.control_timeline, data.checkpoint_lsn = "in archive recovery", source.control_timeline, source.checkpoint_lsn
         data.min_recovery_lsn, data.min_recovery_timeline = source.lsn, source.timeline
         data.written += 1
+        data.slots.clear()
         return Completed(exit_code=0, stdout="Done!\n", stderr="")
 
     def _single_user(self) -> Steps:

@@ -112,6 +112,8 @@ class DataDir:
     wal_log_hints: bool = True
     mixed: bool = False                 # holds rows of two branches: what PostgreSQL would serve is nobody's history
     written: int = 0                    # counts writes of pg_control
+    slots: dict[str, int] = field(default_factory=dict)     # name → position; no copy has them, and pg_rewind removes them
+    slots_begin: dict[str, int] = field(default_factory=dict)   # … where each was made
 
     @property
     def timeline(self) -> int:
@@ -194,7 +196,6 @@ class Instance:
         self.conf_slot = ""
         self.conf_restore_command = ""
         self.conf_synchronous = ""
-        self.slots: dict[str, int] = {}
         self.on_change: list[Callable[[str], None]] = []     # "started", "exited", "signal_removed", "role", "files"
         # faults
         self.host_up = True
@@ -209,6 +210,21 @@ class Instance:
         network.on_change.append(self._links_changed)
 
     # --- what is so --------------------------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> dict[str, int]:
+        return self.dir.slots
+
+    def make_slot(self, name: str) -> None:
+        self.dir.slots[name] = self.dir.slots_begin[name] = self.dir.lsn
+
+    def drop_slot(self, name: str) -> None:
+        del self.dir.slots[name]
+        self._truth.slot_dropped(self, name)
+
+    def advance_slot(self, name: str, lsn: int) -> int:
+        self.dir.slots[name] = max(self.dir.slots[name], min(lsn, self.dir.lsn))
+        return self.dir.slots[name]
 
     @property
     def lives(self) -> bool:

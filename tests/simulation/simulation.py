@@ -18,6 +18,7 @@ from pgha.model.lock import LockRecord
 from tests.simulation import checkers, faults, kernel
 from tests.simulation.checkers import Violation
 from tests.simulation.faults import KINDS, Step
+from tests.simulation.reader import SLOT, Reader
 from tests.simulation.scheduler import SECOND
 from tests.simulation.world import World
 from tests.simulation.writers import Writers
@@ -28,7 +29,7 @@ BORN_WITHIN_S = 120.0
 #: After the last fault has ended: time for records to expire, absence to be believed, clones to be made.
 CALM_S = 60.0
 #: How much is drawn for a world. Kept programs say under which number they were found; those of before say nothing.
-DRAWS = 4
+DRAWS = 5
 
 
 #: What no cluster with Patroni members has here.
@@ -45,7 +46,7 @@ class Options(Struct, frozen=True, kw_only=True):
     faults: int = 20
     for_s: float = 1500.0
     program: tuple[Step, ...] | None = None
-    draws: int = 1              # 2: also settings and tags that few clusters have; 3: also reinitialize, and what is scheduled; 4: Patroni members
+    draws: int = 1              # 2: also settings and tags that few clusters have; 3: also reinitialize, and what is scheduled; 4: Patroni members; 5: a permanent slot and its reader
     patronis: int = 0           # so many of the nodes are Patroni's (level (a))
 
 
@@ -92,6 +93,8 @@ class Simulation(World):
             # Neither synchronous modes nor failsafe mode: the model of a Patroni member has none. What it raises ttl to counts.
             self.ttl = max(20, self.ttl)
             self.config = {k: v for k, v in self.config.items() if k not in WITHOUT_PATRONI} | {"ttl": self.ttl, "loop_wait": 5, "retry_timeout": 5}
+        if options.draws >= 5 and not self.patronis and Random(f"{options.seed}/slots").random() < 0.5:
+            self.config["slots"] = {SLOT: {"type": "physical"}}
         self.longest_ttl_s = float(self.ttl)
         make = make_agent or _level_a
         self.make_agent = lambda host, incarnation: make(host, incarnation=incarnation)
@@ -113,6 +116,7 @@ class Simulation(World):
         if options.draws >= 2:
             self._draw_more(Random(f"{options.seed}/more"))
         self.writers = Writers(self)
+        self.reader = Reader(self) if "slots" in self.config else None
         self.checkers = {c.__name__: c(self) for c in checkers.ALL}
         self.truth.checkers = list(self.checkers.values())
         self.edges = 0

@@ -12,6 +12,7 @@ from pgha.dcs import Put
 from pgha.dcs.keys import encode
 from pgha.model.lock import LockRecord
 from tests.simulation.postgres import START_LSN, SYSTEM, Branch, DataDir
+from tests.simulation.reader import SLOT
 from tests.simulation.scheduler import SECOND
 from tests.simulation.simulation import KEYS, Options, Simulation
 
@@ -126,6 +127,21 @@ def the_newest_copy_goes(sim: Simulation) -> None:
     sim.truth.removed(one, gone)
 
 
+def _with_slot(sim: Simulation, *, begin: int) -> Any:
+    sim.config["slots"] = {SLOT: {"type": "physical"}}
+    one = sim.instances["n1"]
+    one.dir.slots_begin[SLOT], one.dir.slots[SLOT] = begin, START_LSN + 500
+    return one
+
+
+def a_slot_moves_past_its_reader(sim: Simulation) -> None:
+    sim.truth.reads(_with_slot(sim, begin=START_LSN + 100), START_LSN + 499)
+
+
+def a_permanent_slot_is_dropped(sim: Simulation) -> None:
+    _with_slot(sim, begin=START_LSN).drop_slot(SLOT)
+
+
 def changes_without_faults(sim: Simulation) -> None:
     promoted(sim, "n2", number=2)
     promoted(sim, "n3", number=3)
@@ -145,6 +161,7 @@ VIOLATIONS: list[tuple[str, Callable[[Simulation], None]]] = [
     ("PromotesUnderTheLock", promotion_without_licence), ("PromotesUnderTheLock", promotion_beside_the_lock), ("TimelinesAreTold", one_number_twice),
     ("TimelinesAreTold", two_write_one_timeline), ("TimelinesAreTold", rows_of_two_branches), ("TimelinesAreTold", half_rewound),
     ("TimelinesAreTold", history_lies), ("TimelinesAreTold", history_is_missing), ("NewestCopyStays", the_newest_copy_goes),
+    ("ReaderGoesOn", a_slot_moves_past_its_reader), ("ReaderGoesOn", a_permanent_slot_is_dropped),
     ("NoFlapping", changes_without_faults), ("TrafficIsBounded", too_many_requests), ("ComesBack", nobody_leads),
 ]
 
@@ -173,3 +190,13 @@ def test_agent_and_guard_both_gone_is_an_exposure(make: Callable[[Simulation], N
     make(sim)
     assert sim.violations == []
     assert len(sim.exposures) == 1
+
+
+def test_a_slot_that_was_made_after_its_reader_had_passed_promises_nothing() -> None:
+    sim = world()
+    one = _with_slot(sim, begin=START_LSN + 450)
+    sim.truth.reads(one, START_LSN + 400)
+    sim.truth.reads(one, START_LSN + 500)
+    one.make_slot("another")
+    one.drop_slot("another")
+    assert sim.violations == []

@@ -13,7 +13,7 @@ What the model leaves out:
   not asked for by pgha, and not modelled. Consul, ZooKeeper, and the bytes of etcd's gateway are the drivers' contract
   (tests/dcs) and the fuzz corpus. A quota is full or not at all; defragmentation and slow growth are not there.
 * Patroni members: what `patroni` says of them; level (b) has none.
-* PostgreSQL: WAL is positions and branches, not records; no archive (restore_command, nostream), no logical or permanent
+* PostgreSQL: WAL is positions and branches, not records; no archive (restore_command, nostream), no logical
   slots, no tablespaces, no pg_hba; WAL is never missing (no slot is invalidated, no segment recycled under a standby);
   max_connections and the like never stop a standby; every backend dies when SIGKILL says so (no uninterruptible sleep).
 * the network: messages, not bytes; a stream is in order and a connection is cut or slow, never half open for minutes
