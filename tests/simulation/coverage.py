@@ -21,6 +21,8 @@ UNREACHABLE: dict[tuple[str, str], str] = {
     ("lease.licence_is_valid", "holds"): _REFUSAL_ONLY,
     ("synchronous.is_to_be_let_go", "holds"): _REFUSAL_ONLY,
     ("synchronous.may_start", "holds"): _REFUSAL_ONLY,
+    ("asked.is_in_time", "holds"): _REFUSAL_ONLY,
+    ("asked.is_the_one_meant", "holds"): _REFUSAL_ONLY,
     ("empty.never_initialised", "refuses"): "told only where it holds: else a copy is to be made, and that says what it lacks",
     ("failsafe.is_licensed", "holds"): _ORDER_ONLY, ("failsafe.is_licensed", "refuses"): _ORDER_ONLY,
     ("failsafe.leader_is_listed", "holds"): _ORDER_ONLY, ("failsafe.leader_is_listed", "refuses"): _ORDER_ONLY,
