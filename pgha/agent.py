@@ -771,6 +771,8 @@ class Agent:
         view = self.cluster.facts.view
         if self._applied is None and self.postgres.facts.alive:
             self._applied = self._to_apply()
+            if self._nursery is not None:
+                self._nursery.start_soon(self.actor.vet_configuration)
         if view is None or view.config is None:
             return
         mixed = view.is_mixed or self.renewer.licence.mixed

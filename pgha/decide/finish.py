@@ -24,7 +24,6 @@ def finish(o: Observation, decision: Decision) -> Decision:
     if any(isinstance(action, LIFE) for action in decision.actions) and not memory.ours_to_start:
         memory = replace(memory, ours_to_start=True)
     if (restart := next((action for action in decision.actions if isinstance(action, Restart)), None)) is not None:
-        memory = asked.carried_out(memory) if not restart.request_id else memory
         memory = replace(memory, restart_within_s=restart.timeout_s if restart.as_primary else 0.0)
     if memory.paused != pause:
         memory = replace(memory, paused=pause)

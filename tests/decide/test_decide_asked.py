@@ -94,7 +94,8 @@ def test_a_scheduled_restart(case):
     decision = check(HERE, case)
     kept = decision.memory.scheduled_restart
     dropped = any(rule.startswith("asked.") for rule in refused(decision))
-    assert (kept is None) == (dropped or "Restart" in (case.does or ())), decision.memory
+    assert (kept is None) == dropped, decision.memory
+    assert kept is None or kept.begun == ("Restart" in (case.does or ()))
     assert ("dropped" in decision.memory.said) == dropped
 
 
@@ -102,9 +103,27 @@ def test_a_scheduled_restart_is_carried_out_as_it_was_asked_for():
     decision = HERE.but(memory__scheduled_restart=scheduled("2027-01-15T08:00:00Z", timeout=5.0)).decide()
     restart = only(decision, Restart)
     assert (restart.request_id, restart.timeout_s, restart.as_primary) == (0, 5.0, False)
-    assert "begun" in decision.memory.said
+    assert decision.memory.said == ""
     leads = LEADER.but(memory__scheduled_restart=ScheduledRestart(schedule="2027-01-15T08:00:00Z")).decide()
     assert only(leads, Restart).as_primary
+
+
+@pytest.mark.parametrize(("now", "gone"), [
+    ({}, False),        # the pass that decided it did not come that far: it is decided again
+    ({"operation": Operation(kind="Restart", id=9, started_at=ago(0.1))}, True),
+    ({"operation": Operation(kind="InspectUpstream", id=9, started_at=ago(0.1))}, False),
+    ({"ended": Operation(kind="Restart", id=9, started_at=ago(1), ended_at=ago(0.1), ok=True), "postgres__row__started_at": "2027-01-15 08:00:00+00"}, True),
+    ({"ended": Operation(kind="Restart", id=9, started_at=ago(1), ended_at=ago(0.1), ok=True)}, True),      # … of which the row does not tell yet
+    ({"ended": Operation(kind="Restart", id=9, started_at=ago(1), ended_at=ago(0.1), why="no")}, True),
+    ({"ended": Operation(kind="Restart", id=8, started_at=ago(99), ended_at=ago(90), ok=True)}, False),
+])
+def test_a_scheduled_restart_is_begun_when_it_is_seen_to_be(now, gone):
+    decided = HERE.but(memory__scheduled_restart=scheduled("2027-01-15T08:00:00Z"), memory__last_ended_id=8).decide()
+    only(decided, Restart)
+    after = replace(HERE, memory=decided.memory).but(**now).decide()
+    assert (after.memory.scheduled_restart is None) == gone
+    assert (after.memory.said == "restart scheduled at 2027-01-15T08:00:00Z: begun") == gone
+    assert any(isinstance(a, Restart) for a in after.actions) == (not now or now.get("ended", Operation(kind="", id=0, started_at=NOW)).id == 8)
 
 
 def test_the_loop_wakes_when_a_restart_is_due():
