@@ -32,6 +32,7 @@ from pgha.act.wanted import STARTED_WITH, Wanted
 from pgha.announce import Announcer, member_value
 from pgha.chronicle import Chronicle
 from pgha.clock import Clock, Deadline, Instant, SystemClock, candidate_age_s, remaining_s
+from pgha.config.check import programs_not_there
 from pgha.config.cluster import normalised
 from pgha.config.directories import agent_lock, data_directory_lock, pgpass, prepare_runtime_dir, prepare_state_dir
 from pgha.config.load import Effective, Loaded, effective, load, needs_new_agent
@@ -921,9 +922,9 @@ def main(path: str) -> int:
     for name in loaded.consumed_env:
         os.environ.pop(name, None)
     _set_up_log(loaded.local)
-    for warning in loaded.warnings:
-        log.warning("configuration", problem=warning)
     local = loaded.local
+    for warning in (*loaded.warnings, *programs_not_there(local)):
+        log.warning("configuration", problem=warning)
     prepare_state_dir(local, environ)
     prepare_runtime_dir(local, environ)
     with agent_flock(agent_lock(local, environ)) as ours, agent_flock(data_directory_lock(local, environ)) as alone:

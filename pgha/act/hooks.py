@@ -36,9 +36,11 @@ async def pre_promote(ctx: Context, action: PrePromote, progress: Progress) -> d
 
 
 async def before_stop(ctx: Context, limit_s: float, progress: Progress) -> None:
-    """Returns when it has ended, at `limit_s`, or when an orderly demotion is due; what still runs then is ended beside."""
+    """Returns when it has ended, at `limit_s`, when an orderly demotion is due, or when the server has died; what still runs
+    then is ended beside."""
     command = ctx.wanted.effective().postgresql.before_stop
-    if not command or limit_s <= 0 or ctx.beside is None:
+    server = ctx.machine.adopt() if command and limit_s > 0 and ctx.beside is not None else None
+    if server is None or ctx.beside is None:
         return
     progress("before_stop")
     log.info("before_stop begins", limit_s=limit_s)
@@ -57,15 +59,16 @@ async def before_stop(ctx: Context, limit_s: float, progress: Progress) -> None:
     try:
         while not has_ended.is_set() and trio.current_time() < ends_at:
             leaves_s = _licence_leaves_s(ctx) if held else limit_s
-            if leaves_s <= 0:
-                log.warning("not waiting for before_stop any longer: the licence does not leave the time")
+            if leaves_s <= 0 or not server.alive():
+                log.warning("not waiting for before_stop any longer", why="the licence does not leave the time" if leaves_s <= 0 else "PostgreSQL has ended")
                 return
             with trio.move_on_after(min(leaves_s, LOOK_S, max(0.0, ends_at - trio.current_time()))):
                 await has_ended.wait()
         if not has_ended.is_set():
-            log.warning("not waiting for before_stop any longer", limit_s=limit_s)
+            log.warning("not waiting for before_stop any longer", why="its time is over", limit_s=limit_s)
     finally:
         scope.cancel()
+        server.close()
 
 
 def _licence_leaves_s(ctx: Context) -> float:

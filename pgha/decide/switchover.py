@@ -43,6 +43,11 @@ def is_done_with(o: Observation) -> Reason:
     return reason("switchover.is_done_with", True, said)
 
 
+def was_not_tried(o: Observation) -> Reason:
+    """Asked where this leader has handed over for this very request, and leads again."""
+    return reason("switchover.was_not_tried", False, f"the lock was given back for it, and {view_of(o).failover.candidate or 'nobody'} has not become the leader")
+
+
 def names_this_leader(o: Observation) -> Reason:
     key = view_of(o).failover
     return reason("switchover.names_this_leader", key.leader in ("", o.me.name), f"asked from {key.leader or 'anybody'}, the leader is {o.me.name}")
@@ -92,6 +97,8 @@ def obstacles(o: Observation, name: str) -> list[str]:
         found.append("tag nofailover is set")
     if peer.watchdog_failed:
         found.append("its watchdog is required and not usable")
+    if not peer.candidate and peer.in_recovery:
+        found.append("would not take the lock now")
     if lag > limit:
         found.append(f"lag {mib(lag)}, limit {mib(limit)}")
     if row is not None and peer.timeline and peer.timeline != row.timeline:

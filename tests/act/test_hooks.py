@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -12,6 +14,7 @@ from msgspec.structs import replace as but
 from pgha.act import Actor
 from pgha.model import action as a
 from pgha.model.lock import LicenceState
+from pgha.postgres.processes import read_postmaster_pid
 
 
 def told(node):
@@ -60,7 +63,7 @@ def test_what_callbacks_are_told_through_two_lives(bed):
 def test_pre_promote_answers(bed, command, agrees, said):
     async def main():
         async with bed.node("a", postgresql={"pre_promote": command}) as node:
-            facts = await node.operate(a.PrePromote(epoch=3, limit_s=0.2))
+            facts = await node.operate(a.PrePromote(epoch=3, limit_s=0.2 if "sleep" in command else 30.0))
             assert (facts["epoch"], facts["agrees"]) == (3, agrees) and said in facts["said"]
     trio.run(main)
 
@@ -101,7 +104,7 @@ class _Renewer:
         return self._licence()
 
 
-@pytest.mark.parametrize("why", ["its limit", "the licence ends", "the lock is lost"])
+@pytest.mark.parametrize("why", ["its limit", "the licence ends", "the lock is lost", "the server dies"])
 def test_a_before_stop_that_hangs_delays_no_demotion(bed, why):
     """It ignores SIGTERM, too: the stop begins while it is being ended."""
     async def main():
@@ -111,7 +114,7 @@ def test_a_before_stop_that_hangs_delays_no_demotion(bed, why):
 
             def licence():
                 held = node.renewer.licence
-                if trio.current_time() < began_s + 0.5 or why == "its limit":
+                if trio.current_time() < began_s + 0.5 or why in ("its limit", "the server dies"):
                     return held
                 if why == "the lock is lost":
                     return but(held, state=LicenceState.LOST)
@@ -119,7 +122,15 @@ def test_a_before_stop_that_hangs_delays_no_demotion(bed, why):
 
             ctx = replace(node.ctx, renewer=_Renewer(node.renewer, licence))
             limit_s = 0.5 if why == "its limit" else 60
-            took = await Actor(ctx).operate(a.Demote(mode="fast", release=False, checkpoint=True, why="test", timeout_s=20, before_stop_s=limit_s), node.progress.append)
-            assert 0.4 < took["before_stop_s"] < 1.3, took      # its grace alone would be a second more
+
+            async def server_dies():
+                await trio.sleep(0.5)
+                os.kill(read_postmaster_pid(node.data_dir).pid, signal.SIGKILL)
+
+            async with trio.open_nursery() as nursery:
+                if why == "the server dies":
+                    nursery.start_soon(server_dies)
+                took = await Actor(ctx).operate(a.Demote(mode="fast", release=False, checkpoint=True, why="test", timeout_s=20, before_stop_s=limit_s), node.progress.append)
+            assert 0.4 < took["before_stop_s"] < 1.45, took      # its grace alone would be a second more
             assert not node.living()
     trio.run(main)

@@ -80,6 +80,11 @@ def test_who_was_refused_stays_out_of_the_race(case):
     assert decision.vote.candidate == (case.refuses == ())
 
 
+def test_who_was_refused_says_so_to_a_leader_who_looks_for_a_successor():
+    vetoed = REPLICA.but(memory__vetoed_until=ahead(12), memory__veto_why="pre_promote refused")
+    assert REPLICA.decide().vote.candidate and not vetoed.decide().vote.candidate
+
+
 def ended(world: World, *, ok: bool = True, **facts: object) -> World:
     operation = Operation(kind="PrePromote", id=7, started_at=ago(15), ended_at=ago(0), ok=ok, facts=facts)
     return world.but(ended=operation, memory__holding_since=ago(15))
