@@ -581,7 +581,9 @@ class Agent:
     def _publish(self, seen: Observation, decision: Decision, remembered: Memory) -> None:
         if decision.summary.startswith("refused to hand over"):
             self._refusal = decision.summary.partition(": ")[2]
-        published = publish_pass(seen, decision, scope=self.local.scope, memory=remembered, failover_refusal=self._refusal, gauges=store_gauges(seen))
+        problems = (*self.effective.problems, *(f"PostgreSQL setting left out: {name}: {why}" for name, why in self.wanted.left_out.items()))
+        published = publish_pass(seen, decision, scope=self.local.scope, memory=remembered, failover_refusal=self._refusal, problems=problems,
+                                 gauges={**store_gauges(seen), "configuration_problems": float(len(problems))})
         self.board.publish(published)
         said = _what_is_said(decision)
         news = said != self._said and (decision.situation != "busy" or bool(decision.actions))
