@@ -16,7 +16,7 @@ from msgspec import Struct
 from pgha.config.judgement import in_our_words
 from pgha.config.load import Effective
 from pgha.config.schema import Path
-from pgha.config.why import UnknownKey, shown_value, why
+from pgha.config.why import STORE, UnknownKey, parameter_value, why
 from pgha.errors import PghaError
 from pgha.model.gucs import Guc, GucFacts
 from pgha.postgres.parameters import CONTROLLED
@@ -65,7 +65,8 @@ class Provenance:
         defaults = {name: rule.default for name, rule in CONTROLLED.items()}
         try:
             found = why(key, local=effective.local, sources=self.sources, dynamic=self._config, mixed=self._mixed, defaults=defaults)
-            running, left_out = await self._running(found.key)
+            shared = next((layer.value for layer in found.layers if layer.layer == STORE), None)
+            running, left_out = await self._running(found.key, shared)
         except UnknownKey as unknown:
             return Answer(status=404, text=str(unknown))
         return Answer(status=200, json=True, text=json.dumps({
@@ -78,7 +79,7 @@ class Provenance:
         return {"revision": self._revision, "watched_since": _moment(self._since_s),
                 "changed": {"revision": last.revision, "seen_at": _moment(last.wall_s)} if last is not None else None}
 
-    async def _running(self, key: str) -> tuple[dict[str, Any] | None, str]:
+    async def _running(self, key: str, shared: Any) -> tuple[dict[str, Any] | None, str]:
         """What PostgreSQL itself says of a parameter, and why it was left out. UnknownKey if PostgreSQL has none of that name."""
         name = key.removeprefix("postgresql.parameters.")
         if name == key:
@@ -91,11 +92,11 @@ class Provenance:
         guc = facts.of.get(name.lower())
         if guc is None and "." not in name and not left_out and facts.running:
             raise UnknownKey(f"{key}: {in_our_words('unrecognized configuration parameter', name, facts)}")
-        return (_shown(guc) if guc is not None and facts.running else None), (in_our_words(left_out, name, facts) if left_out else "")
+        return (_shown(guc, shared) if guc is not None and facts.running else None), (in_our_words(left_out, name, facts) if left_out else "")
 
 
-def _shown(guc: Guc) -> dict[str, Any]:
-    return {"value": shown_value(guc.shown or guc.value), "source": guc.source, "file": guc.file, "line": guc.line, "context": guc.context,
+def _shown(guc: Guc, shared: Any) -> dict[str, Any]:
+    return {"value": parameter_value(guc.name, guc.shown or guc.value, shared=shared), "source": guc.source, "file": guc.file, "line": guc.line, "context": guc.context,
             "pending_restart": guc.pending, "default": guc.default, "unit": guc.unit}
 
 

@@ -157,6 +157,12 @@ class Actor:
         """What is wrong with replacing the shared configuration `old` by `new`, and what it would do here. Changes nothing."""
         return await vet.judge(self.ctx, old, new)
 
+    async def vet_configuration(self) -> None:
+        """Beside a server that has been found running, nothing is written: what is to be left out is known all the same."""
+        if self.ctx.wanted.to_vet() != self.ctx.wanted.vetted:
+            await vet.vet(self.ctx)
+            self.ctx.configuration_changed()
+
     async def gucs(self) -> GucFacts:
         """What PostgreSQL says of its parameters now. PostgresError, OSError."""
         return (await vet.facts(self.ctx))[0]

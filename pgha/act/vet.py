@@ -19,7 +19,7 @@ from pgha.config.judgement import Judgement, changed_settings, in_our_words, lin
 from pgha.config.load import Effective, effective
 from pgha.config.values import shown
 from pgha.errors import OperationFailed, PostgresError
-from pgha.model.gucs import GucFacts
+from pgha.model.gucs import GucFacts, is_plain
 from pgha.postgres import directories, gucs
 from pgha.postgres.parameters import overridden, pending_restart
 
@@ -81,7 +81,8 @@ async def judge(ctx: Context, old: dict[str, Any] | None, new: Any) -> Judgement
     refused = own | {name: in_our_words(why, changed.get(name, ("", name))[1], known) for name, why in told.items()}
     named = {problem.split(": ")[1] for problem in schema if problem.count(": ") > 1}
     problems = [line(changed[name], why) for name, why in sorted(refused.items()) if name in changed and f"postgresql.{'.'.join(changed[name])}" not in named]
-    warnings = [line(where, f"{ctx.me.name}'s own file sets it to {shown(here[name])}, which wins there") for name, where in changed.items()
+    # The value only where it cannot hold a secret: the node's own file is not for everybody who may send a change.
+    warnings = [line(where, f"{ctx.me.name}'s own file sets it{f' to {shown(here[name])}' if is_plain(known.of.get(name)) else ''}, which wins there") for name, where in changed.items()
                 if name in shared and here.get(name, shared[name]) != shared[name]]
     warnings += [line(changed[name], what) for name, what in overridden(here, known.of, entries).items() if name in changed]
     warnings += [f"{line(('parameters', name), why)}; it is left out, as before" for name, why in sorted(refused.items()) if name not in changed and name in shared]

@@ -76,6 +76,7 @@ bin_dir = "/usr/lib/postgresql/15/bin"
 # custom_conf = "/etc/pgha/postgresql.conf"  # an own file that postgresql.conf includes, in place of postgresql.base.conf
 pg_hba = [
     "local all all peer",
+    "host all postgres 127.0.0.1/32 scram-sha-256",  # pgha itself: to 127.0.0.1 if it listens everywhere
     "host replication replicator 10.0.0.0/24 scram-sha-256",
     "host all all 10.0.0.0/24 scram-sha-256",
 ]

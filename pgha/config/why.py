@@ -20,6 +20,7 @@ from pgha.config.local import LocalConfig
 from pgha.config.schema import Field, Key, Path, Section, every_key, fields, nearest
 from pgha.config.values import Secret
 from pgha.log import scrub
+from pgha.model.gucs import may_hold_secrets
 
 DEFAULT, STORE, FILE, ENVIRONMENT, CONTROLLED = "default", "store", "file", "environment", "pgha"
 #: Tables whose own keys are anybody's.
@@ -79,9 +80,9 @@ def why(key: str, *, local: LocalConfig, sources: Mapping[Path, str], dynamic: A
     if layers[0].layer == DEFAULT and default != value:
         notes.append("nobody has set it: it follows from other keys")
     notes += _bootstrap_note(path, local, sources) if theirs is not None else []
-    secret = known.key.kind.secret
-    return Why(key=".".join(path), value=shown_value(value, secret=secret), secret=secret, notes=tuple(notes),
-               layers=tuple(msgspec.structs.replace(layer, value=shown_value(layer.value, secret=secret)) for layer in layers))
+    secret, private = known.key.kind.secret, path[1:2] == ("recovery_conf",) and may_hold_secrets(path[-1])
+    return Why(key=".".join(path), value=shown_value(value, secret=secret or (private and layers[0].layer != STORE)), secret=secret, notes=tuple(notes),
+               layers=tuple(msgspec.structs.replace(layer, value=shown_value(layer.value, secret=secret or (private and layer.layer != STORE))) for layer in layers))
 
 
 # --- parameters of PostgreSQL ------------------------------------------------------------------------------------------
@@ -109,8 +110,9 @@ def _parameter(path: Path, *, local: LocalConfig, sources: Mapping[Path, str], d
         layers.append(Layer(layer=DEFAULT, value=None))
         notes.append("nobody has configured it: PostgreSQL's own default counts")
     notes += _bootstrap_note(path, local, sources)
-    return Why(key=".".join(path), value=shown_value(layers[0].value), notes=tuple(notes),
-               layers=tuple(msgspec.structs.replace(layer, value=shown_value(layer.value)) for layer in layers))
+    shared_value = shared[1] if shared else None
+    said = tuple(msgspec.structs.replace(layer, value=parameter_value(name, layer.value, shared=shared_value)) for layer in layers)
+    return Why(key=".".join(path), value=said[0].value, notes=tuple(notes), layers=said)
 
 
 def _named(table: Any, name: str) -> tuple[str, Any] | None:
@@ -217,7 +219,13 @@ def _layer_of(sources: Mapping[Path, str], path: Path) -> str:
 def _bootstrap_note(path: Path, local: LocalConfig, sources: Mapping[Path, str]) -> list[str]:
     if _inside(local.bootstrap.dcs, path) is None:
         return []
-    return [f"bootstrap.dcs in {_source(sources, ('bootstrap', 'dcs')) or 'the file'} says {shown_value(_inside(local.bootstrap.dcs, path))}: that counted once, when the cluster was made"]
+    return [f"bootstrap.dcs in {_source(sources, ('bootstrap', 'dcs')) or 'the file'} says {shown_value(_inside(local.bootstrap.dcs, path), secret=may_hold_secrets(path[-1]))}: that counted once, when the cluster was made"]
+
+
+def parameter_value(name: str, value: Any, *, shared: Any = None) -> Any:
+    """A parameter's value, as far as it is for everybody who may ask: a command of this node's own file, or of ALTER SYSTEM,
+    is not; what the store says is what GET /config answers."""
+    return shown_value(value, secret=may_hold_secrets(name) and value != shared)
 
 
 # --- what is shown -----------------------------------------------------------------------------------------------------
@@ -240,7 +248,7 @@ def shown_value(value: Any, *, secret: bool = False) -> Any:
     if isinstance(value, Secret) or (secret and value not in (None, "")):
         return "***" if value else ""
     if isinstance(value, dict):
-        return {k: shown_value(v, secret=any(word in str(k).lower() for word in _SECRET_KEYS)) for k, v in value.items()}
+        return {k: shown_value(v, secret=any(word in str(k).lower() for word in _SECRET_KEYS) or may_hold_secrets(str(k))) for k, v in value.items()}
     if isinstance(value, list):
         return [shown_value(item) for item in value]
     return scrub(value) if isinstance(value, str) else value

@@ -29,6 +29,8 @@ from pgha.ctl.settings import Settings
 KEPT = 500
 #: events that --once prints below the table
 LAST = 20
+#: a page has one event at least, and no more are kept
+MOST_PAGES = 1000
 #: the screen is written at most this often
 DRAW_AGAIN_S = 0.1
 _KIND_STYLES = {"lock": "note", "role": "cyan", "operation": "blue", "member": "good", "lag": "magenta", "configuration": "magenta"}
@@ -238,17 +240,13 @@ def _once(settings: Settings, *, kinds: str, form: str) -> int:
     failures: list[str] = []
     for address in _addresses(settings, failures):
         try:
-            answer = agents.ask(settings, address, "GET", f"/pgha/events{'?kinds=' + kinds if kinds else ''}")
-            page = json.loads(answer.body) if answer.status == 200 else None
+            events = _kept(settings, address, kinds=kinds, everything=form == "json")
         except NoAnswer as silence:
             failures.append(str(silence))
             continue
-        except (ValueError, RecursionError):
-            page = None
-        if not isinstance(page, dict) or page.get("scope") != settings.scope or not isinstance(page.get("events"), list):
+        if events is None:
             failures.append(f"{address} has no events of {settings.scope}")
             continue
-        events = [event for event in page["events"] if isinstance(event, dict)]
         if form == "table":
             own = agents.get_json(settings, address, "/patroni")
             print(shown(clusters.seen_by_agent(settings.scope, agents.get_json(settings, address, "/cluster"), str(own.get("database_system_identifier", "")))))
@@ -256,6 +254,26 @@ def _once(settings: Settings, *, kinds: str, form: str) -> int:
             print(json.dumps(event) if form == "json" else line(event))
         return DONE
     raise End(UNREACHABLE, "no member's agent answers:\n  " + "\n  ".join(failures or ["none is known"]))
+
+
+def _kept(settings: Settings, address: str, *, kinds: str, everything: bool) -> list[dict[str, Any]] | None:
+    """The newest events, or page by page all that are kept; None if this is no agent of the cluster. NoAnswer."""
+    events: list[dict[str, Any]] = []
+    after: Any = "0" if everything else ""
+    for _ in range(MOST_PAGES):
+        asked = "&".join(f"{key}={value}" for key, value in (("after", after), ("kinds", kinds)) if value)
+        answer = agents.ask(settings, address, "GET", f"/pgha/events{'?' + asked if asked else ''}")
+        try:
+            page = json.loads(answer.body) if answer.status == 200 else None
+        except (ValueError, RecursionError):
+            page = None
+        if not isinstance(page, dict) or page.get("scope") != settings.scope or not isinstance(page.get("events"), list):
+            return None
+        events += [event for event in page["events"] if isinstance(event, dict)]
+        after = page.get("more")
+        if not everything or not isinstance(after, str) or not after.isascii() or not after.replace("-", "").isalnum():
+            break
+    return events
 
 
 def _addresses(settings: Settings, failures: list[str]) -> Iterator[str]:

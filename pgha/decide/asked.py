@@ -160,6 +160,8 @@ def _scheduled(o: Observation, memory: Memory) -> tuple[tuple[Request, ...], Mem
     scheduled = memory.scheduled_restart
     if scheduled is None:
         return (), memory, ()
+    if scheduled.begun and _restarts(o, memory):    # not when it is decided: an action before it in that pass may fail
+        return (), replace(memory, scheduled_restart=None, said=f"restart scheduled at {scheduled.schedule}: begun"), ()
     at = when(o, scheduled.schedule)
     meant, timely = is_the_one_meant(o, scheduled), is_in_time(o, scheduled, at)
     obstacles = [r for r in (meant, timely) if not r.holds]
@@ -183,10 +185,10 @@ def due_in_s(o: Observation, memory: Memory) -> float:
     return at.in_s if at is not None and at.due is Due.LATER else float("inf")
 
 
-def carried_out(memory: Memory) -> Memory:
-    """The scheduled restart is begun."""
-    scheduled = memory.scheduled_restart
-    return memory if scheduled is None else replace(memory, scheduled_restart=None, said=f"restart scheduled at {scheduled.schedule}: begun")
+def _restarts(o: Observation, memory: Memory) -> bool:
+    """A restart runs, or has ended since the last pass, which may be all that is seen of it."""
+    ended = o.ended if o.ended is not None and o.ended.id != memory.last_ended_id else None
+    return any(operation is not None and operation.kind == "Restart" for operation in (o.operation, ended))
 
 
 # --- reinitialize ----------------------------------------------------------------------------------------------------------

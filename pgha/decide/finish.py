@@ -10,7 +10,7 @@ from pgha.decide.common import may_write, stop_timeout_s
 from pgha.decide.standing import licensed
 from pgha.model.action import Bootstrap, Clone, Demote, Restart, Rewind, StartPrimary, StartStandby, Stop
 from pgha.model.decision import Decision, Mandate
-from pgha.model.observation import Observation
+from pgha.model.observation import BEFORE_STOP, Observation
 
 #: What begins or ends PostgreSQL by this node's own doing.
 LIFE = (Bootstrap, Clone, StartStandby, StartPrimary, Demote, Stop, Restart, Rewind)
@@ -24,7 +24,6 @@ def finish(o: Observation, decision: Decision) -> Decision:
     if any(isinstance(action, LIFE) for action in decision.actions) and not memory.ours_to_start:
         memory = replace(memory, ours_to_start=True)
     if (restart := next((action for action in decision.actions if isinstance(action, Restart)), None)) is not None:
-        memory = asked.carried_out(memory) if not restart.request_id else memory
         memory = replace(memory, restart_within_s=restart.timeout_s if restart.as_primary else 0.0)
     if memory.paused != pause:
         memory = replace(memory, paused=pause)
@@ -45,6 +44,8 @@ def mandate(o: Observation) -> Mandate:
     loop_until = o.now.plus_s(min(o.settings.ttl_s, 3 * o.settings.loop_wait_s))
     start_s = o.settings.primary_start_timeout_s or 300.0
     operation, postgres = o.operation, o.postgres
+    if operation is not None and operation.progress == BEFORE_STOP and may_write(o):
+        operation = None        # it still serves, and is to answer
     until: Deadline
     if operation is not None and operation.kind in ("StartPrimary", "Restart", "Promote"):
         return Mandate(kind="starting", until=earlier(loop_until, operation.started_at.plus_s(start_s + stop_timeout_s(o) + o.settings.before_stop_s)), why=operation.kind)

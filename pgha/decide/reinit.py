@@ -4,6 +4,7 @@ Rules of this file:
 * never on a leader, never without a leader whose PostgreSQL answers as the primary of this very cluster, just before;
 * never data that is another cluster's, or of which nobody can tell whose it is: to move that away is for people;
 * the data is kept until the copy streams, and so whoever fails on the way goes on with what it had;
+* commits do not wait for the copy: in the strict mode a leader that has nobody else keeps its only standby, and so do we;
 * nobody leads any more: then this data may be what the cluster goes on with, and the copy is given up.
 """
 
@@ -55,8 +56,12 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     if o.postgres.alive:
         let_go = synchronous.is_to_be_let_go(o, memory)
         if not let_go.holds:
-            memory = memory if memory.leaving_since else replace(memory, leaving_since=o.now)
+            # By the time that it is let go the leader's answer may be too old: then it is asked anew.
+            memory = replace(memory, leaving_since=memory.leaving_since or o.now, reinit=replace(wanted, inspected=False))
             return Decision(situation="reinitializing", summary=f"reinitialize: {let_go.because}", reasons=(*reasons, let_go), memory=memory, wake_in_s=0.1)
+        spared = can_be_spared(o)
+        if not spared.holds:
+            return _given_up(memory, (*reasons, spared))
         stop = Stop(why="reinitialize", timeout_s=STOP_WITHIN_S, before_stop_s=o.settings.before_stop_s)
         return Decision(situation="reinitializing", summary="reinitialize: stopping PostgreSQL", reasons=reasons, actions=(stop,),
                         memory=replace(memory, reinit=replace(wanted, inspected=False)))
@@ -125,6 +130,13 @@ def store_is_believed(o: Observation) -> Reason:
         return reason(rule, False, f"{o.dcs.generation_changed}: who leads is not certain yet")
     before = o.dcs.remembered_sync
     return reason(rule, before is None, "the store was restored to another /sync, and has not been written since" if before is not None else "the store has not gone back")
+
+
+def can_be_spared(o: Observation) -> Reason:
+    """It has waited to be let go. A leader that goes on to count on it in the strict mode would wait for it until the copy streams."""
+    strict = o.settings.synchronous_mode_strict and synchronous.is_counted_on(o)
+    return reason("reinit.can_be_spared", not strict, "synchronous_mode_strict: the leader does not let this standby go, and no commit would end before the copy is made; "
+                  "allowed: with another standby that can take its place, or with synchronous_mode_strict off meanwhile" if strict else "no commit waits for this node alone")
 
 
 def data_is_this_clusters(o: Observation) -> Reason:

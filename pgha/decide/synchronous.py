@@ -53,7 +53,7 @@ from pgha.model.wal import format_lsn
 CHECKPOINTER_S = 3.0
 COMMITS_GO_ON = "synchronous.commits_go_on"
 
-__all__ = ["COMMITS_GO_ON", "Upkeep", "before_promotion", "is_to_be_let_go", "may_start", "primary_names", "upkeep"]
+__all__ = ["COMMITS_GO_ON", "Upkeep", "before_promotion", "is_counted_on", "is_to_be_let_go", "may_start", "primary_names", "upkeep"]
 
 
 class Upkeep(Struct, frozen=True, kw_only=True):
@@ -77,11 +77,17 @@ def may_start(o: Observation, memory: Memory) -> tuple[Reason, tuple[Action, ...
     return reason(rule, False, "writing /sync once, so that nothing of a former agent or of an old store counts any more"), (action,), replace(memory, sync=book)
 
 
+def is_counted_on(o: Observation) -> bool:
+    """Does `/sync` name this standby, and does it run?"""
+    view = o.dcs.view
+    return view is not None and is_on(o) and not o.settings.pause and o.me.name.lower() in voters_of(view.sync) and o.postgres.alive
+
+
 def is_to_be_let_go(o: Observation, memory: Memory) -> Reason:
     """A synchronous standby that is about to stop says so in its tags, and waits until nobody counts on it: then no commit
     waits for its return. (compatibility spec 12.8)"""
-    rule, view, name = "synchronous.is_to_be_let_go", o.dcs.view, o.me.name.lower()
-    if view is None or not is_on(o) or o.settings.pause or name not in voters_of(view.sync) or not o.postgres.alive:
+    rule, view = "synchronous.is_to_be_let_go", o.dcs.view
+    if view is None or not is_counted_on(o):
         return reason(rule, True, "nobody counts on this node's confirmations")
     waited_s, limit_s = candidate_age_s(memory.leaving_since, o.now) if memory.leaving_since else 0.0, 2 * o.settings.loop_wait_s
     return reason(rule, waited_s >= limit_s, f"named in /sync by {view.sync.leader}, waited {waited_s:.1f} s of {limit_s:g} s to be let go")

@@ -7,7 +7,7 @@ nor choices (postgres/gucs.py).
 from __future__ import annotations
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 from msgspec import Struct
 
@@ -49,6 +49,20 @@ def setting_text(value: SettingValue) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
 
 
+#: A parameter of text may hold anything; of these nobody can tell what else than a secret.
+_SECRETIVE = re.compile(r"_command$|conninfo$|passw|passphrase|secret|token", re.IGNORECASE)
+
+
+def may_hold_secrets(name: str) -> bool:
+    """Commands and connection strings, and what sounds like one: values that are not for everybody who may ask."""
+    return _SECRETIVE.search(name) is not None
+
+
+def is_plain(guc: Guc | None) -> bool:
+    """Its values are numbers or words of a fixed list: no secret can be among them."""
+    return guc is not None and guc.vartype in ("bool", "integer", "real", "enum")
+
+
 def truth(text: str) -> bool | None:
     """PostgreSQL's reading: unambiguous prefixes of true, false, yes, no; on, off; 1, 0."""
     word = text.strip().lower()
@@ -66,7 +80,10 @@ UNITS: dict[str, tuple[str, Decimal]] = {
     "us": ("ms", Decimal("0.001")), "ms": ("ms", Decimal(1)), "s": ("ms", Decimal(1000)), "min": ("ms", Decimal(60_000)),
     "h": ("ms", Decimal(3_600_000)), "d": ("ms", Decimal(86_400_000)),
 }
-_QUANTITY = re.compile(r"\s*([+-]?(?:0[xX][0-9a-fA-F]+|\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+))\s*([A-Za-z]*)\s*")
+#: No power of ten that a computation could not bear (1e999999999GB is a number, but not for long).
+_QUANTITY = re.compile(r"\s*([+-]?(?:0[xX][0-9a-fA-F]+|[0-9]+\.?[0-9]*(?:[eE][+-]?[0-9]{1,4})?|\.[0-9]+))\s*([A-Za-z]*)\s*")
+#: Longer texts are nobody's numbers, and costly: a million hexadecimal digits take a minute and a half.
+_LONGEST_QUANTITY = 200
 
 
 def _unit(text: str) -> tuple[str, Decimal] | None:
@@ -86,16 +103,13 @@ def units_of(base_unit: str) -> tuple[str, ...]:
 
 def parse_quantity(text: str, base_unit: str | None) -> Decimal | None:
     """A number in the setting's own unit: ("64MB", "8kB") → 8192, ("8192", "8kB") → 8192. None if it is none."""
-    match = _QUANTITY.fullmatch(text)
+    match = _QUANTITY.fullmatch(text) if len(text) <= _LONGEST_QUANTITY else None
     if match is None:
         return None
-    try:
-        if re.fullmatch(r"0[0-7]+", match[1]):
-            number = Decimal(int(match[1], 8))      # file modes
-        else:
-            number = Decimal(int(match[1], 16)) if "x" in match[1].lower() else Decimal(match[1])
-    except InvalidOperation:
-        return None
+    if re.fullmatch(r"0[0-7]+", match[1]):
+        number = Decimal(int(match[1], 8))      # file modes
+    else:
+        number = Decimal(int(match[1], 16)) if "x" in match[1].lower() else Decimal(match[1])
     if not match[2]:
         return number
     given, base = _unit(match[2]), _unit(base_unit) if base_unit else None

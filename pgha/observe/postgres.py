@@ -276,8 +276,12 @@ class PostgresObserver:
             wanted = self._wanted()
             running = running_settings(await conn.query(SETTINGS_SQL, settings_argument(wanted), deadline_s=PROBE_DEADLINE_S))
             files = await self._files(conn)
-            self._pending = pending_restart(wanted, running, files)
-            self._tell_overridden(overridden(wanted, running, files))
+            try:
+                self._pending, said = pending_restart(wanted, running, files), overridden(wanted, running, files)
+            except (ArithmeticError, ValueError, RecursionError) as error:      # a report must not end the probe: the server is well
+                log.error("what waits for a restart cannot be told", why=str(error) or type(error).__name__)
+            else:
+                self._tell_overridden(said)
         return self._pending
 
     async def _files(self, conn: Connection) -> dict[str, FileEntry]:

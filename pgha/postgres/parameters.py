@@ -10,7 +10,16 @@ from collections.abc import Callable, Mapping
 
 from msgspec import Struct
 
-from pgha.model.gucs import Guc, SettingValue, parse_quantity, same_value, setting_text, truth
+from pgha.model.gucs import (
+    Guc,
+    SettingValue,
+    is_plain,
+    may_hold_secrets,
+    parse_quantity,
+    same_value,
+    setting_text,
+    truth,
+)
 from pgha.model.rolling import STANDBY_AT_LEAST
 from pgha.postgres.controldata import ControlData
 from pgha.postgres.gucs import FileEntry
@@ -79,7 +88,7 @@ def prepare(wanted: Mapping[str, SettingValue | None], *, forced: Mapping[str, s
     notes: list[str] = []
     if "wal_keep_segments" in values:
         segments = values.pop("wal_keep_segments")
-        if "wal_keep_size" not in values and segments.isdigit():
+        if "wal_keep_size" not in values and segments.isascii() and segments.isdigit() and len(segments) < 10:
             values["wal_keep_size"] = f"{int(segments) * _SEGMENT_MB}MB"
             notes.append(f"wal_keep_segments is taken as wal_keep_size = {values['wal_keep_size']}")
     command_line = dict(forced)
@@ -132,19 +141,23 @@ def pending_restart(wanted: Mapping[str, str], running: Mapping[str, Guc], files
         else:
             then = "?" if setting.pending else None
         if then is not None and setting.context == "postmaster" and not same_value(then, setting.value, vartype=setting.vartype, unit=setting.unit or None):
-            pending[setting.name] = (setting.shown or setting.value, then)
+            pending[setting.name] = (setting.shown or setting.value, then) if is_plain(setting) or not may_hold_secrets(name) else ("***", "***")
     return pending
 
 
 def overridden(wanted: Mapping[str, str], running: Mapping[str, Guc], files: Mapping[str, FileEntry]) -> dict[str, str]:
-    """What ALTER SYSTEM says otherwise than the configuration: name → what that means, for people."""
+    """What ALTER SYSTEM says otherwise than the configuration: name → what that means, for people. Values only of those that
+    cannot hold a secret: anybody who may send a change is told, and the journal."""
     said = {}
     for name, ours in wanted.items():
         entry, setting = files.get(name), running.get(name)
         if entry is None or setting is None or not entry.by_alter_system or same_value(entry.value, ours, vartype=setting.vartype, unit=setting.unit or None):
             continue
         if name in CONTROLLED or name in FORCED_BY_CALLER:
-            said[name] = f"ALTER SYSTEM has set it to {entry.value}, without effect, since pgha sets it at the start; allowed: the cluster's configuration, and ALTER SYSTEM RESET {name}"
-        else:
+            to = f" to {entry.value}" if is_plain(setting) else ""
+            said[name] = f"ALTER SYSTEM has set it{to}, without effect, since pgha sets it at the start; allowed: the cluster's configuration, and ALTER SYSTEM RESET {name}"
+        elif is_plain(setting):
             said[name] = f"ALTER SYSTEM has set it to {entry.value}, which wins over the configuration's {ours} on this member; allowed: ALTER SYSTEM RESET {name}"
+        else:
+            said[name] = f"ALTER SYSTEM has set it to something else, which wins over the configuration on this member; allowed: ALTER SYSTEM RESET {name}"
     return said

@@ -40,6 +40,8 @@ _OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _PART_BYTES = 16 << 10
 _CHUNKS = 32
 _SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})
+#: a longer answer goes out beside its head, not copied behind it: many may be given the same one
+SEPARATELY_BYTES = 16 << 10
 #: the same defect, with its traceback, is logged again after this time
 _DEFECT_AGAIN_S = 60.0
 
@@ -339,6 +341,9 @@ class _Server:
             connection.buffer = parser.trailing_data[0]
             if head.method == b"HEAD":
                 await self._send(connection, self._head_bytes(response, keep_alive=keep_alive))
+            elif len(response.body) > SEPARATELY_BYTES:
+                await self._send(connection, self._head_bytes(response, keep_alive=keep_alive))
+                await self._send(connection, response.body)
             else:
                 await self._send(connection, self._bytes(response, keep_alive=keep_alive))
         except h11.RemoteProtocolError as error:

@@ -29,7 +29,7 @@ import trio
 
 from pgha import __version__
 from pgha.clock import Clock
-from pgha.events import EventLog, NoSuchId
+from pgha.events import Entry, EventLog, NoSuchId
 from pgha.log import Log
 from pgha.model.event import KINDS, Event, Hello
 from pgha.rest.wire import JSON, Request, Response, json_response, text_response
@@ -43,6 +43,11 @@ log = Log(__name__)
 BATCH = 16
 #: what one reader is given in one go
 GIVEN_BYTES = 16 << 10
+#: what one page has; a client that does not read it keeps so much of our memory
+PAGE_BYTES = 64 << 10
+PAGE_EVENTS = 200
+#: pages that are kept for whoever asks the same, until the next event
+PAGES_KEPT = 8
 #: of the kernel, for each reader (it takes twice as much)
 SEND_BUFFER_BYTES = 64 << 10
 #: a reader that has taken nothing for so long is dropped; so much later, whether or not it has taken notice
@@ -96,6 +101,7 @@ class Readers:
         self._at_most = at_most
         self._readers: dict[Reader, None] = {}
         self._delivering = False
+        self._pages: dict[tuple[int, int, frozenset[str] | None, bool], bytes] = {}     # last, from where, kinds, the newest
 
     def __len__(self) -> int:
         return len(self._readers)
@@ -103,7 +109,8 @@ class Readers:
     # --- the answer to a request ---------------------------------------------------------------------------------------
 
     def page(self, request: Request) -> Response:
-        """For those who ask once: all that is kept, or what came after an id."""
+        """For those who ask once: the newest events, or those that came after an id ("0": the oldest kept) and `more`, where the
+        next page begins. Who asks the same gets the same bytes: many that ask and do not read cost little more than one."""
         wanted = _wanted(request)
         if isinstance(wanted, Response):
             return wanted
@@ -113,10 +120,33 @@ class Readers:
         except NoSuchId as why:
             return text_response(400, f"after: {why}")
         events = self.events
-        head = json_response({"node": events.node, "scope": events.scope, "last": events.id_of(events.last), "oldest": events.id_of(events.forgotten)}).body
-        gap = b"null" if start.gap is None else events.message(start.gap, number=start.number, wall_s=self.clock.wall_s())
-        told = b",\n".join(entry.text for entry in events.after(start.number, kinds))
-        return Response(status=200, content_type=JSON, body=b'%s, "gap": %s, "events": [\n%s\n]}' % (head[:-1], gap, told))
+        if start.gap is not None:       # its words are of this question
+            gap = events.message(start.gap, number=start.number, wall_s=self.clock.wall_s())
+            return Response(status=200, content_type=JSON, body=self._page(start.number, kinds, newest=False, gap=gap))
+        key = (events.last, start.number, kinds, not after)
+        if (body := self._pages.get(key)) is None:
+            body = self._page(start.number, kinds, newest=not after, gap=b"null")
+            if len(self._pages) >= PAGES_KEPT or any(kept[0] != events.last for kept in self._pages):
+                self._pages.clear()
+            self._pages[key] = body
+        return Response(status=200, content_type=JSON, body=body)
+
+    def _page(self, number: int, kinds: frozenset[str] | None, *, newest: bool, gap: bytes) -> bytes:
+        """The events after that number: the first, or the newest of them, as many as a page has."""
+        events = self.events
+        told: list[Entry] = []
+        size, more = 0, None
+        entries = events.after(number, kinds)
+        for entry in reversed(list(entries)) if newest else entries:
+            if told and (len(told) >= PAGE_EVENTS or size + len(entry.text) > PAGE_BYTES):
+                more = None if newest else events.id_of(told[-1].number)
+                break
+            told.append(entry)
+            size += len(entry.text)
+        if newest:
+            told.reverse()
+        head = json_response({"node": events.node, "scope": events.scope, "last": events.id_of(events.last), "oldest": events.id_of(events.forgotten), "more": more}).body
+        return b'%s, "gap": %s, "events": [\n%s\n]}' % (head[:-1], gap, b",\n".join(entry.text for entry in told))
 
     def upgrade(self, request: Request) -> Response | Upgraded:
         """For a request with `Upgrade: websocket`: the refusal, or the reader."""

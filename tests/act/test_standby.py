@@ -343,9 +343,10 @@ def test_a_change_is_judged_by_the_server_and_without_one_by_its_program(bed):
         return {"ttl": 30, "postgresql": {"parameters": parameters}}
 
     async def main():
-        async with bed.node("a", parameters={"log_min_messages": "warning"}) as node:
+        async with bed.node("a", parameters={"log_min_messages": "warning", "archive_command": "KEY=topsecret wal-g"}) as node:
             await node.primary()
             await node.sql("ALTER SYSTEM SET effective_cache_size = '1GB'")
+            await node.sql("ALTER SYSTEM SET ssl_passphrase_command = 'echo topsecret'")
             old = change(autovacuum_naptime="never", work_mem="4MB")     # what was wrong before is not held against the change
             new = change(autovacuum_naptime="never", work_mem="4 parsecs", wrok_mem=1, max_connections=9999999, timezone="Mars", log_min_messages="error",
                          effective_cache_size="2GB", shared_buffers="16MB", **{"pg_stat_statements.max": "x", "plpgsql.variable_conflict": "sometimes"})
@@ -363,6 +364,11 @@ def test_a_change_is_judged_by_the_server_and_without_one_by_its_program(bed):
             assert judged.warnings[3].startswith(f'{where}autovacuum_naptime: is "never", which is no number')
             assert judged.warnings[3].endswith("; it is left out, as before")
             assert judged.restart == {}      # this node's own file says 8MB
+            secretive = await node.actor.judge_configuration(change(), change(archive_command="true", ssl_passphrase_command="true", wal_buffers="1e999999999GB"))
+            assert secretive.warnings == (
+                f"{where}archive_command: a's own file sets it, which wins there",
+                f"{where}ssl_passphrase_command: ALTER SYSTEM has set it to something else, which wins over the configuration on this member; allowed: ALTER SYSTEM RESET ssl_passphrase_command")
+            assert [problem.partition(";")[0] for problem in secretive.problems] == [f'{where}wal_buffers: is "1e999999999GB", which is no number of this kind']
             good = await node.actor.judge_configuration(change(), change(max_connections=90, max_worker_processes=8, work_mem="5MB"))
             assert (good.problems, good.restart) == ((), {"max_connections": ("100", "90")})
             recovery = await node.actor.judge_configuration({}, {"postgresql": {"recovery_conf": {"recovery_min_apply_delay": "soon"}}})

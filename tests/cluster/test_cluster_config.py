@@ -137,7 +137,7 @@ def test_what_is_written_past_all_checks_does_no_harm(cluster):
     bad = json.loads(json.dumps(good))
     bad |= {"ttl": "for ever", "synchronous_node_count": -3, "unheard_of": {"x": 1}}
     bad.setdefault("postgresql", {}).setdefault("parameters", {}).update({
-        "work_mem": "8 parsecs", "wrok_mem": 1, "max_connections": 9999999, "shared_preload_libraries": 5, "timezone": "Mars", "maintenance_work_mem": "9MB",
+        "work_mem": "8 parsecs", "wrok_mem": 1, "max_connections": 9999999, "shared_preload_libraries": 5, "timezone": "Mars", "maintenance_work_mem": "9MB", "wal_buffers": "1e999999999GB",
         "log_line_prefix": "it's 100% \\ %m "})
     bad["postgresql"]["parameters"].pop("shared_preload_libraries")
     assert cluster.etcd.put(cluster.key("config"), json.dumps(bad).encode())
@@ -150,6 +150,18 @@ def test_what_is_written_past_all_checks_does_no_harm(cluster):
         assert cluster.wait_healthy(30) is leader
         assert parameter(leader, "work_mem") == "4MB"
         assert "PostgreSQL does not take a setting: it is left out" in replica.log_path.read_text()
+        problems = replica.get("/pgha/decision").body["problems"]
+        assert any(problem.startswith('/config: ttl: is "for ever", not a number') for problem in problems), problems
+        assert 'PostgreSQL setting left out: wrok_mem: unrecognized configuration parameter "wrok_mem"' in problems
+        count = sum(problem.startswith(("/config: ", "PostgreSQL setting left out")) for problem in problems)
+        assert f'pgha_configuration_problems{{scope="{cluster.settings.scope}",name="{replica.name}"}} {count}\n' in replica.get("/metrics").body
+        # an agent that begins beside a running server has been told nothing by a start, and asks itself
+        for node in (replica, leader):
+            node.kill_agent()
+            node.start_agent()
+        cluster.wait(lambda: all(node.patroni().get("state") == "running" for node in cluster.nodes), 30, "every agent runs and has seen its server")
+        assert cluster.wait_healthy(30) is leader
+        cluster.wait(lambda: not any("wal_buffers" in (pending(node) or {}) for node in (replica, leader)), 10, "nothing waits for a restart that would not apply it")
         # and an operator can change something else, is told of the rest, and can mend it
         code, _, err = ctl(cluster, "edit-config", "--force", "-p", "work_mem=5MB")
         assert code == DONE

@@ -41,12 +41,16 @@ work_mem = "8MB"
 "pg_stat_statements.max" = 500
 max_connections = 5
 primary_conninfo = "host=x password=geheim"
+archive_command = "KEY=geheim wal-g wal-push %p"
+restore_command = "KEY=geheim wal-g wal-fetch %f"
+[postgresql.recovery_conf]
+archive_cleanup_command = "KEY=geheim clean"
 [tags]
 nofailover = true
 zone = "north"
 """
 STORE = {"ttl": 5, "loop_wait": 10, "master_start_timeout": 60, "postgresql": {"use_pg_rewind": True, "parameters": {
-    "work_mem": "4MB", "maintenance_work_mem": "9MB", "max_connections": 200, "port": 1, "wal_level": "logicall", "wal_log_hints": "on"}}}
+    "work_mem": "4MB", "maintenance_work_mem": "9MB", "max_connections": 200, "port": 1, "wal_level": "logicall", "archive_command": "true", "ssl_passphrase_command": "cat /key", "wal_log_hints": "on"}}}
 ENVIRONMENT = {"PGHA_LOG_LEVEL": "DEBUG", "PGHA_SUPERUSER_PASSWORD": "geheim"}
 
 
@@ -78,6 +82,10 @@ def asked(loaded, key, dynamic=None):
     ("postgresql.parameters.wal_level", "replica", "default", "logicall"),
     ("postgresql.parameters.port", None, "pgha", "pgha sets it itself"),
     ("postgresql.parameters.shared_buffers", None, "default", "PostgreSQL's own default counts"),
+    # a command of the file's own may hold a secret; what the store says, GET /config answers anyway
+    ("postgresql.parameters.archive_command", "***", "file store", ""),
+    ("postgresql.parameters.ssl_passphrase_command", "cat /key", "store", ""),
+    ("postgresql.recovery_conf.archive_cleanup_command", "***", "file", ""),
     ("log.level", "DEBUG", "environment default", ""),
     ("restapi.listen", "10.0.0.1:8008", "file", ""),
     ("restapi.connect_address", "10.0.0.1:8008", "default", "it follows from other keys"),
@@ -118,14 +126,15 @@ def test_nonsense_in_the_store_is_survived(loaded, dynamic):
 
 
 def test_secrets_are_found_nowhere(loaded):
-    for key in ("postgresql.parameters.primary_conninfo", "postgresql.parameters", "bootstrap.dcs", "etcd3.password", "ctl.authentication.password"):
+    for key in ("postgresql.parameters.primary_conninfo", "postgresql.parameters.archive_command", "postgresql.parameters.restore_command", "postgresql.parameters", "postgresql.recovery_conf",
+                "postgresql.recovery_conf.archive_cleanup_command", "bootstrap.dcs", "etcd3.password", "ctl.authentication.password"):
         assert "geheim" not in repr(asked(loaded, key))
 
 
 @pytest.mark.parametrize(("path", "line"), [
     ("scope", 2), ("etcd3", 4), ("etcd3.hosts", 5), ("restapi.listen", 7), ("restapi.authentication.password", 11), ("postgresql.listen", 16), ("postgresql.pg_hba", 19),
     ("postgresql.authentication.superuser.username", 23), ("postgresql.authentication.replication.password", 25), ("postgresql.parameters.work_mem", 27),
-    ("postgresql.parameters", 26), ("tags.zone", 33), ("tags.nothing", 0), ("nothing", 0),
+    ("postgresql.parameters", 26), ("tags.zone", 37), ("tags.nothing", 0), ("nothing", 0),
 ])
 def test_the_line_of_a_key(path, line):
     assert line_of(FILE, tuple(path.split("."))) == line

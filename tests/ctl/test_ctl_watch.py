@@ -359,6 +359,10 @@ def test_once(world: World, agent: Agent) -> None:
     code, out, _ = world.ctl("watch", "--once", "-f", "json")
     assert [json.loads(text)["id"] for text in out.splitlines()] == [f"r1-{n}" for n in range(1, 26)]
     assert world.ctl("watch", "--once", "-f", "json", "--kinds", "lock")[:2] == (DONE, "")
+    for _ in range(450):
+        agent.happens(state("s"))
+    code, out, _ = world.ctl("watch", "--once", "-f", "json", "--kinds", "role")
+    assert [json.loads(text)["id"] for text in out.splitlines()] == [f"r1-{n}" for n in range(1, 476)], "page by page"
 
 
 def test_once_by_a_member_that_the_store_names(world: World, start_agent: Callable[..., tuple[str, int]]) -> None:

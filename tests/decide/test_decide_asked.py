@@ -94,7 +94,8 @@ def test_a_scheduled_restart(case):
     decision = check(HERE, case)
     kept = decision.memory.scheduled_restart
     dropped = any(rule.startswith("asked.") for rule in refused(decision))
-    assert (kept is None) == (dropped or "Restart" in (case.does or ())), decision.memory
+    assert (kept is None) == dropped, decision.memory
+    assert kept is None or kept.begun == ("Restart" in (case.does or ()))
     assert ("dropped" in decision.memory.said) == dropped
 
 
@@ -102,9 +103,27 @@ def test_a_scheduled_restart_is_carried_out_as_it_was_asked_for():
     decision = HERE.but(memory__scheduled_restart=scheduled("2027-01-15T08:00:00Z", timeout=5.0)).decide()
     restart = only(decision, Restart)
     assert (restart.request_id, restart.timeout_s, restart.as_primary) == (0, 5.0, False)
-    assert "begun" in decision.memory.said
+    assert decision.memory.said == ""
     leads = LEADER.but(memory__scheduled_restart=ScheduledRestart(schedule="2027-01-15T08:00:00Z")).decide()
     assert only(leads, Restart).as_primary
+
+
+@pytest.mark.parametrize(("now", "gone"), [
+    ({}, False),        # the pass that decided it did not come that far: it is decided again
+    ({"operation": Operation(kind="Restart", id=9, started_at=ago(0.1))}, True),
+    ({"operation": Operation(kind="InspectUpstream", id=9, started_at=ago(0.1))}, False),
+    ({"ended": Operation(kind="Restart", id=9, started_at=ago(1), ended_at=ago(0.1), ok=True), "postgres__row__started_at": "2027-01-15 08:00:00+00"}, True),
+    ({"ended": Operation(kind="Restart", id=9, started_at=ago(1), ended_at=ago(0.1), ok=True)}, True),      # … of which the row does not tell yet
+    ({"ended": Operation(kind="Restart", id=9, started_at=ago(1), ended_at=ago(0.1), why="no")}, True),
+    ({"ended": Operation(kind="Restart", id=8, started_at=ago(99), ended_at=ago(90), ok=True)}, False),
+])
+def test_a_scheduled_restart_is_begun_when_it_is_seen_to_be(now, gone):
+    decided = HERE.but(memory__scheduled_restart=scheduled("2027-01-15T08:00:00Z"), memory__last_ended_id=8).decide()
+    only(decided, Restart)
+    after = replace(HERE, memory=decided.memory).but(**now).decide()
+    assert (after.memory.scheduled_restart is None) == gone
+    assert (after.memory.said == "restart scheduled at 2027-01-15T08:00:00Z: begun") == gone
+    assert any(isinstance(a, Restart) for a in after.actions) == (not now or now.get("ended", Operation(kind="", id=0, started_at=NOW)).id == 8)
 
 
 def test_the_loop_wakes_when_a_restart_is_due():
@@ -126,13 +145,13 @@ def test_a_synchronous_standby_leaves_first_and_is_not_too_late_for_that():
 
 # --- the restart of a primary is given a time ----------------------------------------------------------------------------
 
-def restarted(took_s, *, within_s=10.0, ok=False):
-    ended = Operation(kind="Restart", id=9, started_at=ago(took_s + 0.1), ended_at=ago(0.1), ok=ok, why="" if ok else "too slow")
+def restarted(took_s=10.0, *, within_s=10.0, ok=False, overdue=True):
+    ended = Operation(kind="Restart", id=9, started_at=ago(took_s + 0.1), ended_at=ago(0.1), ok=ok, why="" if ok else "too slow", facts={} if ok else {"overdue": overdue})
     return CRASHED.but(ended=ended, memory__restart_within_s=within_s, memory__last_ended_id=8)
 
 
 @pytest.mark.parametrize(("world", "overdue"), [
-    (restarted(10.0), True), (restarted(9.0), False), (restarted(10.0, ok=True), False), (restarted(10.0, within_s=0.0), False), (restarted(10.0, within_s=20.0), False)])
+    (restarted(), True), (restarted(1000.0, overdue=False), False), (restarted(ok=True), False), (restarted(within_s=0.0), False)])
 def test_a_primary_that_is_not_back_in_time_is_overdue(world, overdue):
     memory = note_ended(world.seen, world.memory)
     assert (memory.restart_overdue, memory.restart_within_s) == (overdue, 0.0)

@@ -197,6 +197,39 @@ def test_a_synchronous_standby_leaves_first():
     assert names(voter.but(dcs__view__sync=Sync(leader="a", members=("c",))).decide()) == ("Stop",)
 
 
+VOTER = REPLICA.but(memory__reinit=WANTED, upstream=ANSWERED, settings__synchronous_mode="on", dcs__view__config={"synchronous_mode": True}, dcs__view__sync=Sync(leader="a", members=("b",)))
+
+
+def test_the_leader_is_asked_anew_while_a_standby_waits_to_be_let_go():
+    """Its answer counts for 10 s, the wait may take 20: a request is not given up for that."""
+    asks = VOTER.but(upstream=None).decide()
+    waits = replace(VOTER, memory=asks.memory).decide()
+    assert refused(waits) == ("synchronous.is_to_be_let_go",)
+    old = replace(VOTER, memory=waits.memory).but(upstream__asked_at=ago(10.5), memory__reinit__asked_at=ago(11), memory__leaving_since=ago(10.5))
+    again = old.decide()
+    assert (names(again), again.leaves_sync) == (("InspectUpstream",), True)
+    assert refused(replace(old, memory=again.memory).but(upstream=ANSWERED).decide()) == ("synchronous.is_to_be_let_go",)
+    silent = replace(old, memory=again.memory).decide()
+    assert (names(silent), silent.memory.reinit) == ((), None), "asked, and no answer came"
+
+
+@pytest.mark.parametrize(("changes", "does"), [
+    ({}, ()),
+    ({"settings__synchronous_mode_strict": False}, ("Stop",)),
+    ({"dcs__view__sync": Sync(leader="a", members=("c",))}, ("Stop",)),
+    ({"settings__pause": True}, ("Stop",)),
+    ({"settings__synchronous_mode": "off"}, ("Stop",)),
+])
+def test_in_the_strict_mode_no_commit_waits_for_a_copy(changes, does):
+    """A leader that has no other standby goes on to count on this one, however long it is asked to let it go."""
+    decision = VOTER.but(settings__synchronous_mode_strict=True, memory__leaving_since=ago(20)).but(**changes).decide()
+    assert names(decision) == does
+    if not does:
+        assert refused(decision) == ("reinit.can_be_spared",)
+        assert "synchronous_mode_strict" in decision.memory.reinit_ended.why
+        assert (decision.memory.reinit, decision.memory.leaving_since, decision.leaves_sync) == (None, None, False)
+
+
 @pytest.mark.parametrize(("kind", "ok", "ends"), [("Clone", True, True), ("Clone", False, True), ("Stop", False, True), ("Stop", True, None)])
 def test_how_it_ends(kind, ok, ends):
     """One try: whoever fails goes on with the data that is there, and says so."""

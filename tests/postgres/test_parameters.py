@@ -21,6 +21,15 @@ FORCED = {"listen_addresses": "*", "port": "5432", "cluster_name": "demo"}
     ("1h", "60min", "integer", "ms", True),
     ("500us", "0.5", "real", "ms", True),
     ("0x10", "16", "integer", None, True),
+    # numbers that cannot be computed with are none, however they came past the check
+    ("1e999999999GB", "8192", "integer", "8kB", False),
+    ("1e999999999999999999GB", "8192", "integer", "8kB", False),
+    ("1e-999999999kB", "0", "integer", "8kB", False),
+    ("1e9999", "1e9998", "real", None, False),
+    ("1e9999TB", "8192", "integer", "8kB", False),
+    ("0x" + "f" * 1_000_000, "1", "integer", None, False),
+    ("9" * 100_000, "1", "real", None, False),
+    ("\u0663", "3", "integer", None, False),       # digits, but not PostgreSQL's
     ("64MB", "64", "integer", "s", False),
     ("64 MB", "64MB", "integer", "kB", True),
     ("64mb", "64MB", "integer", "kB", False),      # PostgreSQL's units are case-sensitive
@@ -75,7 +84,8 @@ def test_a_standby_has_at_least_what_its_primary_had():
     assert p.command_line["max_connections"] == "50"
 
 
-@pytest.mark.parametrize(("value", "said"), [(60, "60"), (60.0, "60"), (" 60 ", "60"), ("0x3c", "60"), ("24", "100"), ("60.5", "100"), ("sixty", "100"), (10**10, "100"), (True, "100")])
+@pytest.mark.parametrize(("value", "said"), [(60, "60"), (60.0, "60"), (" 60 ", "60"), ("0x3c", "60"), ("24", "100"), ("60.5", "100"), ("sixty", "100"), (10**10, "100"), (True, "100"),
+                                              ("1e999999999", "100"), ("0e999999999", "100"), ("1e9999", "100"), ("0x" + "f" * 1_000_000, "100")])
 def test_numbers_are_said_as_postgresql_takes_them(value, said):
     assert prepare({"max_connections": value}, forced=FORCED).command_line["max_connections"] == said
 
@@ -143,6 +153,17 @@ def test_what_alter_system_says_otherwise_is_told():
         "max_connections": "ALTER SYSTEM has set it to 99, without effect, since pgha sets it at the start; allowed: the cluster's configuration, and ALTER SYSTEM RESET max_connections",
         "work_mem": "ALTER SYSTEM has set it to 1MB, which wins over the configuration's 8MB on this member; allowed: ALTER SYSTEM RESET work_mem"}
     assert overridden({"work_mem": "1024kB"}, running, {"work_mem": entry("1MB")}) == {}
+
+
+@pytest.mark.parametrize("name", ["archive_command", "ssl_passphrase_command", "primary_conninfo", "wal_level", "some.extension"])
+def test_no_value_that_may_be_a_secret_is_told(name):
+    """Anybody who may send a change is told, and the journal."""
+    running = {name: setting(name, "running-secret", vartype="string", pending=True)}
+    said = overridden({name: "configured-secret"}, running, {name: entry("file-secret")})
+    assert "secret" not in said[name], said
+    if name.startswith(("archive", "ssl", "primary")):
+        assert pending_restart({}, running, {name: entry("file-secret")}) == {name: ("***", "***")}
+        assert pending_restart({name: "other-secret"}, running) == {name: ("***", "***")}
 
 
 @pytest.mark.postgres

@@ -26,6 +26,7 @@ from pgha.rest.published import Board
 from pgha.rest.routes import App
 from pgha.rest.stream import Readers
 from pgha.rest.tls import make_context
+from pgha.rest.wire import Request
 
 HEALTHY = b"GET /primary HTTP/1.0\r\n\r\n"
 UPGRADE = b"GET /pgha/events%s HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + base64.b64encode(b"k" * 16) + b"\r\n\r\n"
@@ -117,7 +118,7 @@ def test_a_page_for_who_asks_once() -> None:
     async def main() -> None:
         node = Node(kept=3)
         async with serving(node.app) as address:
-            assert json.loads((await ask(address, "GET", "/pgha/events"))[1]) == {"node": "n1", "scope": "bench", "last": "r1-0", "oldest": "r1-0", "gap": None, "events": []}
+            assert json.loads((await ask(address, "GET", "/pgha/events"))[1]) == {"node": "n1", "scope": "bench", "last": "r1-0", "oldest": "r1-0", "more": None, "gap": None, "events": []}
             node.happens(count=5)
             page = json.loads((await ask(address, "GET", "/pgha/events"))[1])
             assert [event["id"] for event in page["events"]] == ["r1-3", "r1-4", "r1-5"]
@@ -353,6 +354,45 @@ def test_who_reads_too_slowly_is_dropped_with_a_reason_and_goes_on_where_it_was(
             page = json.loads((await ask(address, "GET", f"/pgha/events?after=r1-{numbers[-1]}"))[1])
             assert page["gap"]["reason"] == "dropped"
             assert page["gap"]["missed"] == 4800 - numbers[-1]
+
+    run(main)
+
+
+def test_pages_are_small_and_shared() -> None:
+    """A client that asks and does not read keeps what it was given: a page, not a megabyte, and the same one as the others'."""
+    async def main() -> None:
+        node = Node()
+        node.happens("x" * 900, count=1000)
+
+        def page(query: str = "") -> Any:
+            return node.readers.page(Request(method="GET", path="/pgha/events", query=dict(part.split("=") for part in query.split("&") if part)))
+
+        newest = page()
+        assert len(newest.body) < streams.PAGE_BYTES + 1000
+        assert page().body is newest.body
+        assert page("after=0").body is page("after=0").body
+        ids = [event["id"] for event in json.loads(newest.body)["events"]]
+        assert ids == [f"r1-{n}" for n in range(1001 - len(ids), 1001)], "the newest, oldest first"
+        assert json.loads(newest.body)["more"] is None
+        for query, found in (("kinds=role&", 1000), ("kinds=lock&", 0), ("", 1000)):
+            events, more, pages = [], "0", 0
+            while more is not None:
+                body = json.loads(page(f"{query}after={more}").body)
+                events, more, pages = events + body["events"], body["more"], pages + 1
+                assert len(body["events"]) <= streams.PAGE_EVENTS
+            assert [event["id"] for event in events] == [f"r1-{n}" for n in range(1, found + 1)]
+            assert pages == (1 if found == 0 else 1000 // len(ids) + 1)
+        assert len(node.readers._pages) <= streams.PAGES_KEPT
+        node.happens("y" * 100_000)
+        assert page().body is not newest.body
+        assert [event["id"] for event in json.loads(page(f"after=r1-{node.events.last - 1}").body)["events"]] == [f"r1-{node.events.last}"], "one at least, however long"
+        node.happens(count=500)
+        assert len(json.loads(page().body)["events"]) == streams.PAGE_EVENTS
+        gap = json.loads(page("after=r0-1").body)
+        assert (gap["gap"]["reason"], gap["more"] is not None) == ("restarted", True)
+        async with serving(node.app) as address:     # in two parts
+            status, text = await ask(address, "GET", "/pgha/events?after=0")
+            assert (status, json.loads(text)["oldest"]) == (200, node.events.id_of(node.events.forgotten))
 
     run(main)
 
