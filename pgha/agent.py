@@ -32,6 +32,7 @@ from pgha.act.wanted import STARTED_WITH, Wanted
 from pgha.announce import Announcer, member_value
 from pgha.chronicle import Chronicle
 from pgha.clock import Clock, Deadline, Instant, SystemClock, candidate_age_s, remaining_s
+from pgha.config.check import programs_not_there
 from pgha.config.cluster import normalised
 from pgha.config.directories import agent_lock, data_directory_lock, pgpass, prepare_runtime_dir, prepare_state_dir
 from pgha.config.load import Effective, Loaded, effective, load, needs_new_agent
@@ -43,6 +44,7 @@ from pgha.dcs.outage import Outage
 from pgha.decide import decide
 from pgha.decide.common import others
 from pgha.decide.foreign import member_is_ours
+from pgha.decide.lease import silent_s
 from pgha.errors import (
     ConfigError,
     DcsError,
@@ -198,7 +200,7 @@ class Agent:
                           run=machine.run, launch=machine.launch),
             machine=machine, wanted=self.wanted, hurry=self.postgres.hurry, configuration_changed=self.postgres.configuration_changed,
             last_position=self._last_position, bootstrap_config=self._bootstrap_config, private_dir=self.runtime_dir,
-            beside=self.callbacks.beside, told=self.callbacks)
+            beside=self.callbacks.beside, told=self.callbacks, silent_s=lambda: silent_s(self.postgres.facts, clock.now()))
         self.actor = Actor(context)
         self.inbox.judge = self.actor.judge_configuration
         self.provenance = Provenance(member=self.me.name, effective=lambda: self.effective, sources=loaded.sources, left_out=lambda: self.wanted.left_out,
@@ -579,7 +581,9 @@ class Agent:
     def _publish(self, seen: Observation, decision: Decision, remembered: Memory) -> None:
         if decision.summary.startswith("refused to hand over"):
             self._refusal = decision.summary.partition(": ")[2]
-        published = publish_pass(seen, decision, scope=self.local.scope, memory=remembered, failover_refusal=self._refusal, gauges=store_gauges(seen))
+        problems = (*self.effective.problems, *(f"PostgreSQL setting left out: {name}: {why}" for name, why in self.wanted.left_out.items()))
+        published = publish_pass(seen, decision, scope=self.local.scope, memory=remembered, failover_refusal=self._refusal, problems=problems,
+                                 gauges={**store_gauges(seen), "configuration_problems": float(len(problems))})
         self.board.publish(published)
         said = _what_is_said(decision)
         news = said != self._said and (decision.situation != "busy" or bool(decision.actions))
@@ -694,7 +698,7 @@ class Agent:
         self.wake()
 
     def _cancel(self, action: CancelOperation) -> None:
-        if self._operation is not None and self._operation.id == action.id and self._operation_scope is not None:
+        if self._operation is not None and self._operation.id == action.id and self._operation_scope is not None and action.while_in in ("", self._operation.progress):
             log.info("ending operation", kind=self._operation.kind, why=action.why)
             self._operation = replace(self._operation, cancelling=True)
             self._operation_scope.cancel()
@@ -709,7 +713,7 @@ class Agent:
                 ok, why = True, ""
             except OPERATING_ERRORS as error:
                 why = str(error) or type(error).__name__
-                facts = {"final": bool(getattr(error, "final", False)), "unreached": is_unreached(error)}
+                facts = {"final": bool(getattr(error, "final", False)), "unreached": is_unreached(error), "overdue": bool(getattr(error, "overdue", False))}
                 log.warning("operation failed", kind=operation.kind, why=why)
         self._operation_scope = None
         self._note_operation(action, facts, ok=ok, why=why)
@@ -919,9 +923,9 @@ def main(path: str) -> int:
     for name in loaded.consumed_env:
         os.environ.pop(name, None)
     _set_up_log(loaded.local)
-    for warning in loaded.warnings:
-        log.warning("configuration", problem=warning)
     local = loaded.local
+    for warning in (*loaded.warnings, *programs_not_there(local)):
+        log.warning("configuration", problem=warning)
     prepare_state_dir(local, environ)
     prepare_runtime_dir(local, environ)
     with agent_flock(agent_lock(local, environ)) as ours, agent_flock(data_directory_lock(local, environ)) as alone:

@@ -111,11 +111,12 @@ class GuardSilent(GuardError):
 
 
 class OperationFailed(PghaError):
-    """An operation could not be completed; the text is for people. `final`: the same again cannot help, another way must."""
+    """An operation could not be completed; the text is for people. `final`: the same again cannot help, another way must.
+    `overdue`: a server has not stopped, or does not accept writes after its start, within the time that it was given."""
 
-    def __init__(self, message: str = "", *, final: bool = False) -> None:
+    def __init__(self, message: str = "", *, final: bool = False, overdue: bool = False) -> None:
         super().__init__(message)
-        self.final = final
+        self.final, self.overdue = final, overdue
 
 
 class Refused(PghaError):

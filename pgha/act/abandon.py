@@ -1,4 +1,5 @@
-"""Set a data directory aside that is nobody's: a bootstrap that another node has won, or that was cut off. Nothing is removed."""
+"""Set a data directory aside that is nobody's: a bootstrap that another node has won, or that was cut off; or a copy in
+place that was cut off, if there is something that it was to replace, which comes back. Nothing is removed."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 from pgha.act.clone import forget_markers
 from pgha.act.context import Context, Progress, log
+from pgha.act.methods import give_back
 from pgha.act.steps import kill_everything, while_offline
 from pgha.model.action import AbandonDirectory
 from pgha.postgres import directories
@@ -18,6 +20,8 @@ async def abandon(ctx: Context, action: AbandonDirectory, progress: Progress) ->
     await kill_everything(ctx, action.why)
 
     async def move() -> Path | None:
+        if await ctx.on_disk(directories.bootstrapping, ctx.data_dir) == "copying" and await give_back(ctx, ours=False):
+            return None
         if await ctx.on_disk(directories.content, ctx.data_dir) == "missing":
             return None
         aside = await ctx.on_disk(directories.move_to_failed, ctx.data_dir)
@@ -25,5 +29,6 @@ async def abandon(ctx: Context, action: AbandonDirectory, progress: Progress) ->
         return aside
 
     kept_as = await while_offline(ctx, move)
-    log.warning("data directory set aside", why=action.why, kept_as=kept_as or "")
+    if kept_as:
+        log.warning("data directory set aside", why=action.why, kept_as=kept_as)
     return {"kept_as": str(kept_as) if kept_as else ""}

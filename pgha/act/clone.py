@@ -12,8 +12,10 @@ import trio
 
 from pgha.act.context import Context, Progress, log
 from pgha.act.methods import (
+    clear_half_a_copy,
     connection_url,
     copy_in_place,
+    give_back,
     kill_left,
     make_standby,
     replica_arguments,
@@ -74,7 +76,7 @@ async def clone(ctx: Context, action: Clone, progress: Progress) -> dict[str, An
     name = action.methods[0]
     if not await _left_between_renames(ctx, action, target):
         log.info("cloning", source=action.source.name if action.source else "", methods=action.methods, size_bytes=size_bytes, why=action.why)
-        name, old, whole = await _by_the_first_that_can(ctx, action, target, size_bytes, progress)
+        name, old, whole = await _by_the_first_that_can(ctx, action, target, size_bytes, progress, from_nothing=present in ("missing", "empty"))
         times.mark("copy")
     else:
         whole = False
@@ -91,8 +93,13 @@ async def clone(ctx: Context, action: Clone, progress: Progress) -> dict[str, An
     return {"old": str(old) if old else "", "size_bytes": size_bytes, "method": name, **times.took}
 
 
-async def _by_the_first_that_can(ctx: Context, action: Clone, target: Path, size_bytes: int, progress: Progress) -> tuple[str, Path | None, bool]:
-    """(its name, where the old data is, is the new in place already). OperationFailed: what each of them said."""
+async def _by_the_first_that_can(
+    ctx: Context, action: Clone, target: Path, size_bytes: int, progress: Progress, *, from_nothing: bool,
+) -> tuple[str, Path | None, bool]:
+    """(its name, where the old data is, is the new in place already). OperationFailed: what each of them said.
+
+    `from_nothing`: there was no data; half a copy made of nothing, which one leaves to the next, is then our own.
+    """
     failures: list[str] = []
     for name in action.methods:
         method = None if name == BASEBACKUP else ctx.wanted.effective().postgresql.methods.get(name)
@@ -102,9 +109,10 @@ async def _by_the_first_that_can(ctx: Context, action: Clone, target: Path, size
             failures.append(f"{name} works on the data that is to be kept (keep_data)")
             continue
         try:
+            await give_back(ctx, ours=True)     # if the one before could not
             if method is not None and method.in_place:
-                return name, await copy_in_place(ctx, name, method, source=action.source, system_identifier=action.system_identifier, progress=progress), True
-            await _clear_half_a_copy(ctx)
+                return name, await copy_in_place(ctx, name, method, source=action.source, system_identifier=action.system_identifier, ours=from_nothing, progress=progress), True
+            await clear_half_a_copy(ctx, ours=from_nothing)
             await _remove_leftover(ctx, target)
             await _make_room(ctx, action, await ctx.on_disk(directories.content, ctx.data_dir), size_bytes)
             await _copy_whole(ctx, action, target, progress, name=name, method=method)
@@ -115,14 +123,6 @@ async def _by_the_first_that_can(ctx: Context, action: Clone, target: Path, size
             log.warning("method failed", method=name, why=str(error))
             failures.append(str(error))
     raise OperationFailed("; ".join(failures) or f"none of {', '.join(action.methods)} can make a copy" + ("" if action.source else " without a source"))
-
-
-async def _clear_half_a_copy(ctx: Context) -> None:
-    """What a method in place has left half-made of nothing is nobody's data: the room is needed."""
-    if await ctx.on_disk(directories.bootstrapping, ctx.data_dir) == "copying":
-        await kill_left(ctx, ctx.data_dir)
-        await directories.empty_out(ctx.data_dir, in_thread=ctx.machine.in_thread)
-        await ctx.on_disk(directories.end_bootstrap, ctx.data_dir)
 
 
 async def _copy_whole(ctx: Context, action: Clone, target: Path, progress: Progress, *, name: str, method: ReplicaMethod | None) -> None:
@@ -172,8 +172,14 @@ def forget_markers(data_dir: Path) -> None:
 
 
 async def set_aside_unfinished(ctx: Context) -> None:
-    """A bootstrap that was cut off leaves what is nobody's: out of the way with it, under a numbered `.failed`."""
-    if await ctx.on_disk(directories.bootstrapping, ctx.data_dir) != "making":
+    """A bootstrap that was cut off leaves what is nobody's: out of the way with it, under a numbered `.failed`.
+
+    OperationFailed if what a copy was to replace has come back: what was decided without knowing of it is decided anew.
+    """
+    mark = await ctx.on_disk(directories.bootstrapping, ctx.data_dir)
+    if mark == "copying" and await give_back(ctx, ours=False):
+        raise OperationFailed(f"what an earlier copy was to replace has been brought back to {ctx.data_dir}")
+    if mark != "making":
         return
     await kill_everything(ctx, "its bootstrap was cut off")
     if await ctx.on_disk(directories.content, ctx.data_dir) not in ("missing", "empty"):

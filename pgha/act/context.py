@@ -94,7 +94,7 @@ class Context:
     `bootstrap_config()`: the JSON that becomes `/config` in the same transaction as a new cluster's first lock.
     `private_dir`: where only this agent's user may look (socket of a server that nobody else may reach).
     `beside(work)`: begin it, not waited for, ended with the agent at the latest (None: nobody would own it).
-    `told`: hears of starts, stops and promotions.
+    `told`: hears of starts, stops and promotions. `silent_s()`: since the server's last sign of life.
     """
 
     clock: Clock
@@ -113,6 +113,7 @@ class Context:
     private_dir: Path
     beside: Callable[[Callable[[], Awaitable[None]]], None] | None = None
     told: Told = Told()     # noqa: RUF009  (it holds nothing)
+    silent_s: Callable[[], float] = lambda: 0.0
 
     @property
     def data_dir(self) -> Path:

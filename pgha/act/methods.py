@@ -3,11 +3,12 @@
 Where it can be told where to write, it fills a fresh directory, which is swapped in when it is whole. One that cannot be
 told (`no_params`), or that works on what is there (`keep_data`), writes to the data directory itself: from before its first
 byte a mark beside it says that what is there is half a copy, which nobody starts, and which the next copy goes on from or
-sets aside.
+clears away.
 
 Rules of this file:
 * Nothing that was there before is deleted here: without keep_data it is moved to `.old`, and comes back if the program
-  fails. What the program itself has overwritten is its own.
+  fails, or the agent, with the mark that it had. What the program itself has overwritten is its own.
+* Half a copy is deleted by the operation that made it. Whoever finds one later cannot know whose it is: it is set aside.
 * Whatever it leaves running is killed: its processes are known by a variable of their environment, also to the next agent.
 """
 
@@ -77,24 +78,56 @@ async def kill_left(ctx: Context, target: Path) -> None:
         log.info("killed what an earlier copy left", pids=killed)
 
 
-async def copy_in_place(ctx: Context, name: str, method: ReplicaMethod, *, source: Source | None, system_identifier: str, progress: Progress) -> Path | None:
+async def give_back(ctx: Context, *, ours: bool) -> bool:
+    """Bring back what a copy in place was to replace; False if there is no such thing. `ours`: see directories.bring_back."""
+    if not await ctx.on_disk(directories.replaced_by_copy, ctx.data_dir):
+        return False
+    await kill_left(ctx, ctx.data_dir)
+    half = await ctx.on_disk(directories.bring_back, ctx.data_dir, ours=ours)
+    log.warning("a copy in place has not ended: what it was to replace is back", half_a_copy=half or "")
+    if half is not None and ours:
+        await directories.delete_tree(half, in_thread=ctx.machine.in_thread)      # or later: it carries its mark
+    return True
+
+
+async def clear_half_a_copy(ctx: Context, *, ours: bool) -> None:
+    """What a method in place has left, made of nothing. `ours`: within this operation, so that it is nobody else's."""
+    data_dir = ctx.data_dir
+    if await ctx.on_disk(directories.bootstrapping, data_dir) != "copying":
+        return
+    await kill_left(ctx, data_dir)
+    half: Path | None = None
+    if await ctx.on_disk(directories.content, data_dir) not in ("missing", "empty"):
+        if not ours:
+            aside = await ctx.on_disk(directories.move_to_failed, data_dir)
+            log.warning("a copy was cut off here; what is there was put aside", kept_as=aside)
+        elif data_dir.is_mount() or data_dir.is_symlink():
+            await directories.empty_out(data_dir, in_thread=ctx.machine.in_thread)
+        else:
+            half = await ctx.on_disk(directories.move_to_removing, data_dir, "half a copy")
+            await ctx.on_disk(_make_directory, data_dir)
+    await ctx.on_disk(directories.end_bootstrap, data_dir)
+    if half is not None:
+        await directories.delete_tree(half, in_thread=ctx.machine.in_thread)
+
+
+async def copy_in_place(ctx: Context, name: str, method: ReplicaMethod, *, source: Source | None, system_identifier: str, ours: bool, progress: Progress) -> Path | None:
     """Have the program write to the data directory; where what was there before is now (None: nowhere else).
 
-    OperationFailed, PostgresError: then the directory is as it was, or (keep_data) marked as half a copy.
+    OperationFailed, PostgresError: then the directory is as it was, or (keep_data) marked as half a copy. `ours`: if half a
+    copy is there, this operation has made it.
     """
     data_dir = ctx.data_dir
     await kill_left(ctx, data_dir)
-    mark = await ctx.on_disk(directories.bootstrapping, data_dir)
-    if mark == "copying" and not method.keep_data:
-        await directories.empty_out(data_dir, in_thread=ctx.machine.in_thread)     # half a copy, made from nothing
-        mark = ""
+    if not method.keep_data:
+        await clear_half_a_copy(ctx, ours=ours)
     present = await ctx.on_disk(directories.content, data_dir)
-    from_nothing = present in ("missing", "empty") or mark == "copying"
+    from_nothing = present in ("missing", "empty") or await ctx.on_disk(directories.bootstrapping, data_dir) == "copying"
     old: Path | None = None
-    if not from_nothing and not method.keep_data:
+    if from_nothing or method.keep_data:
+        await ctx.on_disk(directories.note_bootstrap, data_dir, "copying" if from_nothing else "copying over")
+    else:
         old = await ctx.on_disk(directories.move_to_old, data_dir, f"replaced by a copy that {name} makes")
-        from_nothing = True
-    await ctx.on_disk(directories.note_bootstrap, data_dir, "copying" if from_nothing else "copying over")
     try:
         await ctx.on_disk(_make_directory, data_dir)
         progress(f"{name} runs")
@@ -108,10 +141,8 @@ async def copy_in_place(ctx: Context, name: str, method: ReplicaMethod, *, sourc
     except BaseException:   # also trio.Cancelled
         if not method.keep_data:
             with trio.move_on_after(CLEAR_S, shield=True):
-                await directories.empty_out(data_dir, in_thread=ctx.machine.in_thread)
-                if old is not None:
-                    await ctx.on_disk(directories.bring_back, old, data_dir)
-                await ctx.on_disk(directories.end_bootstrap, data_dir)
+                if not await give_back(ctx, ours=True):
+                    await clear_half_a_copy(ctx, ours=True)
         raise
     return old
 

@@ -96,7 +96,7 @@ async def run_script(name: str, argv: Sequence[str], *, run: Run, limit_s: float
         exit_code = done.exit_code
     except PostgresTimeout:
         why = f"ended by force, since it had not ended after {limit_s:g} s"
-    except PostgresUnreachable as error:
+    except (PostgresUnreachable, OSError) as error:
         why = str(error)
     finally:
         lines.end()

@@ -125,9 +125,13 @@ async def start_prepared_primary(ctx: Context, progress: Progress, times: Timeli
         with _on_trial(ctx):
             server = await ctx.server.start(ctx.wanted.command_line(said, standby=False))
         ctx.hurry(HURRY_S)
+        began_s = trio.current_time()
         try:
             with _on_trial(ctx), trio.fail_after(timeout_s + 1.0):
                 await wait_primary(ctx, server, deadline_s=timeout_s)
+        except (PostgresTimeout, trio.TooSlowError) as error:
+            overdue = trio.current_time() - began_s >= timeout_s
+            raise OperationFailed(f"started as primary, it does not accept writes: {error or type(error).__name__}", overdue=overdue) from error
         finally:
             server.close()
         times.mark("start")

@@ -50,11 +50,12 @@ async def restart(ctx: Context, action: Restart, progress: Progress) -> dict[str
         times.mark("checkpoint")
         server = ctx.machine.adopt()
         if server is not None:
-            await before_stop(ctx, action.before_stop_s, progress)
-            progress("stopping PostgreSQL")
             try:
+                if not await before_stop(ctx, action.before_stop_s, progress):
+                    raise OperationFailed("PostgreSQL gives no sign of life: it is not restarted, but handed over")
+                progress("stopping PostgreSQL")
                 if not await stop_fast(ctx, server, timeout_s=action.timeout_s) and not await shut_down(ctx):
-                    raise OperationFailed(f"PostgreSQL had not stopped after {action.timeout_s:g} s")
+                    raise OperationFailed(f"PostgreSQL had not stopped after {action.timeout_s:g} s", overdue=True)
             finally:
                 server.close()
         times.mark("stop")

@@ -7,15 +7,18 @@ file may be checked elsewhere than where it is used.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pgha.config import gucs
+from pgha.config.cluster import Callbacks
 from pgha.config.judgement import in_our_words
 from pgha.config.load import load
 from pgha.config.local import LocalConfig
+from pgha.config.schema import fields
 from pgha.errors import ConfigError, PostgresError
 from pgha.model.gucs import GucFacts, setting_text
 
@@ -66,6 +69,21 @@ def _settings(parameters: Any, recovery: Any) -> Iterator[tuple[tuple[str, str],
             yield (section, name), value
 
 
+def programs_not_there(local: LocalConfig) -> Iterator[str]:
+    """Programs of the operator's that this user cannot run here: a callback would be missed, a pre_promote would refuse."""
+    postgres, bootstrap = local.postgresql, local.bootstrap
+    given = {
+        **{f"postgresql.callbacks.{field.name}": getattr(postgres.callbacks, field.attribute) for field in fields(Callbacks)},
+        "postgresql.pre_promote": postgres.pre_promote, "postgresql.before_stop": postgres.before_stop,
+        **{f"postgresql.{name}.command": method.command for name, method in postgres.methods.items()},
+        **{f"bootstrap.{name}.command": method.command for name, method in bootstrap.methods.items()},
+        "bootstrap.post_bootstrap": bootstrap.post_bootstrap, "bootstrap.post_init": bootstrap.post_init,
+    }
+    for key, line in given.items():
+        if line and shutil.which(program := shlex.split(line)[0]) is None:
+            yield f"{key}: {program} cannot be run by this user on this machine"
+
+
 def _on_this_machine(local: LocalConfig) -> Iterator[str]:
     """What this machine lacks."""
     postgres = local.postgresql
@@ -74,6 +92,7 @@ def _on_this_machine(local: LocalConfig) -> Iterator[str]:
             yield f"postgresql.bin_dir: no {name} {'in ' + postgres.bin_dir if postgres.bin_dir else 'on the PATH'} on this machine"
     if postgres.data_dir and not Path(postgres.data_dir).parent.is_dir():
         yield f"postgresql.data_dir: {Path(postgres.data_dir).parent} does not exist on this machine"
+    yield from programs_not_there(local)
     for section, keys in (("restapi", ("certfile", "keyfile", "cafile")), ("etcd3", ("cacert", "cert", "key")), ("ctl", ("certfile", "keyfile", "cacert"))):
         for key in keys:
             file = getattr(getattr(local, section), key)

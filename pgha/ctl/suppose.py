@@ -138,7 +138,7 @@ def _outcome(forecast: Forecast) -> list[str]:
     if forecast.writes_stop and forecast.writes_back_s is not None:
         lines.append(f"writes are possible again {in_words(forecast.writes_back_s)} (an estimate: promotion and messages take their time)")
     elif forecast.writes_stop:
-        lines.append("writes are not possible until then")
+        lines.append("when writes are possible again is not foretold" if forecast.winners else "writes are not possible until then")
     if forecast.sync is not None:
         lines.append(f"/sync names {forecast.sync_leader} and {', '.join(forecast.sync) or 'nobody else'} in the end" + (f"; {forecast.commits_wait}" if forecast.commits_wait else ""))
     return lines

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pgha.clock import candidate_age_s
-from pgha.decide import eligible, mixed
+from pgha.decide import eligible, mixed, switchover
 from pgha.decide.common import ask_others, fence_in_s, fresh_peers, reason
 from pgha.decide.standing import Whose, licensed, standing
 from pgha.model.action import CancelOperation
 from pgha.model.decision import Decision, Memory, PeerQuestion, Reason
-from pgha.model.observation import Observation, Operation
+from pgha.model.observation import BEFORE_STOP, Observation, Operation
 
 #: Operations that bring up a server that accepts writes, or keep one: they end when the licence does.
 NEEDS_LICENCE = ("PrePromote", "Promote", "StartPrimary")
@@ -24,14 +24,24 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
         still_wanted(o, memory, operation),
         crash_is_not_handed_over(o, memory, operation),
     ]
+    drains = hands_over_later(o, operation)
+    if drains:
+        reasons.append(switchover.is_still_asked_for(o, memory))
     obstacles = [r for r in reasons if not r.holds]
-    cancel = () if not obstacles or operation.cancelling else (CancelOperation(id=operation.id, why=obstacles[0].because),)
+    # What has begun to stop is stopped: too late to end it.
+    only_while = BEFORE_STOP if drains else ""
+    cancel = () if not obstacles or operation.cancelling else (CancelOperation(id=operation.id, why=obstacles[0].because, while_in=only_while),)
     # Whoever looks for the end of WAL compares it with the others' positions in the next pass: what they said must not be forgotten.
-    ask = ask_others(o) if operation.kind in ("StartPrimary", "InspectEndOfWal") and o.dcs.view is not None else PeerQuestion()
+    ask = ask_others(o) if (operation.detail.startswith(switchover.WHY) or operation.kind in ("StartPrimary", "InspectEndOfWal")) and o.dcs.view is not None else PeerQuestion()
     return Decision(
         situation="busy", summary=f"{operation.kind.lower()} in progress" + (": ending it" if obstacles else ""),
-        reasons=tuple(reasons), actions=cancel, memory=memory, ask_peers=ask, wake_in_s=min(1.0, o.settings.loop_wait_s, _free_in_s(o, operation)),
+        reasons=tuple(reasons), actions=cancel, memory=memory, ask_peers=ask, wake_in_s=min(0.25 if drains else 1.0, o.settings.loop_wait_s, _free_in_s(o, operation)),
     )
+
+
+def hands_over_later(o: Observation, operation: Operation) -> bool:
+    """Does the leader's server still serve before a switchover, while before_stop runs?"""
+    return operation.kind == "Demote" and operation.progress == BEFORE_STOP and operation.detail.startswith(switchover.WHY) and o.dcs.view is not None
 
 
 def _free_in_s(o: Observation, operation: Operation) -> float:

@@ -29,9 +29,11 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
         return _finish_bootstrap(o, memory)
     state = o.directory.state
     if o.directory.abandoned_bootstrap and not o.postgres.alive:
-        abandon = AbandonDirectory(why="a bootstrap of it was begun and not ended")
-        return Decision(situation="empty", summary="setting half a cluster aside: its bootstrap was never ended", actions=(abandon,), memory=memory,
-                        reasons=(reason("empty.bootstrap_was_ended", False, "the bootstrap's mark is still there"),), role="uninitialized")
+        made = "copy" if o.directory.unfinished_copy else "bootstrap"
+        abandon = AbandonDirectory(why=f"a {made} of it was begun and not ended")
+        aside = "bringing back what a copy was to replace: it was never ended" if made == "copy" else "setting half a cluster aside: its bootstrap was never ended"
+        return Decision(situation="empty", summary=aside, actions=(abandon,), memory=memory,
+                        reasons=(reason("empty.bootstrap_was_ended", False, f"the {made}'s mark is still there"),), role="uninitialized")
     if state == "valid":
         return None
     if state in ("unknown", "unreadable") or (state == "partial" and (o.postgres.alive or not o.directory.unfinished_copy)):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from pgha.clock import candidate_age_s, remaining_s
+from pgha.clock import remaining_s
 from pgha.decide import cramped, reinit
+from pgha.decide.common import may_write
 from pgha.decide.standing import licensed
 from pgha.model.decision import Memory
 from pgha.model.observation import Observation, Operation
@@ -78,9 +79,9 @@ def _start(_: Observation, memory: Memory, ended: Operation) -> Memory:
 
 
 def _restart(o: Observation, memory: Memory, ended: Operation) -> Memory:
-    """A primary that is not back within the time that its restart was given: somebody else is to be one (compatibility spec 3.5)."""
-    took_s = candidate_age_s(ended.started_at, ended.ended_at) if ended.ended_at is not None else 0.0
-    overdue = not ended.ok and 0.0 < memory.restart_within_s <= took_s
+    """A primary that has not stopped, or not started, within the time that its restart was given for each (what before_stop
+    took is not held against it): somebody else is to be one (compatibility spec 3.5)."""
+    overdue = not ended.ok and memory.restart_within_s > 0.0 and bool(ended.facts.get("overdue"))
     return _start(o, replace(memory, restart_within_s=0.0, restart_overdue=overdue), ended)
 
 
@@ -106,6 +107,8 @@ def _promote(o: Observation, memory: Memory, ended: Operation) -> Memory:
 
 
 def _demote(o: Observation, memory: Memory, ended: Operation) -> Memory:
+    if not ended.ok and may_write(o):       # ended while before_stop ran: nothing has been tried
+        memory = replace(memory, handed_over_revision=-1)
     if ended.facts.get("released"):
         return replace(memory, election=None, crash_seen_at=None, handover_judged_at=None, promotion_failed_at=None, holding_since=None, stand_back_until=o.now.plus_s(STAND_BACK_S),
                        stand_back_why="it has just handed the lock over")

@@ -10,7 +10,7 @@ from pgha.decide.common import may_write, stop_timeout_s
 from pgha.decide.standing import licensed
 from pgha.model.action import Bootstrap, Clone, Demote, Restart, Rewind, StartPrimary, StartStandby, Stop
 from pgha.model.decision import Decision, Mandate
-from pgha.model.observation import Observation
+from pgha.model.observation import BEFORE_STOP, Observation
 
 #: What begins or ends PostgreSQL by this node's own doing.
 LIFE = (Bootstrap, Clone, StartStandby, StartPrimary, Demote, Stop, Restart, Rewind)
@@ -44,6 +44,8 @@ def mandate(o: Observation) -> Mandate:
     loop_until = o.now.plus_s(min(o.settings.ttl_s, 3 * o.settings.loop_wait_s))
     start_s = o.settings.primary_start_timeout_s or 300.0
     operation, postgres = o.operation, o.postgres
+    if operation is not None and operation.progress == BEFORE_STOP and may_write(o):
+        operation = None        # it still serves, and is to answer
     until: Deadline
     if operation is not None and operation.kind in ("StartPrimary", "Restart", "Promote"):
         return Mandate(kind="starting", until=earlier(loop_until, operation.started_at.plus_s(start_s + stop_timeout_s(o) + o.settings.before_stop_s)), why=operation.kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from pgha.clock import candidate_age_s, remaining_s
-from pgha.decide import cramped, paused, rejoin, slots, synchronous
+from pgha.decide import cramped, paused, promotion, rejoin, slots, synchronous
 from pgha.decide.cascade import cascades_from
 from pgha.decide.common import ask_others, leader_member, own_history, reason, source_of, view_of
 from pgha.decide.leading import operator_requests
@@ -31,7 +31,7 @@ def decide(o: Observation, memory: Memory) -> Decision | None:
     now, row = standing(o), o.postgres.row
     if memory.election is not None:
         memory = replace(memory, election=None)
-    vote = Vote(epoch=-1, timeline=row.timeline if row else 0, lsn=row.position if row else 0)
+    vote = Vote(epoch=-1, timeline=row.timeline if row else 0, lsn=row.position if row else 0, candidate=promotion.is_not_vetoed(o, memory).holds)
     ask = ask_others(o) if now.left_s < PROBE_BEFORE_EXPIRY_S else PeerQuestion()
     wake_in_s = min(o.settings.loop_wait_s, max(0.02, now.left_s - PROBE_BEFORE_EXPIRY_S if now.left_s > PROBE_BEFORE_EXPIRY_S else now.left_s))
     decision = Decision(situation="following", summary="", reasons=(because(now),), memory=memory, ask_peers=ask, vote=vote, wake_in_s=wake_in_s)

@@ -173,13 +173,19 @@ def _hand_over(o: Observation, memory: Memory) -> Decision:
         clear = WriteKey(key="failover", value=b"{}", if_revision=revision, epoch_revision=o.licence.epoch_revision)
         done = switchover.is_done_with(o)
         return Decision(situation="leading", summary=f"clearing the failover key: {done.because}", reasons=(done,), actions=(clear,), memory=memory, wake_in_s=0.1)
+    if memory.handed_over_revision == revision:
+        # Once is enough: whoever was to take over has not, and each try stops the primary.
+        clear = WriteKey(key="failover", value=b"{}", if_revision=revision, epoch_revision=o.licence.epoch_revision)
+        tried = switchover.was_not_tried(o)
+        return Decision(situation="leading", summary=f"refused to hand over: {tried.because}", reasons=(tried,), actions=(clear,), memory=memory, wake_in_s=0.1)
     if memory.switchover_revision != revision or memory.switchover_asked_at is None:
         memory = replace(memory, switchover_revision=revision, switchover_asked_at=o.now)
     reasons = switchover.conditions(o)
     ask = ask_others(o, every_s=0.05)
     if all(r.holds for r in reasons):
-        demote = Demote(mode="fast", release=True, checkpoint=True, why=f"switchover to {key.candidate or 'the best standby'}", timeout_s=stop_timeout_s(o), before_stop_s=o.settings.before_stop_s)
-        return Decision(situation="leading", summary=f"handing over: {demote.why}", reasons=reasons, actions=(demote,), memory=memory, ask_peers=ask)
+        demote = Demote(mode="fast", release=True, checkpoint=True, why=f"{switchover.WHY}{key.candidate or 'the best standby'}", timeout_s=stop_timeout_s(o), before_stop_s=o.settings.before_stop_s)
+        return Decision(situation="leading", summary=f"handing over: {demote.why}", reasons=reasons, actions=(demote,),
+                        memory=replace(memory, handed_over_revision=revision), ask_peers=ask)
     if switchover.still_patient(o, memory):
         return Decision(situation="leading", summary="asked to hand over, asking the others", reasons=reasons, memory=memory, ask_peers=ask, wake_in_s=0.05)
     clear = WriteKey(key="failover", value=b"{}", if_revision=revision, epoch_revision=o.licence.epoch_revision)

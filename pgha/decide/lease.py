@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from pgha.clock import holder_age_s, remaining_s
+from pgha.clock import Instant, holder_age_s, remaining_s
 from pgha.decide import failsafe, paused, restart
 from pgha.decide.common import fence_in_s, may_write, reason
 from pgha.decide.standing import Whose, adopts_predecessor, because, left_s, licensed, standing
 from pgha.model.action import Action, Demote, ReadCluster
 from pgha.model.decision import Decision, Memory, Reason
 from pgha.model.lock import demote_at
+from pgha.model.node import PostgresFacts
 from pgha.model.observation import Observation
 
 #: The next pass is no sooner, so that it finds what it waited for on whichever side of the moment it wakes.
@@ -105,9 +106,14 @@ def licence_lasts(o: Observation) -> Reason:
 def server_answers(o: Observation) -> Reason:
     """A primary that gives no sign of life for too long is handed over: nobody can write to it, and it might thaw later."""
     postgres, limit_s = o.postgres, o.settings.primary_hang_timeout_s
+    for_s = silent_s(postgres, o.now)
+    return reason("lease.server_answers", for_s < limit_s, f"last sign of life {for_s:.1f} s ago, limit {limit_s:g} s"
+                  + (f" ({postgres.why})" if postgres.why and for_s > 1 else ""))
+
+
+def silent_s(postgres: PostgresFacts, now: Instant) -> float:
+    """Since the server's last sign of life, or its start."""
     since = postgres.answered_at or postgres.since
-    silent_s = holder_age_s(since, o.now) if since else 0.0
-    return reason("lease.server_answers", silent_s < limit_s, f"last sign of life {silent_s:.1f} s ago, limit {limit_s:g} s"
-                  + (f" ({postgres.why})" if postgres.why and silent_s > 1 else ""))
+    return holder_age_s(since, now) if since else 0.0
 
 

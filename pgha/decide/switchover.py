@@ -9,6 +9,8 @@ from pgha.decide.schedule import Due, When, when
 from pgha.model.decision import Memory, Reason
 from pgha.model.observation import Observation, Peer
 
+#: How a demotion for it is told from others.
+WHY = "switchover to "
 #: Peers' answers are waited for so long before a request is refused for want of them.
 PATIENCE_S = 2.0
 
@@ -30,6 +32,25 @@ def conditions(o: Observation) -> tuple[Reason, ...]:
     return (names_this_leader(o), names_another_candidate(o), names_somebody_in_pause(o), has_good_candidate(o))
 
 
+def is_still_asked_for(o: Observation, memory: Memory) -> Reason:
+    """While before_stop runs, nothing has been done yet: the request may be taken back, and the candidate may cease to be one."""
+    rule, key = "switchover.is_still_asked_for", view_of(o).failover
+    if key.empty or view_of(o).revision_of("failover") != memory.switchover_revision:
+        return reason(rule, False, "the request was taken back" if key.empty else "another request has come")
+    if not all(_is_judged(o, name) for name in ([key.candidate] if key.candidate else others(o))):
+        return reason(rule, True, "asking the others")      # one answer that is late ends nothing
+    against = [r for r in conditions(o) if not r.holds]
+    return reason(rule, not against, against[0].because if against else "nothing has changed since it was asked for")
+
+
+def _is_judged(o: Observation, name: str) -> bool:
+    """Has it just answered, or not for long enough to say that it does not?"""
+    last = o.peers.get(name)
+    if name in fresh_peers(o):
+        return True
+    return last is not None and not last.answered and last.silent_since is not None and candidate_age_s(last.silent_since, o.now) >= PATIENCE_S
+
+
 def still_patient(o: Observation, memory: Memory) -> bool:
     """May an answer that would help still come?"""
     since = memory.switchover_asked_at
@@ -41,6 +62,11 @@ def is_done_with(o: Observation) -> Reason:
     key = view_of(o).failover
     said = f"{o.me.name}, which was asked for, leads" if key.candidate == o.me.name else f"it asks {key.leader} to hand over, and {o.me.name} leads"
     return reason("switchover.is_done_with", True, said)
+
+
+def was_not_tried(o: Observation) -> Reason:
+    """Asked where this leader has handed over for this very request, and leads again."""
+    return reason("switchover.was_not_tried", False, f"the lock was given back for it, and {view_of(o).failover.candidate or 'nobody'} has not become the leader")
 
 
 def names_this_leader(o: Observation) -> Reason:
@@ -92,6 +118,8 @@ def obstacles(o: Observation, name: str) -> list[str]:
         found.append("tag nofailover is set")
     if peer.watchdog_failed:
         found.append("its watchdog is required and not usable")
+    if not peer.candidate and peer.in_recovery:
+        found.append("would not take the lock now")
     if lag > limit:
         found.append(f"lag {mib(lag)}, limit {mib(limit)}")
     if row is not None and peer.timeline and peer.timeline != row.timeline:

@@ -98,13 +98,14 @@ def foresee(seen: Mapping[str, Seen], hypotheses: Sequence[Hypothesis], *, unhea
         outcomes.append(_run(world, leader))
         worlds.append(world)
     winners = tuple(sorted({o.leader for o in outcomes if o.leader}))
-    unknown, may_join = _unknown(base, unheard or {}, leader_lost=any(o.leader != leader for o in outcomes))
+    mixed = any(not m.is_pgha and m.version for m in World(seen, Supposed()).view.members.values())
+    unknown, may_join = _unknown(World(seen, Supposed(hypotheses=tuple(hypotheses))), unheard or {}, leader_lost=any(o.leader != leader for o in outcomes))
     back = [o.at_s for o in outcomes if o.at_s is not None]
     stops = any(o.interrupted for o in outcomes)
     return Forecast(
-        hypotheses=tuple(str(h) for h in hypotheses), leader=leader, writes_now=leader != "" and seen[leader].observation.postgres.is_primary, likely=first.leader, winners=tuple(sorted({*winners, *may_join})),
+        hypotheses=tuple(str(h) for h in hypotheses), leader=leader, writes_now=leader in seen and seen[leader].observation.postgres.is_primary, likely=first.leader, winners=tuple(sorted({*winners, *may_join})),
         nobody_possible=any(not o.leader for o in outcomes), writes_stop=stops,
-        writes_back_s=(0.0 if _is_about_to(seen) else round(min(back), 2), round(max(back) + PROMOTION_S[1] + _unseen_s(seen), 2)) if stops and back else None,
+        writes_back_s=(0.0 if _is_about_to(seen) else round(min(back), 2), round(max(back) + PROMOTION_S[1] + _unseen_s(seen), 2)) if stops and back and not mixed else None,
         lock_free_s=_lock_free_s(seen, hypotheses), demotes=_demotions(worlds, seen), why_demoted={name: why for world in worlds for _, name, why in world.demoted},
         failsafe=_failsafe(base), obstacles=_obstacles(base, first), sync=_sync(base), sync_leader=base.view.sync.leader, commits_wait=_commits_wait(base),
         nodes={name: tuple(_then(said) for said in base.said if said.node == name) for name in base.nodes if base.nodes[name].up},
@@ -119,7 +120,7 @@ def _is_about_to(seen: Mapping[str, Seen]) -> bool:
 def _leads_now(seen: Mapping[str, Seen]) -> str:
     world = World(seen, Supposed())
     leader = world.leader()
-    return leader.name if leader is not None else ""
+    return leader.name if leader is not None else world.outsider()
 
 
 def _horizon_s(world: World) -> float:
@@ -144,7 +145,13 @@ def _run(world: World, leader: str) -> _Outcome:
 
     world.run(horizon_s, stop=settled)
     now = world.leader()
-    outcome.interrupted = leader != "" and (not world.nodes[leader].up or any(name == leader for _, name, _ in world.demoted) or not world.nodes[leader].writes)
+    if leader not in world.nodes:
+        # A member of another make leads, or nobody: what it does is not known here, but that it leads on if nothing befalls it.
+        if now is None and world.store_up:
+            outcome.leader = world.outsider()
+        outcome.interrupted = leader not in ("", outcome.leader)
+    else:
+        outcome.interrupted = (not world.nodes[leader].up or any(name == leader for _, name, _ in world.demoted) or not world.nodes[leader].writes)
     if now is not None and now.writes:
         outcome.leader = now.name
         if world.promoted:
@@ -156,7 +163,7 @@ def _run(world: World, leader: str) -> _Outcome:
 
 def _ways(seen: Mapping[str, Seen], base: World, hypotheses: tuple[Hypothesis, ...], leader: str) -> list[Supposed]:
     """What may go another way than in the plainest case, where there is an election at all."""
-    if not base.taken and leader and base.nodes[leader].up and not base.demoted:
+    if not base.taken and leader and not base.demoted and (base.nodes[leader].up if leader in base.nodes else base.outsider() == leader):
         # It leads on; unless its PostgreSQL, which is just being started, does not come up.
         others = [n.name for n in base.nodes.values() if n.up and n.name != leader]
         return [Supposed(hypotheses=hypotheses, fails=leader, quick=name) for name in ("", *others)] if base.promoted else []

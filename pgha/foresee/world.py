@@ -47,7 +47,7 @@ from pgha.model.action import (
 from pgha.model.cluster import ClusterView, LockSeen
 from pgha.model.decision import Decision, Memory, PeerQuestion, Reason
 from pgha.model.failsafe import FailsafeOrder, Promise
-from pgha.model.lock import Epoch, Licence, LicenceState, LockRecord, demote_at, licence_s
+from pgha.model.lock import Epoch, Licence, LicenceState, LockRecord, demote_at, licence_s, licensed_until
 from pgha.model.node import PostgresFacts, Row, Slot, WalReceiver
 from pgha.model.observation import Observation, Operation, Peer, Upstream, WrittenNames
 from pgha.model.synchronous import parse_requirement
@@ -246,12 +246,20 @@ class World:
             ttl_s = next((n.o.settings.ttl_s for n in self.nodes.values()), 30.0)
             self._later(ttl_s, "vanishes", hypothesis.node)
         if self.view.leader_lease and self.view.leader == hypothesis.node:
-            self._later(max(0.0, self._lock_since_s + next((n.o.settings.ttl_s for n in self.nodes.values()), 30.0)), "lease", hypothesis.node)
+            # Of a member that does not tell when it renewed last: just now.
+            renewed_s = self._lock_since_s if hypothesis.node in self.nodes else 0.0
+            self._later(max(0.0, renewed_s + next((n.o.settings.ttl_s for n in self.nodes.values()), 30.0)), "lease", hypothesis.node)
 
     def holds(self, node: Node) -> bool:
         """A licence that has not run out."""
         licence = node.o.licence
         return licence.state is LicenceState.HELD and licence.valid_until is not None and remaining_s(licence.valid_until, node.clock(self.at_s)) > 0
+
+    def outsider(self) -> str:
+        """Who leads by the leased key alone, and does not tell what it sees: a member of another make. "" nobody."""
+        view = self.view
+        down = any(h.what == "down" and h.node == view.leader for h in self.supposed.hypotheses)
+        return view.leader if view.leader_lease and view.leader not in self.nodes and not down else ""
 
     def leader(self) -> Node | None:
         """Who holds a licence now."""
@@ -485,7 +493,7 @@ class World:
                          lsn=row.position if row is not None else self.view.lock.lsn, timeline=row.timeline if row is not None else self.view.lock.timeline)
         revision = self._write_lock(record)
         node.change(licence=replace(licence, sequence=record.sequence, since=now, ttl_s=record.ttl_s, revision=revision, failing_since=None, failing_why="", by_failsafe=False,
-                                    valid_until=NEVER if licence.endless else now.plus_s(licence_s(record.ttl_s))))
+                                    valid_until=NEVER if licence.endless else licensed_until(record, now)))
         self._plan_renewal(node)
 
     def _acquire(self, node: Node, action: AcquireLock) -> bool:
@@ -500,15 +508,16 @@ class World:
             return False
         settings, me = node.o.settings, node.o.me
         record = LockRecord(holder=me.name, node_id=me.node_id, incarnation=me.incarnation, sequence=node.o.licence.sequence + 1, ttl_s=settings.ttl_s,
-                            mode="paused" if action.paused else "held", lsn=action.lsn, timeline=action.timeline)
+                            mode="paused" if action.paused else "held", mixed=action.mixed, lsn=action.lsn, timeline=action.timeline)
         number = action.epoch_number if action.readopt else action.epoch_number + 1
         epoch = view.epoch if action.readopt else Epoch(number=number, holder=me.name, incarnation=me.incarnation, timeline=action.claim_timeline, claims=action.claims)
         revisions = view.revisions if action.readopt else {**view.revisions, "pgha/epoch": view.revision + 1, "leader": view.revision + 1}
         initialize = action.initialize_value if action.initialize_revision is not None else view.initialize
-        revision = self._write_lock(record, epoch=epoch, revisions=revisions, leader=me.name, initialize=initialize)
+        lease = 1 if action.mixed and not action.paused else 0
+        revision = self._write_lock(record, epoch=epoch, revisions=revisions, leader=me.name, leader_lease=lease, initialize=initialize)
         node.change(licence=Licence(
-            state=LicenceState.HELD, sequence=record.sequence, ttl_s=record.ttl_s, since=now, valid_until=NEVER if action.paused else now.plus_s(licence_s(record.ttl_s)),
-            revision=revision, epoch=number, epoch_revision=action.epoch_revision if action.readopt else revision, mode=record.mode, acquired_pass=node.o.number))
+            state=LicenceState.HELD, sequence=record.sequence, ttl_s=record.ttl_s, since=now, valid_until=licensed_until(record, now), mixed=action.mixed,
+            leader_revision=revision if action.mixed else 0, revision=revision, epoch=number, epoch_revision=action.epoch_revision if action.readopt else revision, mode=record.mode, acquired_pass=node.o.number))
         self._plan_renewal(node)
         self.taken.append((self.at_s, node.name))
         self._note_losers(node)
@@ -532,7 +541,8 @@ class World:
             return False
         released = self._reaches(node) and self.view.lock.incarnation == node.o.me.incarnation
         if released:
-            self._write_lock(replace(self.view.lock, sequence=licence.sequence + 1, mode="released", lsn=lsn, timeline=timeline))
+            gone = {"leader": "", "leader_lease": 0, "revisions": {**self.view.revisions, "leader": 0}} if self.view.lock.mixed else {}
+            self._write_lock(replace(self.view.lock, sequence=licence.sequence + 1, mode="released", lsn=lsn, timeline=timeline), **gone)
             self._wake_all()
         node.change(licence=replace(licence, state=LicenceState.RELEASING, valid_until=node.clock(self.at_s)))
         return released
@@ -736,7 +746,8 @@ class World:
         source = self.nodes.get(action.source.name)
         row = source.o.postgres.row if source is not None and source.up else None
         if source is None or row is None:
-            upstream = Upstream(name=action.source.name, asked_at=now, ok=False, why="does not answer")
+            down = any(h.what == "down" and h.node == action.source.name for h in self.supposed.hypotheses)
+            upstream = Upstream(name=action.source.name, asked_at=now, ok=False, unreached=down, why="does not answer")
         else:
             upstream = Upstream(name=source.name, asked_at=now, ok=True, system_identifier=row.system_identifier, timeline=row.timeline, lsn=row.position,
                                 in_recovery=row.in_recovery, history=source.o.directory.history_on(row.timeline) or ())

@@ -250,16 +250,17 @@ class Sweep(Struct, frozen=True, kw_only=True, tag=True):
 
 
 class AbandonDirectory(Struct, frozen=True, kw_only=True, tag=True):
-    """Set the data directory aside under a numbered `.failed` name; nothing is removed."""
+    """Set the data directory aside under a numbered `.failed` name, or bring back what a copy there was to replace; nothing is removed."""
 
     why: str
 
 
 class CancelOperation(Struct, frozen=True, kw_only=True, tag=True):
-    """End the operation in flight."""
+    """End the operation in flight. `while_in`: only if its progress is still this."""
 
     id: int
     why: str
+    while_in: str = ""
 
 
 QuickAction = (

@@ -109,6 +109,7 @@ class Memory(Struct, frozen=True, kw_only=True):
     demoted_sequence: int = 0                   # demoted in order because this sequence's licence was ending
     holding_since: Instant | None = None        # the lock is held, and PostgreSQL is no primary yet
     not_streaming_since: Instant | None = None
+    handed_over_revision: int = -1              # the failover key's revision for which this leader has stopped to hand over
     switchover_revision: int = 0                # the failover key's revision being carried out
     last_ended_id: int = 0                      # the last operation whose end was taken note of
     last_status_at: Instant | None = None

@@ -127,7 +127,9 @@ class DataDirectoryFacts(Struct, frozen=True, kw_only=True):
     major_version: int = 0
     rewind_interrupted: bool = False     # a rewind was begun and not ended: rewound again, or cloned; never started
     unfinished_copy: bool = False        # half a copy, made in place: unless one runs now, the next goes on from it or clears it away
-    abandoned_bootstrap: bool = False    # a bootstrap was begun and not ended: unless one runs now, it is nobody's
+    #: A bootstrap was begun and not ended, or (unfinished_copy) a copy that replaces what waits beside: unless one runs now,
+    #: what is there is nobody's, and what waits comes back.
+    abandoned_bootstrap: bool = False
     bootstrap_unregistered: bool = False  # a bootstrap ended, and nothing was started since: the cluster's only if `initialize` says so
 
     def history_on(self, timeline: int) -> tuple[HistoryRow, ...] | None:

@@ -157,6 +157,10 @@ class WrittenNames(Struct, frozen=True, kw_only=True):
     names: str | None = None
 
 
+#: Operation.progress while the operator's program runs before a planned stop: PostgreSQL still serves.
+BEFORE_STOP = "before_stop"
+
+
 class Operation(Struct, frozen=True, kw_only=True):
     """A long operation: the one in flight, or the last that ended."""
 

@@ -23,7 +23,7 @@ from pgha.model.node import Control, DataDirectoryFacts
 from pgha.model.rolling import STANDBY_AT_LEAST
 from pgha.model.wal import HistoryRow, parse_history_file
 from pgha.postgres.controldata import ControlData, read_control
-from pgha.postgres.directories import Bootstrapping, bootstrapping
+from pgha.postgres.directories import Bootstrapping, bootstrapping, replaced_by_copy
 from pgha.postgres.files import read_beginning
 from pgha.postgres.pg_rewind import interrupted
 from pgha.postgres.programs import Run, run
@@ -55,6 +55,7 @@ class _Looked(Struct, frozen=True, kw_only=True):
     major_version: int = 0
     rewind_interrupted: bool = False
     bootstrapping: Bootstrapping = ""
+    copy_replaces: bool = False     # what a copy in place is to replace waits beside
 
 
 def _stamp_of(path: Path) -> Stamp | None:
@@ -70,11 +71,11 @@ def _look(data_dir: Path) -> _Looked:
     try:
         names = frozenset(os.listdir(data_dir))  # noqa: PTH208  (names are all that is needed)
     except FileNotFoundError:
-        return _Looked(exists=False)
+        return _Looked(exists=False, copy_replaces=bool(replaced_by_copy(data_dir)))
     version = read_beginning(data_dir / "PG_VERSION", 16).decode("ascii", "replace").strip() if "PG_VERSION" in names else ""
     return _Looked(exists=True, names=names, control_stamp=_stamp_of(data_dir / "global" / "pg_control") if names else None,
                    major_version=int(version) if version.isascii() and version.isdigit() else 0, rewind_interrupted=interrupted(data_dir),
-                   bootstrapping=bootstrapping(data_dir))
+                   bootstrapping=bootstrapping(data_dir), copy_replaces=bool(replaced_by_copy(data_dir)))
 
 
 def _read_history(path: Path) -> tuple[HistoryRow, ...]:
@@ -124,12 +125,12 @@ class DataDirectoryReader:
     async def _read(self, *, running: bool, timeline: int, fresh: bool) -> DataDirectoryFacts:
         looked = await self._look()
         if not looked.exists:
-            return DataDirectoryFacts(state="missing", why=f"{self._data_dir} does not exist")
+            return DataDirectoryFacts(state="missing", why=f"{self._data_dir} does not exist", abandoned_bootstrap=looked.copy_replaces, unfinished_copy=looked.copy_replaces)
         if not looked.names:
-            return DataDirectoryFacts(state="empty", why=f"{self._data_dir} is empty")
+            return DataDirectoryFacts(state="empty", why=f"{self._data_dir} is empty", abandoned_bootstrap=looked.copy_replaces, unfinished_copy=looked.copy_replaces)
         facts = DataDirectoryFacts(
             state="partial", standby_signal="standby.signal" in looked.names, major_version=looked.major_version,
-            rewind_interrupted=looked.rewind_interrupted, abandoned_bootstrap=looked.bootstrapping == "making", unfinished_copy=looked.bootstrapping.startswith("copying"),
+            rewind_interrupted=looked.rewind_interrupted, abandoned_bootstrap=looked.bootstrapping == "making" or looked.copy_replaces, unfinished_copy=looked.bootstrapping.startswith("copying"),
             bootstrap_unregistered=looked.bootstrapping == "made")
         stamp = looked.control_stamp
         if looked.bootstrapping == "making" and not running:     # also when it looks whole: users, script, configuration may lack

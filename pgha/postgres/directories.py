@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -58,17 +58,38 @@ def bootstrap_marker(data_dir: Path) -> Path:
     return data_dir.with_name(data_dir.name + ".bootstrapping")
 
 
-def note_bootstrap(data_dir: Path, stage: Literal["making", "made", "copying", "copying over"]) -> None:
-    """"making", "copying": what is there is nobody's if we die. "made": whole, but the store has not been told of it."""
-    write_file(bootstrap_marker(data_dir), stage + "\n", mode=0o600)
+def note_bootstrap(data_dir: Path, stage: Bootstrapping, *, replaces: str = "", which_was: Bootstrapping = "") -> None:
+    """"making", "copying": what is there is nobody's if we die. "made": whole, but the store has not been told of it.
+
+    `replaces`: where what was there before a copy is now, or about to be, and the mark that it had: `bring_back`.
+    """
+    write_file(bootstrap_marker(data_dir), f"{stage}\n" + (f"{replaces}\n{which_was}\n" if replaces else ""), mode=0o600)
 
 
 def bootstrapping(data_dir: Path) -> Bootstrapping:
     """How far a bootstrap of this directory came. What cannot be read counts as "making"."""
     try:
-        text = bootstrap_marker(data_dir).read_text(errors="replace").strip()
+        return _stage_of(_mark(data_dir)[0])
     except FileNotFoundError:
         return ""
+
+
+def replaced_by_copy(data_dir: Path) -> str:
+    """The name beside the data directory of what a copy in place, which has not ended, is to replace; "": of nothing."""
+    try:
+        stage, name, _ = _mark(data_dir)
+    except FileNotFoundError:
+        return ""
+    return name if stage == "copying" and re.fullmatch(rf"{re.escape(data_dir.name)}\.old(\.\d+)?", name) else ""
+
+
+def _mark(data_dir: Path) -> tuple[str, str, str]:
+    lines = [line.strip() for line in bootstrap_marker(data_dir).read_text(errors="replace").splitlines()]
+    stage, replaces, which_was = (*lines, "", "", "")[:3]
+    return stage, replaces, which_was
+
+
+def _stage_of(text: str) -> Bootstrapping:
     known: dict[str, Bootstrapping] = {"made": "made", "copying": "copying", "copying over": "copying over"}
     return known.get(text, "making")
 
@@ -112,8 +133,11 @@ def _free_name(data_dir: Path, suffix: str) -> Path:
     return candidate
 
 
-def _put_aside(data_dir: Path, suffix: str, *, to_be_deleted: str = "") -> Path:
-    """Rename within the parent, durably. `to_be_deleted`: why it may be, later (the mark is on disk before the rename)."""
+def _put_aside(data_dir: Path, suffix: str, *, to_be_deleted: str = "", before: Callable[[Path], None] | None = None) -> Path:
+    """Rename within the parent, durably. `to_be_deleted`: why it may be, later (the mark is on disk before the rename).
+
+    `before`: what is to be on disk when the rename is, given the new name.
+    """
     if living := living_processes(data_dir):
         raise PostgresError(f"{data_dir} is in use by processes {living}")
     if data_dir.is_mount():
@@ -125,6 +149,8 @@ def _put_aside(data_dir: Path, suffix: str, *, to_be_deleted: str = "") -> Path:
         write_file(data_dir / REPLACED, f"{aside.name}\n{to_be_deleted}\n")
     else:
         remove_file(data_dir / REPLACED)    # of a swap that was cut off before its rename
+    if before is not None:
+        before(aside)
     data_dir.rename(aside)
     sync_directory(data_dir.parent)
     return aside
@@ -144,15 +170,38 @@ def move_to_removing(data_dir: Path, why: str) -> Path:
 
 
 def move_to_old(data_dir: Path, why: str) -> Path:
-    """Out of the way of what takes its place; deleted once that streams, or brought back. Its new name."""
-    return _put_aside(data_dir, "old", to_be_deleted=why)
+    """Out of the way of a copy that is made in its place; deleted once that streams, or brought back. Its new name.
+
+    The mark says so before it is done: `bring_back` knows what there is to be brought back, wherever this is cut off.
+    """
+    was = bootstrapping(data_dir)
+    return _put_aside(data_dir, "old", to_be_deleted=why,
+                      before=lambda aside: note_bootstrap(data_dir, "copying", replaces=aside.name, which_was=was))
 
 
-def bring_back(aside: Path, data_dir: Path) -> None:
-    """What was to be replaced is in place again. OSError if there is something else by now."""
-    aside.rename(data_dir)      # only over an empty directory
-    sync_directory(data_dir.parent)
+def bring_back(data_dir: Path, *, ours: bool) -> Path | None:
+    """What a copy in place was to replace is in place again, under the mark that it had; where what the copy has made is now.
+
+    `ours`: nobody else can have put it there: it may be deleted. Else it is kept as `.failed`.
+    Nothing is deleted here, and wherever it is cut off it can be called again: what carries REPLACED with the name that the
+    mark gives is what was there before, under either name. PostgresError while a server runs in it.
+    """
+    old = data_dir.with_name(replaced_by_copy(data_dir))
+    was = _stage_of(_mark(data_dir)[2]) if _mark(data_dir)[2] else ""
+    half: Path | None = None
+    is_in_place = not os.path.lexists(old) and _replaced_name(data_dir) == old.name     # again, or still
+    if not is_in_place and content(data_dir) not in ("missing", "empty"):
+        half = move_to_removing(data_dir, "half a copy") if ours and not data_dir.is_symlink() else move_to_failed(data_dir)
+    if not is_in_place and _may_be_deleted(old):
+        old.rename(data_dir)      # only over an empty directory
+        sync_directory(data_dir.parent)
+        is_in_place = True
+    if is_in_place and was:
+        note_bootstrap(data_dir, was)
+    else:
+        end_bootstrap(data_dir)
     remove_file(data_dir / REPLACED)
+    return half
 
 
 async def complete_clone(data_dir: Path, identity: str, *, in_thread: InThread = in_thread) -> None:
@@ -205,13 +254,15 @@ def unfinished_swap(data_dir: Path) -> bool:
 
 def _may_be_deleted(path: Path) -> bool:
     """Is it a directory that we put aside under this very name, to be deleted?"""
-    if path.is_symlink():
-        return False
+    return not path.is_symlink() and _replaced_name(path) == path.name
+
+
+def _replaced_name(path: Path) -> str:
+    """The name that it was given when it was put aside, or about to be; "" if it was not."""
     try:
-        text = (path / REPLACED).read_text(errors="replace")
+        return (path / REPLACED).read_text(errors="replace").split("\n")[0]
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    return text.split("\n")[0] == path.name
+        return ""
 
 
 def replaced_directories(data_dir: Path, *suffixes: Literal["old", "removing"]) -> list[Path]:
@@ -301,7 +352,8 @@ async def sync_tree(top: Path, *, in_thread: InThread = in_thread) -> None:
 
 
 async def empty_out(data_dir: Path, *, in_thread: InThread = in_thread) -> None:
-    """Delete what is in the data directory, not itself: only for what a copy in place has made there out of nothing."""
+    """Delete what is in the data directory, not itself: only for what a copy in place has just made there out of nothing,
+    where the directory cannot be renamed."""
     if living := living_processes(data_dir):
         raise PostgresError(f"{data_dir} is in use by processes {living}")
 

@@ -35,6 +35,8 @@ from pgha.errors import CommandFailed, PostgresTimeout, PostgresUnreachable
 GRACE_S = 1.0
 #: Whoever has its output from it, and is left, may hold that open for ever: it is read for so long after its end.
 LAST_WORDS_S = 0.5
+#: Where the kernel does not tell of a program's end, it is looked for this often.
+LOOK_S = 0.1
 #: How much of each output stream is kept: enough for an error and its context.
 TAIL_BYTES = 64 * 1024
 
@@ -107,7 +109,12 @@ class _Tail:
 
 async def _exited(pid: int) -> None:
     """Wait for the child's end without reaping it: while it is a zombie, its group's number cannot be another's."""
-    pidfd = os.pidfd_open(pid)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:     # no descriptor is left: it must be waited for all the same
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:  # noqa: ASYNC110, ASYNC222  (it returns at once)
+            await trio.sleep(LOOK_S)
+        return
     try:
         await trio.lowlevel.wait_readable(pidfd)
     finally:
@@ -137,7 +144,7 @@ async def _start(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path | Non
         try:
             process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                        bufsize=0, env=env, cwd=cwd, start_new_session=True)
-        except OSError as error:
+        except BaseException as error:  # noqa: BLE001  (whoever waits for it is to hear of it, whatever it is)
             begun.set_exception(error)
             return
         begun.set_result(process)
@@ -150,9 +157,23 @@ async def _start(argv: Sequence[str], *, env: Mapping[str, str], cwd: Path | Non
     process = await trio.to_thread.run_sync(begin)   # exec reads from disk; cancelled before it: nothing is begun
     assert process.stdout is not None
     assert process.stderr is not None
-    streams = [trio.lowlevel.FdStream(os.dup(pipe.fileno())) for pipe in (process.stdout, process.stderr)]
-    process.stdout.close()
-    process.stderr.close()
+    pipes, copies = (process.stdout, process.stderr), list[int]()
+    try:
+        copies += [os.dup(pipes[0].fileno())]
+        copies += [os.dup(pipes[1].fileno())]
+    except OSError:     # no descriptor is left
+        for copy in copies:
+            os.close(copy)
+        _signal_group(process.pid, signal.SIGKILL)
+        with trio.CancelScope(shield=True):
+            await _exited(process.pid)
+        process.wait()
+        ended.set()
+        raise
+    finally:
+        for pipe in pipes:
+            pipe.close()
+    streams = [trio.lowlevel.FdStream(copy) for copy in copies]
     return _Child(process=process, stdout=streams[0], stderr=streams[1], ended=ended)
 
 

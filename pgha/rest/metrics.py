@@ -23,6 +23,7 @@ _VALUES = "Values: " + ", ".join(f"{number}={name}" for number, (_, name) in enu
 
 #: What the gauges of published.store_gauges are.
 _GAUGES = {
+    "configuration_problems": "Keys of the configuration that are repaired, ignored or left out.",
     "store_alarms": "Alarms that the configuration store has raised, as of the leader's last look.",
     "store_quota_bytes": "Size at which the configuration store refuses every write.",
     "store_uncompacted_seconds": "Seconds for which nobody is known to have compacted the configuration store.",

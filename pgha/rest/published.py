@@ -120,8 +120,8 @@ def nothing_yet(*, name: str, scope: str, at: Instant, wall_s: float) -> Publish
 
 
 def publish_pass(seen: Observation, decision: Decision, *, scope: str, memory: Memory | None = None, gauges: dict[str, float] | None = None,
-                 failover_refusal: str = "") -> Published:
-    """What one pass shows to the outside. `memory`: that the pass began with."""
+                 failover_refusal: str = "", problems: tuple[str, ...] = ()) -> Published:
+    """What one pass shows to the outside. `memory`: that the pass began with. `problems`: of the configuration."""
     view, row = seen.dcs.view, seen.postgres.row
     answered = row is not None and seen.postgres.answer == "sql"
     config = (view.config if view else None) or {}
@@ -155,7 +155,7 @@ def publish_pass(seen: Observation, decision: Decision, *, scope: str, memory: M
         licence_until=seen.licence.valid_until if held else None,
         alive_until=seen.now.plus_s(seen.settings.ttl_s * (1 if running_primary else 2)),
         loop_wait_s=seen.settings.loop_wait_s, primary_start_timeout_s=seen.settings.primary_start_timeout_s,
-        view=view, decision=_decision(seen, decision), vote=decision.vote, observation=seen, memory=memory,
+        view=view, decision=_decision(seen, decision, problems), vote=decision.vote, observation=seen, memory=memory,
         failover_refusal=failover_refusal, gauges=gauges or {},
     )
 
@@ -224,7 +224,7 @@ def is_unlocked(seen: Observation) -> bool:
     return view.lock.mode == "held" and since is not None and candidate_age_s(since, seen.now) > wait_s(view.lock.ttl_s)
 
 
-def _decision(seen: Observation, decision: Decision) -> dict[str, Any]:
+def _decision(seen: Observation, decision: Decision, problems: tuple[str, ...]) -> dict[str, Any]:
     """GET /pgha/decision: the pass in words, with its reasons and how old each fact was when it was made."""
     def age(instant: Instant | None) -> float | None:
         return None if instant is None else round(holder_age_s(instant, seen.now), 3)
@@ -246,7 +246,7 @@ def _decision(seen: Observation, decision: Decision) -> dict[str, Any]:
         "ages_s": {"store_heard": age(seen.dcs.heard_at), "store_read": age(seen.dcs.read_at), "postgres_row": age(seen.postgres.row_at),
                    "postgres_sign_of_life": age(seen.postgres.answered_at),
                    **{f"peer_{peer.name}": age(peer.asked_at) for peer in seen.peers.values()}},
-        "problems": [*(seen.dcs.view.problems if seen.dcs.view else ()), *([f"store: {seen.dcs.why}"] if seen.dcs.why else []),
+        "problems": [*problems, *(seen.dcs.view.problems if seen.dcs.view else ()), *([f"store: {seen.dcs.why}"] if seen.dcs.why else []),
                      *([f"postgres: {seen.postgres.why}"] if seen.postgres.why else []),
                      *([f"guard: {seen.guard.why}"] if seen.guard.why else []), *([f"watchdog: {seen.watchdog.why}"] if seen.watchdog.why else [])],
     }

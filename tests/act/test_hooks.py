@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -10,8 +12,10 @@ from act_bed import as_source
 from msgspec.structs import replace as but
 
 from pgha.act import Actor
+from pgha.errors import OperationFailed
 from pgha.model import action as a
 from pgha.model.lock import LicenceState
+from pgha.postgres.processes import read_postmaster_pid
 
 
 def told(node):
@@ -60,7 +64,7 @@ def test_what_callbacks_are_told_through_two_lives(bed):
 def test_pre_promote_answers(bed, command, agrees, said):
     async def main():
         async with bed.node("a", postgresql={"pre_promote": command}) as node:
-            facts = await node.operate(a.PrePromote(epoch=3, limit_s=0.2))
+            facts = await node.operate(a.PrePromote(epoch=3, limit_s=0.2 if "sleep" in command else 30.0))
             assert (facts["epoch"], facts["agrees"]) == (3, agrees) and said in facts["said"]
     trio.run(main)
 
@@ -101,7 +105,35 @@ class _Renewer:
         return self._licence()
 
 
-@pytest.mark.parametrize("why", ["its limit", "the licence ends", "the lock is lost"])
+def test_before_stop_is_not_waited_for_when_there_is_nothing_to_stop_any_more(bed):
+    """The postmaster dies meanwhile: the restart goes on at once, and brings it back."""
+    async def main():
+        async with bed.node("a", postgresql={"before_stop": "/bin/sh -c 'kill -9 $(head -1 \"$0\"); sleep 1000' " + str(bed.path / "a/data/postmaster.pid")}) as node:
+            await node.primary()
+            assert node.data_dir == bed.path / "a/data"
+            with trio.fail_after(30):
+                await node.operate(a.Restart(as_primary=True, timeout_s=20, before_stop_s=1000))
+            assert await node.sql("SELECT pg_is_in_recovery()") == [("f",)]
+    trio.run(main)
+
+
+def test_before_stop_is_not_waited_for_while_a_primary_hangs(bed):
+    """A restart ends there, for the next pass to hand over; a demotion goes on."""
+    async def main():
+        async with bed.node("a", postgresql={"before_stop": "/bin/sleep 1000"}) as node:
+            await node.primary()
+            limit_s = node.wanted.effective().settings.primary_hang_timeout_s
+            hung = Actor(replace(node.ctx, silent_s=lambda: limit_s))
+            with trio.fail_after(30):
+                with pytest.raises(OperationFailed, match="no sign of life"):
+                    await hung.operate(a.Restart(as_primary=True, timeout_s=20, before_stop_s=1000), node.progress.append)
+                assert await node.sql("SELECT pg_is_in_recovery()") == [("f",)] and node.progress[-2:] == ["before_stop", "stopping PostgreSQL"]
+                await hung.operate(a.Demote(mode="fast", release=True, checkpoint=True, why="test", timeout_s=20, before_stop_s=1000), node.progress.append)
+            assert not node.living()
+    trio.run(main)
+
+
+@pytest.mark.parametrize("why", ["its limit", "the licence ends", "the lock is lost", "the server dies"])
 def test_a_before_stop_that_hangs_delays_no_demotion(bed, why):
     """It ignores SIGTERM, too: the stop begins while it is being ended."""
     async def main():
@@ -111,7 +143,7 @@ def test_a_before_stop_that_hangs_delays_no_demotion(bed, why):
 
             def licence():
                 held = node.renewer.licence
-                if trio.current_time() < began_s + 0.5 or why == "its limit":
+                if trio.current_time() < began_s + 0.5 or why in ("its limit", "the server dies"):
                     return held
                 if why == "the lock is lost":
                     return but(held, state=LicenceState.LOST)
@@ -119,7 +151,15 @@ def test_a_before_stop_that_hangs_delays_no_demotion(bed, why):
 
             ctx = replace(node.ctx, renewer=_Renewer(node.renewer, licence))
             limit_s = 0.5 if why == "its limit" else 60
-            took = await Actor(ctx).operate(a.Demote(mode="fast", release=False, checkpoint=True, why="test", timeout_s=20, before_stop_s=limit_s), node.progress.append)
-            assert 0.4 < took["before_stop_s"] < 1.3, took      # its grace alone would be a second more
+
+            async def server_dies():
+                await trio.sleep(0.5)
+                os.kill(read_postmaster_pid(node.data_dir).pid, signal.SIGKILL)
+
+            async with trio.open_nursery() as nursery:
+                if why == "the server dies":
+                    nursery.start_soon(server_dies)
+                took = await Actor(ctx).operate(a.Demote(mode="fast", release=False, checkpoint=True, why="test", timeout_s=20, before_stop_s=limit_s), node.progress.append)
+            assert 0.4 < took["before_stop_s"] < 1.45, took      # its grace alone would be a second more
             assert not node.living()
     trio.run(main)

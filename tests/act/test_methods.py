@@ -185,6 +185,90 @@ def test_a_method_in_place_of_data_that_is_there(bed, keeps, how):
     trio.run(main)
 
 
+def in_place(bed, node, **texts):
+    """Methods that write to `node`'s directory, by name: what a keep_data one does, or (the last) any other."""
+    *keeping, last = texts
+    node.local = but(node.local, postgresql=but(node.local.postgresql, methods={
+        name: ReplicaMethod(command=program(bed.path / name, f"datadir={node.data_dir}\n{text}"), no_params=True, no_leader=True, keep_data=name in keeping)
+        for name, text in texts.items()}))
+    return (*keeping, last)
+
+
+def test_torn_data_stays_marked_whatever_fails_after(bed):
+    """A method overwrites part of the data and fails; another one moves that out of its way, and fails."""
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.clone_of(one)
+            names = in_place(bed, two, delta='echo torn > "$datadir/base/1/1259"; exit 1\n', other='[ ! -e "$datadir/base" ]; mkdir "$datadir/begun"; exit 2\n')
+            with pytest.raises(OperationFailed, match="exit code 1; other: exit code 2"):
+                await clone(two, one, names, replace="remove_first")
+            facts = await two.reader.read_facts(running=False, fresh=True)
+            assert facts.unfinished_copy and not facts.abandoned_bootstrap and directories.bootstrapping(two.data_dir) == "copying over"
+            assert (two.data_dir / "base/1/1259").read_text() == "torn\n" and [p.name for p in two.data_dir.parent.glob("data.*") if p.is_dir()] == []
+            with pytest.raises(OperationFailed, match="was cut off"):
+                await two.operate(a.StartStandby(upstream=as_source(one)))
+    trio.run(main)
+
+
+@pytest.mark.parametrize("next_one", ["leaderless", "basebackup", "abandon"])
+def test_a_killed_agents_copy_in_place_costs_nothing(bed, next_one):
+    """The data waits beside, half a copy is in its place: the next agent brings it back before it does anything else."""
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.clone_of(one)
+            (two.data_dir / "of_the_old").touch()
+            names = in_place(bed, two, other="exit 2\n")
+            directories.move_to_old(two.data_dir, "replaced by a copy that other makes")
+            facts = await two.reader.read_facts(running=False)
+            assert (facts.state, facts.abandoned_bootstrap, facts.unfinished_copy) == ("missing", True, True)
+            (two.data_dir / "global").mkdir(parents=True)
+            facts = await two.reader.read_facts(running=False)
+            assert (facts.state, facts.abandoned_bootstrap, facts.unfinished_copy) == ("partial", True, True)
+            if next_one == "abandon":
+                assert await two.operate(a.AbandonDirectory(why="test")) == {"kept_as": ""}
+            else:
+                with pytest.raises(OperationFailed, match="has been brought back"):
+                    await clone(two, one, names if next_one == "leaderless" else ["basebackup"], with_source=next_one == "basebackup")
+            facts = await two.reader.read_facts(running=False)
+            assert (facts.state, facts.abandoned_bootstrap, facts.unfinished_copy) == ("valid", False, False)
+            assert (two.data_dir / "of_the_old").exists() and (two.data_dir.with_name("data.failed") / "global").exists()
+            await two.operate(a.StartStandby(upstream=as_source(one)))
+            await two.until(two.streaming)
+            assert await two.actor.discard_old() == []
+    trio.run(main)
+
+
+def test_what_people_put_into_a_marked_directory_is_kept(bed):
+    """A copy made of nothing was cut off, and somebody has put data there since: it is out of the way, not gone."""
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            await two.clone_of(one)
+            names = in_place(bed, two, other="exit 2\n")
+            directories.note_bootstrap(two.data_dir, "copying")
+            (two.data_dir / "of_people").touch()
+            with pytest.raises(OperationFailed, match="exit code 2"):
+                await clone(two, one, names, with_source=False)
+            assert (two.data_dir.with_name("data.failed") / "of_people").exists()
+            assert directories.content(two.data_dir) == "empty" and directories.bootstrapping(two.data_dir) == ""
+    trio.run(main)
+
+
+def test_half_a_copy_is_cleared_away_by_the_operation_that_made_it(bed):
+    """From nothing: what one method leaves to the next does not pile up beside the directory."""
+    async def main():
+        async with bed.node("a") as one, bed.node("b") as two:
+            await one.primary()
+            names = in_place(bed, two, delta='touch "$datadir/begun"; exit 1\n', other='[ ! -e "$datadir/begun" ]; touch "$datadir/half"; exit 2\n')
+            with pytest.raises(OperationFailed, match="exit code 1; other: exit code 2"):
+                await clone(two, one, names)
+            assert (await clone(two, one, [*names, "basebackup"]))["method"] == "basebackup"
+            assert sorted(p.name for p in two.data_dir.parent.iterdir() if p.name.startswith("data.")) == []
+    trio.run(main)
+
+
 def test_what_a_killed_agents_method_has_left_is_killed_before_the_next(bed):
     """Its processes go on when the agent is killed; the next agent knows them by their environment."""
     async def main():
@@ -198,7 +282,8 @@ def test_what_a_killed_agents_method_has_left_is_killed_before_the_next(bed):
                 (two.data_dir / "PG_VERSION").touch()
                 facts = await clone(two, one, ["basebackup"])
                 await left.wait()
-                assert left.returncode == -9 and facts["old"] == ""      # half a copy is nobody's data
+                assert left.returncode == -9 and facts["old"] == ""
+            assert (two.data_dir.with_name("data.failed") / "PG_VERSION").exists()      # somebody may have put it there since
             await two.operate(a.StartStandby(upstream=as_source(one)))
             await two.until(two.streaming)
     trio.run(main)

@@ -68,6 +68,7 @@ STORIES = [
     # what happens, what is told
     ("a new cluster, a reload, a restart, an end", "started(primary) reloaded restarted(primary) stopped", "on_start:primary on_reload:primary on_restart:primary on_stop:primary"),
     ("a standby takes over", "started(replica) promoted", "on_start:replica on_role_change:primary"),
+    ("its promotion fails, and it starts again", "started(replica) promoted started(replica)", "on_start:replica on_role_change:primary on_role_change:replica"),
     ("a switchover, seen by who leaves", "started(primary) stopped started(replica)", "on_start:primary on_stop:primary on_role_change:replica"),
     ("a crash of the primary", "started(primary) started(primary)", "on_start:primary on_start:primary"),
     ("a promotion that came to nothing", "started(replica) promoted stopped started(replica)", "on_start:replica on_role_change:primary on_stop:primary on_role_change:replica"),

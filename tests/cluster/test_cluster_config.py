@@ -150,6 +150,11 @@ def test_what_is_written_past_all_checks_does_no_harm(cluster):
         assert cluster.wait_healthy(30) is leader
         assert parameter(leader, "work_mem") == "4MB"
         assert "PostgreSQL does not take a setting: it is left out" in replica.log_path.read_text()
+        problems = replica.get("/pgha/decision").body["problems"]
+        assert any(problem.startswith('/config: ttl: is "for ever", not a number') for problem in problems), problems
+        assert 'PostgreSQL setting left out: wrok_mem: unrecognized configuration parameter "wrok_mem"' in problems
+        count = sum(problem.startswith(("/config: ", "PostgreSQL setting left out")) for problem in problems)
+        assert f'pgha_configuration_problems{{scope="{cluster.settings.scope}",name="{replica.name}"}} {count}\n' in replica.get("/metrics").body
         # an agent that begins beside a running server has been told nothing by a start, and asks itself
         for node in (replica, leader):
             node.kill_agent()

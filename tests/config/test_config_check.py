@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 from config_samples import GOOD, PASSWORDS, changed, write
 
 from pgha.config.check import check
@@ -33,6 +34,20 @@ def test_what_this_machine_lacks_is_a_warning(tmp_path):
     assert f"warning: {path}: postgresql.bin_dir: no initdb in {tmp_path} on this machine" in lines
     assert f"warning: {path}: etcd3.cacert: /no/ca cannot be read by this user on this machine" in lines
     assert lines[-1].startswith(f"{path}: good, ")
+
+
+def test_programs_that_are_not_there_are_named(tmp_path):
+    """A callback would be missed, and a pre_promote that cannot be run refuses every promotion."""
+    raw = tomllib.loads(SAMPLE)
+    raw["postgresql"] |= {"callbacks": {"on_start": "/no/vip.sh --fast", "on_stop": "true"}, "pre_promote": "'/no such/thing' x", "create_replica_methods": ["walg"],
+                          "walg": {"command": "no-such-program-here"}}
+    file = tmp_path / "pgha.toml"
+    file.write_text(tomli_w.dumps(raw))
+    code, said = check(file, {})
+    assert code == 0
+    for key, program in (("callbacks.on_start", "/no/vip.sh"), ("pre_promote", "/no such/thing"), ("walg.command", "no-such-program-here")):
+        assert f"warning: {file}: postgresql.{key}: {program} cannot be run by this user on this machine" in said
+    assert "on_stop" not in said
 
 
 def test_every_mistake_is_counted(tmp_path):

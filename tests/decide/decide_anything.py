@@ -357,6 +357,7 @@ CHANGES: tuple[tuple[str, Any], ...] = (
     ("memory__not_streaming_since", _sometime),
     ("memory__switchover_asked_at", _sometime),
     ("memory__switchover_revision", one_of(0, 7)),
+    ("memory__handed_over_revision", one_of(0, 7)),
     ("memory__bootstrap_revision", one_of(7)),
     ("memory__stand_back_until", _soon),
     ("memory__upstream_asked_at", _sometime),

@@ -27,7 +27,7 @@ from decide_world import (
 
 from pgha.model.action import AcquireLock, Clone, ReleaseLock
 from pgha.model.cluster import ClusterView, Sync, Tags
-from pgha.model.node import PostgresFacts
+from pgha.model.node import DataDirectoryFacts, PostgresFacts
 from pgha.model.observation import Operation
 
 REMEMBERED = {"dcs__remembered_members": {"a": "http://a:8008", "b": "http://b:8008"}}
@@ -111,6 +111,13 @@ def test_half_a_cluster_is_set_aside():
     decision = BIRTH.but(directory=DIRECTORY, directory__abandoned_bootstrap=True).decide()
     assert names(decision) == ("AbandonDirectory",)
     assert [(r.rule, r.holds) for r in decision.reasons] == [("empty.bootstrap_was_ended", False)]
+
+
+@pytest.mark.parametrize("state", ["missing", "empty", "partial"])
+def test_what_an_unfinished_copy_was_to_replace_comes_back(state):
+    for world in (BIRTH, EMPTY):
+        decision = world.but(directory=DataDirectoryFacts(state=state, abandoned_bootstrap=True, unfinished_copy=True)).decide()
+        assert names(decision) == ("AbandonDirectory",) and decision.summary == "bringing back what a copy was to replace: it was never ended"
 
 
 @pytest.mark.parametrize("state", ["unknown", "unreadable", "partial"])

@@ -33,7 +33,9 @@ from pgha.model.action import Clone, Demote, PrePromote, Restart, StandDown, Sto
 from pgha.model.cluster import FailoverKey, Sync, Tags
 from pgha.model.lock import Licence, LicenceState
 from pgha.model.node import DataDirectoryFacts, PostgresFacts
-from pgha.model.observation import Operation, Request
+from pgha.model.observation import BEFORE_STOP, Operation, Request
+
+HANG_S = LEADER.seen.settings.primary_hang_timeout_s
 
 ASKED = WINNER.but(settings__pre_promote_s=20.0)
 REFUSED = ASKED.but(memory__vetoed_until=ahead(12), memory__veto_why="pre_promote refused (exit code 1: old primary lives)")
@@ -78,6 +80,11 @@ RACE = [
 def test_who_was_refused_stays_out_of_the_race(case):
     decision = check(CANDIDATE.but(memory__vetoed_until=ahead(12), memory__veto_why="pre_promote refused (exit code 1: old primary lives)"), case)
     assert decision.vote.candidate == (case.refuses == ())
+
+
+def test_who_was_refused_says_so_to_a_leader_who_looks_for_a_successor():
+    vetoed = REPLICA.but(memory__vetoed_until=ahead(12), memory__veto_why="pre_promote refused")
+    assert REPLICA.decide().vote.candidate and not vetoed.decide().vote.candidate
 
 
 def ended(world: World, *, ok: bool = True, **facts: object) -> World:
@@ -151,6 +158,54 @@ def test_the_mandate_allows_for_it():
     until = world.decide().mandate.until
     assert until is not None and remaining_s(until, world.seen.now) > 20
     assert replace(world.decide().mandate, until=None).kind == "stopping"
+
+
+@pytest.mark.parametrize("kind", ["Demote", "Restart"])
+def test_while_it_runs_the_mandate_is_that_of_a_primary_that_answers(kind):
+    """Nobody has begun to stop it yet: a server that hangs meanwhile is not kept in the lock."""
+    draining = LEADER.but(settings__before_stop_s=100.0, operation=Operation(kind=kind, id=7, started_at=ago(2), progress=BEFORE_STOP))
+    for world, left_s in ((draining, HANG_S + 1.0), (draining.but(postgres__answered_at=ago(HANG_S)), 1.0)):
+        mandate = world.decide().mandate
+        assert mandate.kind == "running" and mandate.until is not None and remaining_s(mandate.until, world.seen.now) == pytest.approx(left_s, abs=1.0)
+    stops = draining.but(operation__progress="stopping PostgreSQL", postgres__answered_at=ago(HANG_S)).decide().mandate
+    assert stops.kind != "running" and stops.until is not None and remaining_s(stops.until, LEADER.seen.now) > HANG_S
+    assert draining.but(postgres=PostgresFacts(process="absent", ever_started=True)).decide().mandate.kind != "running"
+
+
+DRAINING = LEADER.but(settings__before_stop_s=100.0, dcs__view__failover=FailoverKey(leader="a", candidate="b"), memory__switchover_revision=99, memory__switchover_asked_at=ago(9),
+                      dcs__view__revisions={**LEADER.seen.dcs.view.revisions, "failover": 99},
+                      operation=Operation(kind="Demote", id=7, started_at=ago(9), detail="switchover to b", progress=BEFORE_STOP))
+
+TAKEN_BACK = [
+    row("nothing has changed", does="", refuses=""),
+    row("the key is gone", dcs__view__failover=FailoverKey(), does="CancelOperation", refuses="switchover.is_still_asked_for", says="the request was taken back"),
+    row("another candidate is asked for", dcs__view__revisions={**LEADER.seen.dcs.view.revisions, "failover": 100}, does="CancelOperation",
+        refuses="switchover.is_still_asked_for", says="another request has come"),
+    row("its answer is late", peers={"b": replace(silent("b"), silent_since=ago(1.9)), "c": peer("c")}, does="", refuses=""),
+    row("nobody has been asked yet", peers={}, does="", refuses=""),
+    row("it has not been asked for a while", peers={"b": replace(peer("b"), asked_at=ago(5)), "c": peer("c")}, does="", refuses=""),
+    row("the candidate is gone", peers={"b": replace(silent("b"), silent_since=ago(2.1)), "c": peer("c")}, does="CancelOperation", refuses="switchover.is_still_asked_for", says="b: does not answer"),
+    row("the candidate is not to lead any more", peers={"b": peer("b", tags=Tags(nofailover=True)), "c": peer("c")}, does="CancelOperation",
+        refuses="switchover.is_still_asked_for", says="b: tag nofailover is set"),
+    row("the stop has begun", operation__progress="stopping PostgreSQL", dcs__view__failover=FailoverKey(), does="", refuses=""),
+    row("the agent stops", operation__detail="agent stops", dcs__view__failover=FailoverKey(), does="", refuses=""),
+    row("it is being ended", operation__cancelling=True, dcs__view__failover=FailoverKey(), does="", refuses="switchover.is_still_asked_for"),
+]
+
+
+@pytest.mark.parametrize("case", TAKEN_BACK)
+def test_a_switchover_can_be_taken_back_while_before_stop_runs(case):
+    decision = check(DRAINING, case)
+    assert bool(decision.ask_peers.names) == (case.name != "the agent stops")      # what they said must not be forgotten before it is judged
+    assert all(action.while_in == BEFORE_STOP for action in decision.actions)      # not what has begun to stop in this very moment
+
+
+def test_what_was_taken_back_before_the_stop_was_not_tried():
+    """The candidate is judged anew; if it may take over after all, it does."""
+    cancelled = DRAINING.but(operation=None, memory__handed_over_revision=99, ended=replace(DRAINING.seen.operation, ended_at=ago(0), why="it was ended"))
+    only(cancelled.decide(), Demote)
+    stopped = cancelled.but(postgres=PostgresFacts(process="absent", ever_started=True)).decide()
+    assert stopped.memory.handed_over_revision == 99
 
 
 # --- how a copy is made ---------------------------------------------------------------------------------------------------

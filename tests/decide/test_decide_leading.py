@@ -194,6 +194,9 @@ SWITCHOVER = [
     row("c is as far behind as it may", peers__c=peer("c", lsn=LSN - MiB), refuses=""),
     row("c is on another timeline", peers__c=peer("c", timeline=2), refuses="switchover.has_good_candidate", says="c: timeline 2, the leader's is 3"),
     row("c is a primary", peers__c=peer("c", in_recovery=False), refuses="switchover.has_good_candidate", says="c: is no standby"),
+    row("c would not lead now", peers__c=peer("c", candidate=False), refuses="switchover.has_good_candidate", says="c: would not take the lock now"),
+    row("it was tried, and came to nothing", memory__handed_over_revision=99, refuses="switchover.was_not_tried", does="WriteKey", summary="refused to hand over", says="c has not become the leader"),
+    row("another was tried", memory__handed_over_revision=98, refuses="", does="Demote"),
     row("c has no watchdog", peers__c=peer("c", watchdog_failed=True), refuses="switchover.has_good_candidate", says="c: its watchdog"),
     row("d is nobody", dcs__view__failover__candidate="d", refuses="switchover.has_good_candidate", says="d: is no member"),
     row("everything is wrong with c", peers__c=peer("c", in_recovery=False, lsn=0, timeline=2, watchdog_failed=True), refuses="switchover.has_good_candidate",
@@ -227,6 +230,7 @@ def test_switchover(case):
 def test_a_switchover_stops_in_order_and_gives_the_lock_back():
     demote = only(ASKED.decide(), Demote)
     assert (demote.mode, demote.release, demote.checkpoint) == ("fast", True, True)
+    assert ASKED.decide().memory.handed_over_revision == 99
 
 
 def test_a_switchover_whose_time_has_come_becomes_one_for_now():

@@ -107,7 +107,7 @@ class Asked:
             self.heal()
         self.for_s(self.random.choice(CALM_S) + self.random.random())
         for _ in range(100):
-            if all(host.gone or self.tells(host) is not None for host in self.hosts.values()):
+            if all(host.gone or getattr(host, "patroni", False) or self.tells(host) is not None for host in self.hosts.values()):
                 break
             self.for_s(0.1)
 
@@ -181,8 +181,8 @@ class Asked:
 class World(Asked, Simulation):
     """Level a."""
 
-    def __init__(self, seed: int, *, out: TextIO | None = None) -> None:
-        super().__init__(Options(seed=seed, program=(), draws=2), out=out)
+    def __init__(self, seed: int, *, patronis: int = 0, out: TextIO | None = None) -> None:
+        super().__init__(Options(seed=seed, program=(), draws=2, patronis=patronis), out=out)
         self.prepare(seed)
 
 
@@ -213,7 +213,7 @@ class Shipped(Asked, ShippedWorld):
         return told.observation, told.memory
 
 
-def tell(seed: int, *, level: str = "a", out: TextIO | None = None) -> Story:
+def tell(seed: int, *, level: str = "a", patronis: int = 0, out: TextIO | None = None) -> Story:
     """The whole story of a seed."""
     if level == "b":
         with level_b.root_of_a_run() as root:
@@ -223,7 +223,7 @@ def tell(seed: int, *, level: str = "a", out: TextIO | None = None) -> Story:
                     return _tell(shipped, seed)
                 finally:
                     shipped.close()
-    world = World(seed, out=out)
+    world = World(seed, patronis=patronis, out=out)
     try:
         return _tell(world, seed)
     finally:

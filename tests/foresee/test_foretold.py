@@ -52,6 +52,15 @@ def test_forecasts_by_what_shipped_agents_tell_come_true(seed):
     assert story.forecast.certain
 
 
+@pytest.mark.parametrize("seed", [2, 4, 6, 10])
+def test_forecasts_beside_members_of_another_make_say_what_they_do_not_know(seed):
+    """A Patroni member does not tell what it sees, whether it leads or not: it is among those who may lead, and not foretold."""
+    story = tell(seed, patronis=1)
+    assert not story.mistakes, failure(story)
+    assert not story.violations
+    assert any("another program" in line for line in story.forecast.unknown) or any("members of another make" in line for line in story.forecast.unknown)
+
+
 def test_the_same_seed_is_the_same_story():
     first, second = tell(5), tell(5)
     assert (first.forecast, first.leaders) == (second.forecast, second.leaders)

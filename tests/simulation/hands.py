@@ -843,7 +843,7 @@ def stand_ins() -> dict[str, Any]:
             "pgha.postgres.directories", content=content, note_bootstrap=note_bootstrap, bootstrapping=bootstrapping, end_bootstrap=end_bootstrap,
             move_to_failed=move_to_failed, complete_clone=complete_clone, delete_clone=delete_clone, unfinished_swap=unfinished_swap, swap_in_clone=swap_in_clone,
             replaced_directories=replaced_directories, move_to_removing=move_to_removing, delete_tree=delete_tree, free_bytes=free_bytes, size_bytes=size_bytes,
-            linked_directories=lambda path: [], clone_directory=lambda path: ModelDir(path.instance, "clone")),
+            linked_directories=lambda path: [], replaced_by_copy=lambda path: "", clone_directory=lambda path: ModelDir(path.instance, "clone")),
         "pgha.postgres.histories": _module("pgha.postgres.histories", read_history=read_history, block_timeline=block_timeline, claim_timeline=claim_timeline, unclaim=unclaim, unblock_timeline=unblock_timeline,
                                            unblock_all=unblock_all),
         "pgha.postgres.controldata": _module("pgha.postgres.controldata", read_control=read_control),

@@ -904,7 +904,7 @@ class AgentProcess:
             await self.cluster.read()
             self.wake()
         elif isinstance(action, CancelOperation):
-            if self._operation is not None and self._operation.id == action.id and self._operation_scope is not None:
+            if self._operation is not None and self._operation.id == action.id and self._operation_scope is not None and action.while_in in ("", self._operation.progress):
                 self.world.trace(self.host.name, "ending operation", kind=self._operation.kind)
                 self._operation = replace(self._operation, cancelling=True)
                 self._operation_scope.cancel()
@@ -940,7 +940,7 @@ class AgentProcess:
                 ok, why = True, ""
             except OPERATING_ERRORS as error:
                 why = str(error) or type(error).__name__
-                facts = {"final": bool(getattr(error, "final", False)), "unreached": is_unreached(error)}
+                facts = {"final": bool(getattr(error, "final", False)), "unreached": is_unreached(error), "overdue": bool(getattr(error, "overdue", False))}
                 self.world.trace(self.host.name, "operation failed", kind=operation.kind, why=why.replace(" ", "_"))
         self._operation_scope = None
         self._note_operation(action, facts, ok=ok, why=why)

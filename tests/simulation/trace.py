@@ -22,7 +22,7 @@ class Trace:
         self.last: deque[str] = deque(maxlen=KEPT)
         self.lines = 0
 
-    def __call__(self, where: str, what: str, **facts: Any) -> None:
+    def __call__(self, where: str, what: str, /, **facts: Any) -> None:
         text = f"{self._scheduler.now_ns / 1e9:13.6f} {where:<9} {what}"
         if facts:
             text += "".join(f" {k}={str(v).replace(' ', '_')}" for k, v in facts.items())
