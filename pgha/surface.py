@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+import trio
 from msgspec.structs import replace
 
 from pgha import COMPATIBLE_VERSION, __version__
@@ -28,11 +29,14 @@ from pgha.errors import ConfigError
 from pgha.log import Log
 from pgha.machine import Machine
 from pgha.model.cluster import ClusterView
-from pgha.rest.access import Access, Network, resolve_allowlist
+from pgha.rest.access import Access, Names, Network
 from pgha.rest.listen import Listen
 from pgha.rest.tls import Tls, load_certificate, make_context, server_headers
 
 log = Log("pgha.surface")
+
+#: A name without an answer is asked for again after this time.
+ASK_AGAIN_S = 10.0
 
 
 class Published(Protocol):
@@ -51,6 +55,7 @@ class Surface:
         self._etcd_tls: ssl.SSLContext | None = None
         self._stores: list[Etcd3Store] = []
         self._listed: tuple[Network, ...] | None = None     # what the allowlist names
+        self._listed_names, self._member_names = Names("restapi.allowlist"), Names("a member's api_url")
         self._members: tuple[Network, ...] = ()
         self._headers = _headers(local)
         self.access = Access()
@@ -91,7 +96,7 @@ class Surface:
 
     async def _take_access(self, local: LocalConfig) -> None:
         rest = local.restapi
-        self._listed = await resolve_allowlist(rest.allowlist)
+        self._listed = await self._listed_names.networks(rest.allowlist) if rest.allowlist else None
         self.access = Access(username=rest.authentication.username, password=rest.authentication.password.reveal(),
                              require_cert=rest.tls and rest.verify_client in ("optional", "required"))
         self._allow()
@@ -103,17 +108,25 @@ class Surface:
         self.access = replace(self.access, networks=networks)
 
     async def keep_members(self, now: Callable[[], Published], changed: Callable[[Any], Awaitable[Any]], take: Callable[[Access], None]) -> None:
-        """Follow the members' addresses, for as long as the agent runs. `take`: who gets each new Access."""
+        """Follow the members' addresses, and ask again for names without an answer, for as long as the agent runs. `take`: who gets each new Access."""
         known: frozenset[str] = frozenset()
+        again_at = 0.0
         published = now()
         while True:
-            view = published.view
-            if self._local.restapi.allowlist_include_members and view is not None:
+            view, local = published.view, self._local
+            if local.restapi.allowlist_include_members and view is not None:
                 hosts = frozenset(host for member in view.members.values() if (host := _host(member.api_url)))
                 # A view without members is one that tells nothing: whoever was a member stays allowed until others are.
-                if hosts and hosts != known:
-                    found = await resolve_allowlist(sorted(hosts), what="a member's api_url")
-                    self._members, known = found or (), hosts
+                if hosts and (hosts != known or (self._member_names.unresolved and trio.current_time() >= again_at)):
+                    self._members, known = await self._member_names.networks(sorted(hosts)), hosts
+                    again_at = trio.current_time() + ASK_AGAIN_S
+                    self._allow()
+                    take(self.access)
+            if local.restapi.allowlist and self._listed_names.unresolved and trio.current_time() >= again_at:
+                listed = await self._listed_names.networks(local.restapi.allowlist)
+                again_at = trio.current_time() + ASK_AGAIN_S
+                if self._local is local:        # else a reload has brought another list meanwhile
+                    self._listed = listed
                     self._allow()
                     take(self.access)
             published = await changed(published)

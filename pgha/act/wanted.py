@@ -21,7 +21,7 @@ from pgha.config.load import Effective
 from pgha.config.local import PostgresUser
 from pgha.log import Log
 from pgha.model.action import Source
-from pgha.model.gucs import SettingValue, setting_text
+from pgha.model.gucs import SettingValue, may_hold_secrets, setting_text
 from pgha.model.rolling import STANDBY_AT_LEAST
 from pgha.postgres import files
 from pgha.postgres.controldata import ControlData
@@ -272,7 +272,7 @@ class Wanted:
         elif self._started is not None and (changed := self._changed()):
             self._failed, self._failed_why = self.to_vet(), _last_words(why)
             log.warning("PostgreSQL did not start with changed settings: the next start is with those of the last one that it did start with",
-                        changed=", ".join(f"{name}: {old} → {new}" for name, (old, new) in changed.items()), why=self._failed_why)
+                        changed=", ".join(name if may_hold_secrets(name) else f"{name}: {old} → {new}" for name, (old, new) in changed.items()), why=self._failed_why)
 
     def try_configured(self) -> None:
         """An operator asks for a restart: with what is configured."""

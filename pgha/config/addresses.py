@@ -70,7 +70,7 @@ def _host(text: str, whole: str) -> str:
             raise Wrong(f"is {shown(whole)}, in which {shown(text)} is no IPv6 address") from None
     if ":" in text:
         raise Wrong(f"is {shown(whole)}, in which an IPv6 address lacks its brackets")
-    if text != "*" and not _HOST.fullmatch(text):
+    if text != "*" and (not _HOST.fullmatch(text) or not all(0 < len(label) < 64 for label in text.removesuffix(".").split("."))):
         raise Wrong(f"is {shown(whole)}, in which {shown(text)} is no host")
     return text
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pgha.ctl.ends import USAGE, End
 
 #: looked for in this order when neither -c nor PGHACTL_CONFIG_FILE says
-DEFAULT_FILES = ("~/.config/pgha/ctl.toml", "/etc/pgha/pgha.toml")
+DEFAULT_FILES = ("~/.config/pgha/ctl.toml", "/etc/pgha.toml", "/etc/pgha/pgha.toml")
 DEFAULT_NAMESPACE = "service"
 
 #: variable → where its value goes; the last part may be "password_file"
@@ -81,7 +81,7 @@ def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, env
     for variable, path in _VARIABLES.items():
         if environ.get(variable):
             raw.put(path, environ[variable], variable)
-    etcd = _etcd(raw, dcs_url)
+    etcd = _etcd(raw, dcs_url or environ.get("DCS_URL"))
     listen = raw.text("restapi", "connect_address") or raw.text("restapi", "listen").replace("*", "127.0.0.1")
     own_url = ""
     if listen:

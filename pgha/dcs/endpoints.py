@@ -77,9 +77,10 @@ class HostAddresses:
             with trio.move_on_after(REFRESH_S if self._known else math.inf):
                 try:
                     await trio.to_thread.run_sync(self._refresh, abandon_on_cancel=True, limiter=self._one)
-                except OSError as error:
+                except (OSError, UnicodeError) as error:
                     if not self._known:
-                        raise NoAnswer(f"cannot resolve {self._host}: {error.strerror or error}") from error
+                        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+                        raise NoAnswer(f"cannot resolve {self._host}: {why}") from error
         return self._known
 
     def doubt(self) -> None:

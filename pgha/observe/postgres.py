@@ -56,6 +56,8 @@ POSITION_AGE_S = 0.25
 LOOKS_BEFORE_HANGING = 2.5
 #: A reload reaches the backends within this time.
 RELOAD_S = 0.3
+#: What waits for a restart could not be asked: so much later it is again.
+SETTINGS_AGAIN_S = 5.0
 #: While it gives no SQL answer, or a standby has an upstream and does not stream from it.
 UNSETTLED_S = 0.5
 #: While commits wait for standbys: one that has gone is noticed within this time.
@@ -272,7 +274,8 @@ class PostgresObserver:
         if row.configuration_loaded_at != self._loaded_at:
             self._loaded_at, self._settings_due = row.configuration_loaded_at, self._settings_due or self._clock.now()
         if self._settings_due is not None and remaining_s(self._settings_due, self._clock.now()) <= 0:
-            self._settings_due = None
+            # Asked again after a while if there is no answer now: not in each probe, which it would end each time.
+            self._settings_due = again = self._clock.now().plus_s(SETTINGS_AGAIN_S)
             wanted = self._wanted()
             running = running_settings(await conn.query(SETTINGS_SQL, settings_argument(wanted), deadline_s=PROBE_DEADLINE_S))
             files = await self._files(conn)
@@ -282,6 +285,8 @@ class PostgresObserver:
                 log.error("what waits for a restart cannot be told", why=str(error) or type(error).__name__)
             else:
                 self._tell_overridden(said)
+            if self._settings_due == again:     # else there was another reload meanwhile
+                self._settings_due = None
         return self._pending
 
     async def _files(self, conn: Connection) -> dict[str, FileEntry]:

@@ -276,5 +276,7 @@ async def resolve(host: str, *, deadline_s: float) -> list[str]:
                 limiter=_RESOLVER_THREADS)
         except OSError as e:
             raise PostgresUnreachable(f"cannot resolve {host}: {e.strerror}") from e
+        except UnicodeError as e:       # a label that is empty, too long, or no name: Python's own codec says so, before any resolver
+            raise PostgresUnreachable(f"cannot resolve {host}: it is no host name") from e
         return list(dict.fromkeys(str(entry[4][0]) for entry in found))
     raise PostgresTimeout(f"no answer from the resolver within {deadline_s:g} s for {host}")

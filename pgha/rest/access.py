@@ -6,7 +6,9 @@ import base64
 import binascii
 import hmac
 import ipaddress
+import socket
 from collections.abc import Sequence
+from functools import partial
 
 import trio
 from msgspec import Struct
@@ -72,31 +74,51 @@ def _contains(networks: tuple[Network, ...], peer: str) -> bool:
     return any(address in network for network in networks)
 
 
-async def resolve_allowlist(items: Sequence[str], *, deadline_s: float = 5.0, what: str = "restapi.allowlist") -> tuple[Network, ...] | None:
-    """Addresses, networks and host names → networks; None for an empty list. Called at start and reload, never while a
-    request waits. A name that cannot be resolved in time is logged and allows nobody. `what`: where the names stand."""
-    if not items:
-        return None
-    found: list[Network] = []
-    names = []
-    for item in items:
-        try:
-            found.append(ipaddress.ip_network(item, strict=False))
-        except ValueError:
-            names.append(item)
+class Names:
+    """Addresses, networks and host names → networks. What a name meant last goes on counting while nobody answers for it.
 
-    async def resolve(name: str) -> None:
-        why = f"no answer in {deadline_s:g} s"
+    `what`: where they stand, for the log. `unresolved`: names without an answer when last asked.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._known: dict[str, tuple[Network, ...]] = {}
+        self.unresolved: frozenset[str] = frozenset()
+
+    async def networks(self, items: Sequence[str], *, deadline_s: float = 5.0) -> tuple[Network, ...]:
+        """All of them. Called beside the agent's work, never while a request waits. A name that nobody knows allows nobody."""
+        found: list[Network] = []
+        names = []
+        for item in items:
+            try:
+                found.append(ipaddress.ip_network(item, strict=False))
+            except ValueError:
+                names.append(item)
+        self._known = {name: known for name, known in self._known.items() if name in names}
+        failed: set[str] = set()
+        async with trio.open_nursery() as nursery:
+            for name in names:
+                nursery.start_soon(self._resolve, name, deadline_s, failed)
+        for name in sorted(failed - self.unresolved):
+            log.warning("a name cannot be resolved", of=self._what, name=name[:300], allows="what it meant last" if name in self._known else "nobody")
+        self.unresolved = frozenset(failed)
+        return (*found, *(network for name in names for network in self._known.get(name, ())))
+
+    async def _resolve(self, name: str, deadline_s: float, failed: set[str]) -> None:
+        failed.add(name)
         with trio.move_on_after(deadline_s):
             try:
-                answers = await trio.socket.getaddrinfo(name, None, type=trio.socket.SOCK_STREAM)
-                found.extend(ipaddress.ip_network(str(address[0]).partition("%")[0]) for *_, address in answers)
+                # Threads of their own: those that others share would be used up while the name server is silent.
+                answers = await trio.to_thread.run_sync(partial(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM), abandon_on_cancel=True, limiter=_RESOLVERS)
+            except (OSError, UnicodeError):     # UnicodeError: no name at all, by Python's own codec
                 return
-            except OSError as error:
-                why = str(error)
-        log.warning("a name cannot be resolved and allows nobody", of=what, name=name, why=why)
+            self._known[name] = tuple(ipaddress.ip_network(str(address[0]).partition("%")[0]) for *_, address in answers)
+            failed.discard(name)
 
-    async with trio.open_nursery() as nursery:
-        for name in names:
-            nursery.start_soon(resolve, name)
-    return tuple(found)
+
+_RESOLVERS = trio.CapacityLimiter(8)
+
+
+async def resolve_allowlist(items: Sequence[str]) -> tuple[Network, ...] | None:
+    """`items` once; None, everybody, for an empty list."""
+    return await Names("restapi.allowlist").networks(items) if items else None

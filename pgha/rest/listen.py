@@ -56,8 +56,9 @@ async def open_sockets(listen: Listen) -> list[socket.socket]:
                     sock.setblocking(False)
                     sock.bind(address)
                     sock.listen(listen.backlog)
-            except OSError as error:
-                raise ConfigError(f"restapi.listen: cannot listen on {host}:{port}: {error.strerror or error}") from error
+            except (OSError, UnicodeError) as error:
+                why = error.strerror if isinstance(error, OSError) and error.strerror else error
+                raise ConfigError(f"restapi.listen: cannot listen on {host}:{port}: {why}") from error
     except BaseException:
         for sock in sockets:
             sock.close()

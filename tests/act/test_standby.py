@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from test_bootstrap_clone import cancelled_at
 
 from pgha.act import steps
+from pgha.act.steps import closing
 from pgha.errors import OperationFailed, PostgresError, PostgresUnreachable
 from pgha.lock import recipe
 from pgha.model import action as a
@@ -296,7 +297,7 @@ def test_settings_that_postgresql_does_not_start_with_do_not_keep_it_down(bed, c
     assert sum(record.getMessage().startswith("PostgreSQL did not start with changed settings") for record in caplog.records) == 2
 
 
-def test_what_postgresql_started_with_outlives_the_agent_and_is_no_help_when_it_is_something_else(bed):
+def test_what_postgresql_started_with_outlives_the_agent_and_is_no_help_when_it_is_something_else(bed, caplog):
     from pgha.act.wanted import Wanted
 
     async def main():
@@ -309,11 +310,13 @@ def test_what_postgresql_started_with_outlives_the_agent_and_is_no_help_when_it_
             first.did_not_start("never started")        # nothing is known that is better
             assert first.prepared().file["work_mem"] == "5MB"
             first.note_started()
-            node.dynamic["postgresql"]["parameters"] = {"work_mem": "6MB", "max_connections": 200}
+            node.dynamic["postgresql"]["parameters"] = {"work_mem": "6MB", "max_connections": 200, "archive_command": "KEY=topsecret wal-g"}
             second = wanted()
             second.did_not_start("LOG:  x\nFATAL:  no memory\nLOG:  shut down\n")
             assert (second.prepared().file["work_mem"], second.command_line(None)["max_connections"]) == ("5MB", "100")
-            assert second.left_out == dict.fromkeys(("work_mem", "max_connections"), "PostgreSQL did not start with it: FATAL:  no memory")
+            assert second.left_out == dict.fromkeys(("work_mem", "max_connections", "archive_command"), "PostgreSQL did not start with it: FATAL:  no memory")
+            told = next(record for record in caplog.records if record.getMessage().startswith("PostgreSQL did not start with changed settings"))
+            assert told.facts["changed"].startswith("archive_command, max_connections: ")
             assert second.settings()["work_mem"] == "6MB", "what is configured waits for a restart"
             second.did_not_start("again")               # so it was not the settings
             assert second.prepared().file["work_mem"] == "6MB"
@@ -382,6 +385,24 @@ def test_a_change_is_judged_by_the_server_and_without_one_by_its_program(bed):
             blind = await node.actor.judge_configuration(old, new | {"tll": 5})
             assert (blind.asked, blind.problems) == ("", ("/config: tll: unknown key; did you mean ttl?",))
             assert blind.warnings[0].startswith("PostgreSQL's parameters could not be checked on a: cannot start /nowhere/postgres")
+    trio.run(main)
+
+
+def test_a_report_that_fails_is_made_later(bed):
+    """What waits for a restart is told although PostgreSQL did not answer when it was asked; and its probes go on meanwhile."""
+    async def main():
+        async with bed.node("a") as node:
+            await node.primary()
+            await node.until(lambda: node.observer.facts.is_primary)
+            with closing(await node.machine.connect(node.wanted.local_conninfo(), deadline_s=5)) as locks:
+                await locks.query("BEGIN", deadline_s=5)
+                await locks.query("LOCK TABLE pg_catalog.pg_settings IN ACCESS EXCLUSIVE MODE", deadline_s=5)
+                await node.sql("ALTER SYSTEM SET max_files_per_process = 1100")
+                await node.sql("SELECT pg_reload_conf()")
+                await node.until(lambda: node.observer.facts.answer == "silent")
+                await node.until(lambda: node.observer.facts.answer == "sql")
+                assert node.observer.facts.row.pending_restart == {}
+            await node.until(lambda: node.observer.facts.row.pending_restart == {"max_files_per_process": ("1000", "1100")}, within_s=20)
     trio.run(main)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ from trio.testing import MockClock
 from pgha.config.load import load
 from pgha.config.local import LocalConfig
 from pgha.dcs.etcd3 import Etcd3Store
-from pgha.errors import ConfigError
+from pgha.errors import ConfigError, PostgresUnreachable
 from pgha.model.cluster import ClusterView, Member
+from pgha.postgres.connection import resolve
 from pgha.rest.access import Access
 from pgha.rest.refusals import AGAIN_S, Refusals
 from pgha.rest.wire import Request
-from pgha.surface import Surface
+from pgha.surface import ASK_AGAIN_S, Surface
 
 MINIMAL = """
 scope = "s"
@@ -60,6 +62,7 @@ def allowed(access: Access, peer: str) -> bool:
     ("allowlist_include_members = true", ["10.0.0.1", "localhost"], ["10.0.0.1", "127.0.0.1"], ["10.0.0.3"]),
     ("allowlist_include_members = true", [], [], ["10.0.0.1"]),
     ("allowlist_include_members = true", ["10.0.0.1", "no.such.name.invalid"], ["10.0.0.1"], ["10.0.0.3"]),
+    ("allowlist_include_members = true", ["10.0.0.1", "node9..example.com", "x" * 64 + ".example.com", "n_1é.x", "-é"], ["10.0.0.1"], ["10.0.0.3"]),
 ])
 def test_members_and_listed_addresses_are_allowed(restapi: str, hosts: list[str], may: list[str], may_not: list[str]) -> None:
     async def main() -> None:
@@ -84,6 +87,19 @@ def test_members_and_listed_addresses_are_allowed(restapi: str, hosts: list[str]
     trio.run(main)
 
 
+@pytest.mark.parametrize("host", ["node9..example.com", "x" * 64 + ".example.com", "n_1é.x", "-é"])
+def test_what_is_no_name_is_an_error_that_is_known(host: str) -> None:
+    """Python's codec for names raises UnicodeError, which is no OSError; in the store stands whatever somebody wrote."""
+    with pytest.raises(PostgresUnreachable, match="it is no host name|cannot resolve"):
+        trio.run(partial(resolve, host, deadline_s=5.0))
+
+
+@pytest.mark.parametrize("address", ["node9..example.com:8008", "x" * 64 + ":8008", ".example.com"])
+def test_an_address_with_a_label_that_no_name_has_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="is no host"):
+        local(f'connect_address = "{address}"')
+
+
 def test_a_member_that_leaves_loses_its_right_and_a_view_without_members_takes_none() -> None:
     async def main() -> None:
         surface = Surface(local("allowlist_include_members = true"))
@@ -102,6 +118,44 @@ def test_a_member_that_leaves_loses_its_right_and_a_view_without_members_takes_n
         assert rights == [(True, True), (True, True), (False, True)]
 
     trio.run(main)
+
+
+def test_a_silent_name_server_takes_no_right_away_and_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Addresses once known go on counting; a name without an answer is asked for until there is one."""
+    known = {"n1.x": "10.0.0.1", "n2.x": "10.0.0.2"}
+    silent = False
+
+    def look_up(name: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+        if silent or name not in known:
+            raise OSError("no answer")
+        return [(0, 0, 0, "", (known[name], 0))]
+
+    monkeypatch.setattr("pgha.rest.access.socket.getaddrinfo", look_up)
+
+    async def main() -> None:
+        nonlocal silent
+        surface = Surface(local("allowlist_include_members = true"))
+        await surface.listen()
+        rights: list[list[bool]] = []
+
+        async def changed(_: object) -> View:
+            nonlocal silent
+            rights.append([allowed(surface.access, f"10.0.0.{n}") for n in (1, 2, 3)])
+            match len(rights):
+                case 1:
+                    silent = True
+                case 2:
+                    silent, known["n3.x"] = False, "10.0.0.3"
+                    await trio.sleep(ASK_AGAIN_S + 1)
+                case 3:
+                    raise EOFError
+            return View("n1.x", "n2.x", "n3.x")
+
+        with pytest.raises(EOFError):
+            await surface.keep_members(lambda: View("n1.x", "n2.x"), changed, lambda _: None)
+        assert rights == [[True, True, False], [True, True, False], [True, True, True]]
+
+    trio.run(main, clock=MockClock(autojump_threshold=0.1))
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,7 @@ def test_through_a_failover(cluster):
         assert f"seen by {old.name}" not in text
         terminal.resize(100, 22)
         terminal.resize(100, 30)
+        terminal.until(lambda t: f"{old.name} is gone" in t, "its member key has expired")
         old.start_agent()
         cluster.wait_healthy(60)
         text = terminal.until(lambda t: t.count("| Replica |") == 2 and f"{old.name} has joined" in t, "the old leader is back")

@@ -95,6 +95,19 @@ def test_a_member_may_where_members_are_allowed(locked):
     for node in bed.nodes:
         bed.wait(lambda node=node: (n3.request("PATCH", "/config", {"pgha_test": None}, certificate="", source=node.address) or (0,))[0] == 200, 10,
                  f"{node.name}'s address is allowed at n3")
+    # a member's key with what is no name at all ends nobody: no agent that allows members, and none that asks it or copies from it
+    bad = {"api_url": "https://node9..example.com:8008/patroni", "conn_url": "postgres://node9..example.com:5432/postgres", "state": "running", "role": "replica",
+           "version": "4.1.4", "timeline": 1, "tags": {"clonefrom": True}}
+    assert bed.etcd.put(bed.key("members/n9"), json.dumps(bad).encode())
+    try:
+        bed.wait(lambda: "a name cannot be resolved" in n3.log_path.read_text(), 20, "the name without an address is named")
+        replica = next(node for node in (bed.node("n2"), bed.node("n1")) if node is not bed.leader())
+        assert replica.request("POST", "/reinitialize", {}).status == 200
+        bed.wait(lambda: replica.patroni().get("replication_state") != "streaming", 20, "it is copied anew")
+        bed.wait(lambda: replica.patroni().get("replication_state") == "streaming", 60, "from another, in the end")
+        assert [node.ended_by_itself for node in bed.nodes] == [None] * 3
+    finally:
+        bed.etcd.delete(bed.key("members/n9"))
 
 
 def test_ctl_has_the_same_keys(locked, tmp_path_factory):

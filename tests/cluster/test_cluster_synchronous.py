@@ -178,11 +178,33 @@ def test_without_any_standby_writes_go_on_unless_the_mode_is_strict(synchronous)
         before = len(traffic.acks())
         time.sleep(2.0)     # how long nothing is acknowledged is the subject
         assert len(traffic.acks()) == before, "writes are blocked"
-        for node in standbys:
-            node.start_agent()
-        wait_promised(synchronous, leader, 1, 0)
+        only, other = standbys
+        only.start_agent()
+        wait_promised(synchronous, leader, 1, 0, among=[only.name])
+        traffic.wait_for_more(100)
+        # The leader has nobody else and does not let it go: its data is not replaced, for until then no commit would end.
+        assert only.request("POST", "/reinitialize", {}).status == 200
+        assert "synchronous_mode_strict" in reinitialized(synchronous, only, "failed")["why"]
+        traffic.wait_for_more(100)
+        other.start_agent()
+        synchronous.wait_healthy(30)
+        at_s = traffic.fault(f"reinitialize {only.name}, and {other.name} takes its place")
+        assert only.request("POST", "/reinitialize", {}).status == 200
+        reinitialized(synchronous, only, "done")
+        assert traffic.resumed_after_s(at_s) < 5
         traffic.wait_for_more(100)
         traffic.finish()
+
+
+def reinitialized(bed, node, state):
+    """How the last request has ended, which must be so."""
+    def end():
+        said = (node.patroni().get("pgha") or {}).get("reinitialize") or {}
+        return said if said.get("state") in ("done", "failed") else None
+
+    said = bed.wait(end, 40, f"{node.name} is done with its request")
+    assert said["state"] == state, said
+    return said
 
 
 def test_growing_and_shrinking_under_load(synchronous):

@@ -52,8 +52,13 @@ def test_they_are_verified_without_a_warning(tmp_path: Path):
         text = (ROOT / "packaging" / name).read_text(encoding="utf-8")
         assert text.count("/usr/local/bin/pgha ") == 1
         (tmp_path / name).write_text(text.replace("/usr/local/bin/pgha ", "/bin/true "), encoding="utf-8")
-    answer = subprocess.run([analyze, "verify", "--man=no", *(tmp_path / name for name in UNITS)], capture_output=True, text=True, timeout=60, check=False,
-                            env={"SYSTEMD_UNIT_PATH": f"{tmp_path}:", "PATH": os.defpath})
+    pages = tmp_path / "man"        # where `man` finds them, which systemd asks: the units name them
+    for page in (ROOT / "man").iterdir():
+        place = pages / f"man{page.suffix[1:]}" / page.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(page)
+    answer = subprocess.run([analyze, "verify", "--man=yes", *(tmp_path / name for name in UNITS)], capture_output=True, text=True, timeout=60, check=False,
+                            env={"SYSTEMD_UNIT_PATH": f"{tmp_path}:", "PATH": os.defpath, "MANPATH": str(pages)})
     assert (answer.returncode, answer.stdout + answer.stderr) == (0, "")
 
 
