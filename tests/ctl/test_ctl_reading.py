@@ -192,7 +192,8 @@ def test_on_a_terminal_the_screen_is_cleared_each_time_and_ctrl_c_is_no_failure(
     program = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from pgha.ctl import main; sys.exit(main(sys.argv[1:]))"
     ours, theirs = pty.openpty()
     try:
-        with subprocess.Popen([sys.executable, "-c", program, "-c", str(world.config), "list", "-w", "0.01"], stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        with subprocess.Popen([sys.executable, "-c", program, "-c", str(world.config), "list", "-w", "0.01"], stdin=theirs, stdout=theirs, stderr=theirs,
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:     # a shell's background job ignores it
             shown = b""
             while shown.count(b"\033[H\033[2J") < 3:
                 shown += os.read(ours, 65536)
