@@ -158,13 +158,18 @@ def primary_conninfo(
     return parts | {"gssencmode": "prefer", "channel_binding": "prefer", **given}
 
 
-def take_over_configuration(config_dir: Path) -> bool:
-    """First touch: what is postgresql.conf now becomes postgresql.base.conf. True if it did; False if it already is."""
+def take_over_configuration(config_dir: Path, *, needed: bool = True) -> bool:
+    """First touch: what is postgresql.conf now becomes postgresql.base.conf. True if it did; False if it already is.
+
+    PostgresError: it was that already, and is gone, and the operator's settings with it. `needed` False: another file has them.
+    """
     conf, base = config_dir / "postgresql.conf", config_dir / BASE_CONF
     if base.exists():
         return False
     text = conf.read_bytes()
     if text.startswith(_FOREIGN_HEADER.encode()):
+        if not needed:
+            return False
         raise PostgresError(f"{base} is missing, and {conf} is a generated file that includes it")
     write_file(base, text)
     return True
@@ -187,7 +192,7 @@ def write_postgresql_conf(
     config_dir: Path, parameters: Mapping[str, str], recovery: Mapping[str, str], *, include: str = BASE_CONF,
 ) -> bool:
     """Write postgresql.conf, which includes the operator's own `include`. True if it changed."""
-    take_over_configuration(config_dir)     # also with another `include`: what was there before is not lost
+    take_over_configuration(config_dir, needed=include == BASE_CONF)     # also with another `include`: what was there before is not lost
     text = postgresql_conf(parameters, recovery, hba_file=config_dir / "pg_hba.conf",
                            ident_file=config_dir / "pg_ident.conf", include=include)
     return write_if_changed(config_dir / "postgresql.conf", text)

@@ -364,4 +364,9 @@ def test_every_chapter_has_a_story():
 
 @pytest.mark.parametrize("chapter", STORIES)
 def test_the_runbook_s_commands_do_what_it_says(reader, chapter):
-    STORIES[chapter](Story(reader, chapter))
+    try:
+        STORIES[chapter](Story(reader, chapter))
+    except BaseException:
+        for node in reader.bed.nodes:
+            print(f"\n--- the end of {node.log_path}\n{node.log_tail(60)}")
+        raise

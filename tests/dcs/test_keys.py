@@ -148,7 +148,7 @@ def test_own_records_survive_the_way_there_and_back():
     assert (view.lock, view.lock_revision, view.lock_value, view.epoch) == (lock, 10, encode(lock), epoch)
     newer = json.loads(encode(lock)) | {"a field of a later version": [1]}
     assert parse_lock(encode(newer)) == lock
-    assert set(json.loads(encode(lock))) == {"holder", "node_id", "incarnation", "sequence", "ttl_s", "mode", "lsn", "timeline"}, "written in full"
+    assert set(json.loads(encode(lock))) == {"holder", "node_id", "incarnation", "sequence", "ttl_s", "mode", "lsn", "timeline", "mixed"}, "written in full"
 
 
 def test_unknown_fields_are_kept():
