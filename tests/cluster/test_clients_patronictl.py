@@ -41,6 +41,8 @@ def test_what_patronictl_shows_is_so(cluster, patronictl):
     leader = cluster.wait_healthy(30)
     first, second = others(cluster, leader)
     timeline = leader.patroni()["timeline"]
+    cluster.wait(lambda: all(row.get("Replay Lag") == row.get("Receive Lag") == 0 for row in patronictl.rows() if row["Member"] != leader.name), 15,
+                 "what the members publish of a new cluster has caught up")
     rows = patronictl.rows()
     assert [row["Member"] for row in rows] == [node.name for node in cluster.nodes]
     for row in rows:
