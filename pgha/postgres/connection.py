@@ -14,7 +14,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from typing import TypeVar
 
@@ -64,15 +64,21 @@ async def _wait_fd(fd: int, wanted: Wait) -> Ready:
     return ready
 
 
-async def _drive(steps: Generator[Wait, Ready, T], fd: int) -> T:
-    """Run one of psycopg's generators to its result."""
+async def _drive(steps: Generator[Wait, Ready, T], fd: int, is_closed: Callable[[], bool]) -> T:
+    """Run one of psycopg's generators to its result. ClosedResourceError once `is_closed`: also when its descriptor had become
+    ready before, and this task was only about to go on."""
     try:
         wanted = next(steps)
         while True:
-            wanted = steps.send(await _wait_fd(fd, wanted))
+            ready = await _wait_fd(fd, wanted)
+            if is_closed():
+                raise trio.ClosedResourceError
+            wanted = steps.send(ready)
     except StopIteration as e:
         result: T = e.value
         return result
+    finally:
+        steps.close()
 
 
 def _complete(conninfo: Mapping[str, str | int]) -> dict[str, str | int]:
@@ -156,7 +162,9 @@ class Connection:
             raise PostgresUnreachable("connection was closed") from e
         finally:
             self._busy = False
-            if not whole:
+            if self._closed:
+                self._pgconn.finish()       # asked for while this query waited, see close()
+            elif not whole:
                 self.close()
         if scope.cancelled_caught:
             raise PostgresTimeout(f"no answer within {deadline_s:g} s")
@@ -167,7 +175,7 @@ class Connection:
             self._pgconn.send_query_params(sql.encode(), [None if p is None else str(p).encode() for p in params])
         else:
             self._pgconn.send_query(sql.encode())
-        return await _drive(generators.execute(self._pgconn), self._pgconn.socket)
+        return await _drive(generators.execute(self._pgconn), self._pgconn.socket, lambda: self._closed)
 
     def _rows(self, results: list[pq.abc.PGresult]) -> list[Row]:
         for result in results:
@@ -195,13 +203,16 @@ class Connection:
         return self._pgconn.encrypt_password(password.encode(), user.encode(), b"scram-sha-256").decode()
 
     def close(self) -> None:
-        """Give the session and its descriptor back. May be called twice, and while a query waits."""
+        """Give the session and its descriptor back. May be called twice, and while a query waits: then that query does it, at
+        once. (libpq's memory is not to be freed under psycopg's generator: its task may be about to go on already, since a server
+        that dies makes its socket readable in the same moment, and would go on in what is freed.)"""
         if self._closed:
             return
         self._closed = True
-        if self._busy and self._pgconn.status == pq.ConnStatus.OK:
+        if not self._busy:
+            self._pgconn.finish()
+        elif self._pgconn.status == pq.ConnStatus.OK:
             trio.lowlevel.notify_closing(self._pgconn.socket)
-        self._pgconn.finish()
 
 
 async def _establish(pgconn: pq.abc.PGconn) -> tuple[str, bool] | None:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import trio
+import trio.testing
 
 from pgha.errors import PostgresTimeout, PostgresUnreachable, QueryFailed
 from pgha.postgres.connection import (
@@ -80,6 +81,42 @@ def test_hung_servers_are_left_at_the_deadline_without_descriptors(make_node):
     trio.run(main)
 
 
+def test_close_in_the_moment_of_the_answer_touches_nothing_that_is_freed(make_node):
+    """The server's socket and another task's are ready in one round of the loop, as when a server dies: whichever goes on first,
+    psycopg's generator must not run on in a PGconn that the other has freed (that ended whole agents, by SIGABRT)."""
+    async def main():
+        a = make_node()
+        await a.start()
+        ended = []
+        for _ in range(60):
+            conn = await a.connect()
+            ours, theirs = socket.socketpair()
+
+            async def asks(conn=conn):
+                try:
+                    ended.append(await conn.query("select pg_sleep(0.01)", deadline_s=10))
+                except PostgresUnreachable as error:
+                    ended.append(str(error))
+
+            async def closes(conn=conn, ours=ours):
+                await trio.lowlevel.wait_readable(ours)
+                conn.close()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(asks)
+                nursery.start_soon(closes)
+                await trio.testing.wait_all_tasks_blocked()
+                theirs.send(b"x")
+                time.sleep(0.03)    # noqa: ASYNC251  (the loop stands still until both are ready)
+            assert conn.closed
+            ours.close()
+            theirs.close()
+        assert {e for e in ended if isinstance(e, str)} <= {"connection was closed"}
+        assert len(ended) == 60
+        assert any(isinstance(e, str) for e in ended), "the other task was first, now and then"
+    trio.run(main)
+
+
 def test_close_by_another_task_ends_the_waiting_query(make_node):
     async def main():
         a = make_node()
@@ -92,7 +129,6 @@ def test_close_by_another_task_ends_the_waiting_query(make_node):
             nursery.start_soon(wait)
             await trio.testing.wait_all_tasks_blocked()
             conn.close()
-    import trio.testing
     trio.run(main)
 
 
