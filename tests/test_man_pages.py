@@ -109,7 +109,7 @@ def test_every_command_of_ctl_has_its_subsection() -> None:
 @pytest.mark.parametrize("command", commands())
 def test_every_option_of_a_ctl_command_is_described(command: str) -> None:
     has = {option for action in commands()[command]._actions for option in action.option_strings
-           if action.dest not in ("help", "config_file", "scope", "dcs_url")}
+           if action.dest not in ("help", "config_file", "scope", "dcs_url", "insecure")}
     assert described("pgha-ctl.1", command) == has
 
 

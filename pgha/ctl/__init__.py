@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         settings = None
         if given.command != "version" or given.members:
-            settings = load(config_file=given.config_file, scope=_scope(given), dcs_url=given.dcs_url, environ=environment())
+            settings = load(config_file=given.config_file, scope=_scope(given), dcs_url=given.dcs_url, environ=environment(), insecure=given.insecure)
         return _run(given, settings)
     except End as end:
         print("\n".join(f"pgha: {line}" for line in end.text.splitlines()), file=sys.stderr)
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         parser.add_argument(*["-c"] * short, "--config-file", metavar="FILE", default=default, help="pgha.toml of a node, or a file with scope and [etcd3]")
         parser.add_argument("--scope", metavar="NAME", default=default, help="which cluster (default: as configured)")
         parser.add_argument(*["-d"] * short, "--dcs-url", metavar="URL", default=default, help="the store, as etcd3://HOST:PORT")
+        parser.add_argument("-k", "--insecure", action="store_true", default=default or False, help="do not check the certificates of the agents' API (as ctl.insecure)")
         return parser
 
     top = options(argparse.ArgumentParser(prog="pgha ctl", description="Look at a cluster and change it.", allow_abbrev=False), default=None)

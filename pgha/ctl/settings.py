@@ -75,7 +75,7 @@ class Settings(NamedTuple):
         return "/" + "/".join(parts) + "/"
 
 
-def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, environ: Mapping[str, str]) -> Settings:
+def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, environ: Mapping[str, str], insecure: bool = False) -> Settings:
     """Read it all. End(USAGE) names file, key and what is wrong."""
     raw = _Raw(*_read(config_file, environ))
     for variable, path in _VARIABLES.items():
@@ -89,7 +89,7 @@ def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, env
     credentials = raw.credentials("ctl", "authentication")
     if not credentials[0]:
         credentials = raw.credentials("restapi", "authentication")
-    rest = Rest(own_url, *credentials, insecure=raw.flag("ctl", "insecure"), cacert=raw.text("ctl", "cacert") or raw.text("restapi", "cafile"),
+    rest = Rest(own_url, *credentials, insecure=insecure or raw.flag("ctl", "insecure"), cacert=raw.text("ctl", "cacert") or raw.text("restapi", "cafile"),
                 certfile=raw.text("ctl", "certfile"), keyfile=raw.text("ctl", "keyfile"), keyfile_password=raw.text("ctl", "keyfile_password"))
     found = scope or raw.text("scope")
     if not found:

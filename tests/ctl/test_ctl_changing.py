@@ -318,6 +318,7 @@ def test_agents_are_asked_over_tls_with_a_client_certificate(world: World, start
     code, _, err = world.ctl("explain", "n1")
     assert code == 5
     assert "certificate verify failed" in err.lower() or "self-signed" in err.lower() or "certificate_verify_failed" in err.lower()
+    assert world.ctl("explain", "-k", "n1")[0] == 0
     world.extra = "[ctl]\ninsecure = true\n"
     assert world.ctl("explain", "n1")[0] == 0
     world.extra = f'[ctl]\ncacert = "{certificates}/ca.crt"\n'
