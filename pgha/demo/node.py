@@ -219,9 +219,13 @@ class Node:
         return self.request("GET", path, timeout_s=timeout_s)
 
     def request(self, method: str, path: str, body: Any = None, *, timeout_s: float = _REST_S) -> Answer | None:
-        connection = http.client.HTTPConnection(self.address, self.rest_port, timeout=timeout_s)
+        return self._exchange(http.client.HTTPConnection(self.address, self.rest_port, timeout=timeout_s), method, path, body)
+
+    @staticmethod
+    def _exchange(connection: http.client.HTTPConnection, method: str, path: str, body: Any, headers: Mapping[str, str] | None = None) -> Answer | None:
+        """One request over `connection`, which is closed then. None if there was no answer."""
         try:
-            connection.request(method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json"})
+            connection.request(method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json", **(headers or {})})
             response = connection.getresponse()
             text = response.read().decode()
         except (OSError, http.client.HTTPException):

@@ -433,19 +433,7 @@ class World:
         if epoch >= 0 and decision.vote.epoch < epoch and seen.dcs.view is not None and epoch >= seen.dcs.view.epoch.number and node.epoch_asked != epoch:
             node.epoch_asked = epoch
             self._wake(node, self.at_s + SHORT_S)
-        row, control, vote = seen.postgres.row, seen.directory.control, decision.vote
-        answered = row is not None and seen.postgres.answer == "sql"
-        role = decision.role or "uninitialized"
-        if answered and row is not None:
-            role = "replica" if row.in_recovery else "primary"
-        state = decision.state or ("running" if answered else "unknown")
-        if state == "running" and not answered:
-            state = "unknown"
-        return Peer(name=name, asked_at=now, answered=True, is_pgha=True,
-                    in_recovery=None if state not in ("running", "unknown") or role not in ("primary", "replica") else role == "replica",
-                    timeline=vote.timeline, lsn=vote.lsn, frozen_epoch=vote.epoch, running=state == "running", candidate=vote.candidate, tags=seen.settings.tags,
-                    watchdog_failed=seen.watchdog.failed, system_identifier=(row.system_identifier if row else "") or (control.system_identifier if control else ""),
-                    history=vote.history)
+        return vote_as_told(name, now, seen, decision)
 
     # --- the store ---------------------------------------------------------------------------------------------------------
 
@@ -820,3 +808,20 @@ def _what_is_said(decision: Decision) -> tuple[object, ...]:
 
 def _vote_differs(before: Decision | None, after: Decision) -> bool:
     return before is None or before.vote != after.vote or before.state != after.state or before.role != after.role
+
+
+def vote_as_told(name: str, asked_at: Instant, seen: Observation, decision: Decision) -> Peer:
+    """What a member that decided this says to GET /pgha/vote, as rest/routes.py answers it and observe/peers.py reads it."""
+    row, control, vote = seen.postgres.row, seen.directory.control, decision.vote
+    answered = row is not None and seen.postgres.answer == "sql"
+    role = decision.role or "uninitialized"
+    if answered and row is not None:
+        role = "replica" if row.in_recovery else "primary"
+    state = decision.state or ("running" if answered else "unknown")
+    if state == "running" and not answered:
+        state = "unknown"
+    return Peer(name=name, asked_at=asked_at, answered=True, is_pgha=True,
+                in_recovery=None if state not in ("running", "unknown") or role not in ("primary", "replica") else role == "replica",
+                timeline=vote.timeline, lsn=vote.lsn, frozen_epoch=vote.epoch, running=state == "running", candidate=vote.candidate, tags=seen.settings.tags,
+                watchdog_failed=seen.watchdog.failed, system_identifier=(row.system_identifier if row else "") or (control.system_identifier if control else ""),
+                history=vote.history)

@@ -357,17 +357,20 @@ async def empty_out(data_dir: Path, *, in_thread: InThread = in_thread) -> None:
     if living := living_processes(data_dir):
         raise PostgresError(f"{data_dir} is in use by processes {living}")
 
-    def steps() -> Iterator[int]:
-        for entry in _walk(data_dir):
-            if entry.name == "lost+found" and Path(entry.path).parent == data_dir:
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                os.rmdir(entry.path)  # noqa: PTH106  (entry.path is a str)
-            else:
-                os.unlink(entry.path)  # noqa: PTH108  (entry.path is a str)
-            yield 1
+    await _in_pieces(_deletions(data_dir, spare=data_dir / "lost+found"), in_thread)
 
-    await _in_pieces(steps(), in_thread)
+
+def _deletions(root: Path, *, spare: Path) -> Iterator[int]:
+    """Delete what is below `root`, except `spare` itself; one step for each entry."""
+    spared = str(spare)
+    for entry in _walk(root):
+        if entry.path == spared:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            os.rmdir(entry.path)  # noqa: PTH106  (entry.path is a str)
+        else:
+            os.unlink(entry.path)  # noqa: PTH108  (entry.path is a str)
+        yield 1
 
 
 async def delete_tree(top: Path, *, also: Iterable[Path] = (), in_thread: InThread = in_thread) -> None:
@@ -383,21 +386,8 @@ async def delete_tree(top: Path, *, also: Iterable[Path] = (), in_thread: InThre
     outside = list(also)
     assert all(path in linked_directories(top) for path in outside), outside
 
-    mark = str(top / REPLACED)
-
-    def steps(root: Path) -> Iterator[int]:
-        for entry in _walk(root):
-            if entry.path == mark:
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                os.rmdir(entry.path)  # noqa: PTH106  (entry.path is a str)
-            else:
-                os.unlink(entry.path)  # noqa: PTH108  (entry.path is a str)
-            yield 1
-
-    for path in outside:
-        await _in_pieces(steps(path), in_thread)
-    await _in_pieces(steps(top), in_thread)
+    for root in (*outside, top):
+        await _in_pieces(_deletions(root, spare=top / REPLACED), in_thread)
     if top.exists():
         remove_file(top / REPLACED)
         top.rmdir()

@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
+
+import pytest
 
 from pgha.demo.bed import Bed
 from pgha.demo.node import Node, Profile, Settings
@@ -136,3 +139,14 @@ class MixedBed(Bed):
     def text(self, key: str) -> str:
         found = self.etcd.get(self.key(key))
         return found[0][1].decode() if found else ""
+
+
+def lent(bed: MixedBed, request: pytest.FixtureRequest) -> Iterator[MixedBed]:
+    """For a fixture: after a failure its files stay, and the ends of the logs are printed."""
+    yield bed
+    failed = getattr(request.node, "has_failed", False)
+    if failed:
+        for node in bed.nodes:
+            print(f"\n--- the end of the logs of {node.name}\n{node.log_tail(60)}")
+        print(bed.describe())
+    bed.close(remove=not failed)

@@ -163,18 +163,7 @@ class LockedNode(Node):
         given = {"Authorization": "Basic " + base64.b64encode(f"admin:{REST_PASSWORD}".encode()).decode()} if headers is None else headers
         connection = http.client.HTTPSConnection(self.address, self.rest_port, timeout=timeout_s, context=self.authority.context(certificate),
                                                  source_address=(source, 0) if source else None)
-        try:
-            connection.request(method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json", **given})
-            response = connection.getresponse()
-            text = response.read().decode()
-        except (OSError, http.client.HTTPException):
-            return None
-        finally:
-            connection.close()
-        try:
-            return Answer(response.status, json.loads(text))
-        except ValueError:
-            return Answer(response.status, text)
+        return self._exchange(connection, method, path, body, given)
 
     def serial(self) -> int:
         """Of the certificate that its REST API shows to a new connection."""

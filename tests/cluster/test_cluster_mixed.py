@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mixed_bed import MixedBed, MixedNode
+from mixed_bed import MixedBed, MixedNode, lent
 from traffic import Traffic
 
 from pgha.demo.bed import Bed
@@ -23,13 +23,7 @@ from pgha.model.cluster import slot_name
 def mixed(all_beds: object, program: Program, bench: Path, request: pytest.FixtureRequest) -> Iterator[MixedBed]:
     """n1 is Patroni's, n2 is pgha's; nothing is started."""
     bed = MixedBed(bench / "mixed", program, makes=("patroni", "pgha"), programs=bench / "program", etcd_program=find_etcd(), bin_dir=find_postgres(), user="postgres")
-    yield bed
-    failed = getattr(request.node, "has_failed", False)
-    if failed:
-        for node in bed.nodes:
-            print(f"\n--- the end of the logs of {node.name}\n{node.log_tail(60)}")
-        print(bed.describe())
-    bed.close(remove=not failed)
+    yield from lent(bed, request)
 
 
 def test_patroni_and_pgha_lead_one_cluster_in_turn(mixed: MixedBed) -> None:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 import pytest
-from mixed_bed import MixedBed, MixedNode
+from mixed_bed import MixedBed, MixedNode, lent
 
 from pgha.demo.processes import run, spawn
 from pgha.demo.programs import Program, find_etcd, find_postgres
@@ -29,13 +29,7 @@ ROUND_S = 2
 @pytest.fixture
 def mixed(all_beds: object, program: Program, bench: Path, request: pytest.FixtureRequest) -> Iterator[MixedBed]:
     bed = MixedBed(bench / "takeover", program, makes=("patroni",) * 3, programs=bench / "program", etcd_program=find_etcd(), bin_dir=find_postgres(), user="postgres")
-    yield bed
-    failed = getattr(request.node, "has_failed", False)
-    if failed:
-        for node in bed.nodes:
-            print(f"\n--- the end of the logs of {node.name}\n{node.log_tail(40)}")
-        print(bed.describe())
-    bed.close(remove=not failed)
+    yield from lent(bed, request)
 
 
 class Load:

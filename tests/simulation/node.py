@@ -35,6 +35,7 @@ from pgha.errors import (
     Refused,
     is_unreached,
 )
+from pgha.foresee.world import vote_as_told
 from pgha.lock import watchdog
 from pgha.lock.guard_client import GuardStatus
 from pgha.lock.protocol import Agent, Answer, Op, Request
@@ -861,20 +862,7 @@ class AgentProcess:
         seen, decision = self.seen, self.decision
         assert seen is not None
         assert decision is not None
-        row, control, vote = seen.postgres.row, seen.directory.control, decision.vote
-        answered = row is not None and seen.postgres.answer == "sql"
-        role = decision.role or "uninitialized"
-        if answered and row is not None:
-            role = "replica" if row.in_recovery else "primary"
-        state = decision.state or ("running" if answered else "unknown")
-        if state == "running" and not answered:
-            state = "unknown"
-        return Peer(
-            name=self.host.name, asked_at=seen.now, answered=True, is_pgha=True,
-            in_recovery=None if state not in ("running", "unknown") or role not in ("primary", "replica") else role == "replica",
-            timeline=vote.timeline, lsn=vote.lsn, frozen_epoch=vote.epoch, running=state == "running", candidate=vote.candidate, tags=seen.settings.tags,
-            watchdog_failed=seen.watchdog.failed, system_identifier=(row.system_identifier if row else "") or (control.system_identifier if control else ""),
-            history=vote.history)
+        return vote_as_told(self.host.name, seen.now, seen, decision)
 
     def _done(self, decision: Decision) -> bool:
         memory = decision.memory
