@@ -174,9 +174,22 @@ def reap(pid: int) -> int | None:
     return child.returncode
 
 
-def remember_child(child: subprocess.Popen[bytes]) -> None:
-    """Somebody must reap it: whoever sees its end through a handle."""
-    _children[child.pid] = child
+def handle_of_child(child: subprocess.Popen[bytes], data_dir: Path) -> Postmaster | int:
+    """A handle on the postmaster that we have just started; its exit code if it has ended.
+
+    Neither name nor working directory is asked for: Popen returns when exec closes the child's descriptors, and Linux
+    gives the process its new name, and lets others read its links in /proc, only after that (fs/exec.c, begin_new_exec).
+    A child that nobody has reaped keeps its number, so that the handle is on no other process.
+    """
+    _children[child.pid] = child  # whoever sees its end through a handle reaps it
+    pidfd, stat = os.pidfd_open(child.pid), read_stat(child.pid)
+    assert stat is not None, "a child that is not reaped has its entry"
+    started = Postmaster(child.pid, stat.start_ticks, pidfd, data_dir)
+    if not started.alive():
+        started.close()
+        assert started.exit_code is not None, "it has ended, and it was ours to reap"
+        return started.exit_code
+    return started
 
 
 def handle_of(pid: int, data_dir: Path) -> Postmaster | None:

@@ -20,7 +20,7 @@ import trio
 
 from pgha.errors import CommandFailed, PostgresError, PostgresTimeout, PostgresUnreachable
 from pgha.postgres.connection import Connection
-from pgha.postgres.processes import Postmaster, handle_of, reap, remember_child
+from pgha.postgres.processes import Postmaster, handle_of_child
 from pgha.postgres.programs import Run, binary, clean_environment, run
 
 StopMode = Literal["smart", "fast", "immediate"]
@@ -63,9 +63,7 @@ async def launch(argv: Sequence[str], *, data_dir: Path, log_path: Path) -> Post
         raise PostgresUnreachable(f"cannot start {argv[0]}: {e.strerror}") from e
     finally:
         os.close(log_fd)
-    remember_child(child)
-    # handle_of wants the process to be called postgres, which it is: Popen returns after exec.
-    return handle_of(child.pid, data_dir) or reap(child.pid) or 0
+    return handle_of_child(child, data_dir)
 
 
 class Server:

@@ -102,7 +102,9 @@ def because(decision: Decision, rule: str) -> Any:
 
 def with_leader(tmp_path: Path, main: Callable[[Leader, EtcdCluster], Awaitable[None]]) -> None:
     async def body() -> None:
-        with EtcdCluster(1, "--quota-backend-bytes", str(QUOTA_BYTES)) as cluster:
+        # Each write is committed at once: by default etcd's file grows up to 100 ms later, on a busy machine more, and
+        # whoever fills it by its size fills too much.
+        with EtcdCluster(1, "--quota-backend-bytes", str(QUOTA_BYTES), "--backend-batch-limit", "1") as cluster:
             leader = Leader(cluster.urls, tmp_path)
             async with aclosing(leader.store), aclosing(leader.renewers), trio.open_nursery() as nursery:
                 await nursery.start(leader.renewer.run)

@@ -51,6 +51,22 @@ def test_adopted_by_whoever_comes_later_and_its_death_is_noticed(make_node):
     trio.run(main)
 
 
+def test_a_child_is_the_postmaster_before_it_has_its_name(base):
+    """Popen returns a moment before Linux renames the process, and lets its links be read: a start that looked for
+    "postgres" then took one that had just begun for one that had ended with 0."""
+    not_yet = subprocess.Popen(["sleep", "60"])
+    started = processes.handle_of_child(not_yet, base)
+    assert isinstance(started, processes.Postmaster)
+    assert started.pid == not_yet.pid
+    started.signal(signal.SIGKILL)
+    trio.run(started.wait_exit)
+    assert started.exit_code == -signal.SIGKILL
+    started.close()
+    ended = subprocess.Popen(["sh", "-c", "exit 3"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    assert processes.handle_of_child(ended, base) == 3
+
+
 def test_a_recycled_pid_is_never_taken_for_the_postmaster(make_node):
     async def main():
         a, b = make_node("a"), make_node("b")
