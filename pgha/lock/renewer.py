@@ -99,6 +99,7 @@ class Renewer:
         self._jumped_at: Instant | None = None
         self._epoch = Epoch(number=0, holder="", incarnation="")
         self._epoch_missing = False      # the last renewal found none: the next one writes it again
+        self._leader_missing = False     # the same of `leader` in a pure cluster
         self._pass = 0
         self._renew_now = False
         self._acquiring_since: Instant | None = None
@@ -405,14 +406,23 @@ class Renewer:
             epoch = replace(self._epoch, number=licence.epoch, holder=self.me.name, incarnation=self.me.incarnation)
             compares.append(Compare(key=path(EPOCH), revision=ABSENT))
             puts.append(Put(key=path(EPOCH), value=encode(epoch)))
-        read = [path(LOCK), path(EPOCH), *([self._leader.path] if sent.record.mixed or licence.mixed else [])]
+        pure = not (sent.record.mixed or licence.mixed)
+        names_leader, self._leader_missing = pure and self._leader_missing, False
+        if names_leader:
+            # Tools would show no leader until the next take-over, and a member of another make that joins would find the key free.
+            compares.append(Compare(key=self._leader.path, revision=ABSENT))
+            puts.append(self._leader.put(0))
+        read = [path(LOCK), path(EPOCH), self._leader.path]
         outcome = await self._store.transact(compares=compares, puts=puts, read=read, deadline_s=deadline_s, attempt_s=ATTEMPT_S)
         self.heard_at = self._clock.now()
         if outcome.succeeded:
             if any(put.key == self._leader.path for put in puts):
                 self._leader.written(lease, outcome.revision)
+            if names_leader:
+                log.warning("the key leader was absent, written again", name=self.me.name)
             self._renewed(sent, outcome.revision, value, epoch_revision=outcome.revision if restores else None)
             self._epoch_missing = path(EPOCH) not in outcome.found and licence.epoch_revision != ABSENT
+            self._leader_missing = pure and self._leader.path not in outcome.found
             return
         entry = outcome.found.get(path(LOCK))
         record = parse_lock(entry.value) if entry else None

@@ -430,6 +430,35 @@ def test_an_epoch_that_somebody_deleted_is_written_again_by_a_renewal():
     story(steps)
 
 
+def test_a_leader_key_that_somebody_deleted_is_written_again_by_a_renewal():
+    """No lease is on it, so nothing else would: tools would show no leader, and a member of another make find it free."""
+    async def steps(node: Node) -> None:
+        await trio.sleep(1)
+        delete(node.world, "leader")
+        await trio.sleep(25)
+        assert (node.entry("leader").value, node.entry("leader").lease) == (b"a", 0)
+        assert node.licence.state is LicenceState.HELD
+    story(steps)
+
+
+def test_a_leader_key_that_somebody_else_wrote_meanwhile_is_left_and_costs_no_licence():
+    async def steps(node: Node) -> None:
+        await trio.sleep(1)
+        delete(node.world, "leader")
+        await trio.sleep(12)        # one renewal has seen it
+
+        async def write_it() -> None:
+            node.store.before_write = None
+            write(node.world, "leader", b"z")
+
+        node.store.before_write = write_it
+        await trio.sleep(25)
+        assert node.entry("leader").value == b"z"
+        assert (node.licence.state, node.licence.failing_since) == (LicenceState.HELD, None)
+        assert left_s(node) > 15
+    story(steps)
+
+
 def test_a_lost_store_gets_lock_leader_and_epoch_again():
     async def steps(node: Node) -> None:
         await trio.sleep(1)
