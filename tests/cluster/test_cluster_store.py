@@ -43,8 +43,12 @@ def test_the_lock_deleted_by_hand_is_made_again_by_its_holder(cluster):
         assert cluster.etcd.delete(cluster.key("pgha/lock"))
         cluster.wait(lambda: (cluster.etcd.value(cluster.key("pgha/lock")) or {}).get("holder") == leader.name, 10, "the lock is back")
         traffic.wait_for_more(8 * 150)
-        untouched(cluster, traffic, leader, postmaster)
         assert cluster.etcd.get(cluster.key("leader"))[0][1].decode() == leader.name
+        traffic.fault("leader deleted")
+        assert cluster.etcd.delete(cluster.key("leader"))
+        cluster.wait(lambda: cluster.etcd.get(cluster.key("leader")), 10, "the key leader is back")
+        assert cluster.etcd.get(cluster.key("leader"))[0][1].decode() == leader.name
+        untouched(cluster, traffic, leader, postmaster)
 
 
 def test_etcd_rebuilt_empty_under_a_running_cluster(beds):
