@@ -14,6 +14,9 @@ from pgha.ctl.output import say
 from pgha.ctl.prompt import confirm
 from pgha.ctl.settings import Settings
 
+#: The agent takes up to 10 s: it reads its files, and the next pass applies them.
+AGENT_S = 12.0
+
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
     cluster = clusters.read(settings)
@@ -26,7 +29,7 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     code = DONE
     for name in names:
         try:
-            answer = agents.ask(settings, cluster.api_url(name), "POST", "/reload")
+            answer = agents.ask(settings, cluster.api_url(name), "POST", "/reload", timeout_s=AGENT_S)
         except NoAnswer as failure:
             code = max(code, agents.unheard(f"reload for member {name}", failure))
             continue
