@@ -10,8 +10,12 @@ from pgha.ctl.cluster import chosen
 from pgha.ctl.ends import DONE, REFUSED, End
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
+from pgha.ctl.output import say
 from pgha.ctl.prompt import confirm
 from pgha.ctl.settings import Settings
+
+#: The agent takes up to 10 s: it reads its files, and the next pass applies them.
+AGENT_S = 12.0
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
@@ -25,12 +29,12 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     code = DONE
     for name in names:
         try:
-            answer = agents.ask(settings, cluster.api_url(name), "POST", "/reload")
+            answer = agents.ask(settings, cluster.api_url(name), "POST", "/reload", timeout_s=AGENT_S)
         except NoAnswer as failure:
             code = max(code, agents.unheard(f"reload for member {name}", failure))
             continue
         if answer.status in (200, 202):
-            print(f"Reload request received for member {name} and will be processed within {loop_wait} seconds", flush=True)
+            say(f"Reload request received for member {name} and will be processed within {loop_wait} seconds")
         else:
             code = max(code, agents.refused(f"reload for member {name}", answer))
     return code
