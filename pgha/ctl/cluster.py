@@ -40,23 +40,26 @@ def read(settings: Settings) -> Cluster:
 
 
 def read_or_ask(settings: Settings, *, more: str = "") -> Cluster:
-    """From the store, or if that is down, as the configured node's agent last saw it (and say so). `more`: what of an agent is to
-    be asked besides, "config" or "history"."""
+    """From the store, or if that is down, as the configured node's agent last saw it (and say so), if it is of this cluster.
+    `more`: what of an agent is to be asked besides, "config" or "history"."""
     from pgha.ctl import agents
 
     try:
         return read(settings)
     except End as end:
-        if end.code != UNREACHABLE or not settings.rest.own_url:
+        agent = settings.own_agent
+        if end.code != UNREACHABLE or not agent:
             raise
         try:
-            body = agents.get_json(settings, settings.rest.own_url, "/cluster")
-            own = agents.get_json(settings, settings.rest.own_url, "/patroni")
-            config = agents.get_json(settings, settings.rest.own_url, "/config") if more == "config" else None
-            history = agents.get_rows(settings, settings.rest.own_url, "/history") if more == "history" else []
+            body = agents.get_json(settings, agent, "/cluster")
+            own = agents.get_json(settings, agent, "/patroni")
+            config = agents.get_json(settings, agent, "/config") if more == "config" else None
+            history = agents.get_rows(settings, agent, "/history") if more == "history" else []
         except End as second:
             raise End(UNREACHABLE, f"{end.text}\nand no agent either: {second.text}") from None
-        warn(f"{end.text}\nshowing what the agent at {settings.rest.own_url} last saw")
+        if body.get("scope") != settings.scope:
+            raise End(UNREACHABLE, f"{end.text}\nand the agent at {agent} is of another cluster: {body.get('scope')!r}") from None
+        warn(f"{end.text}\nshowing what the agent at {agent} last saw")
         return seen_by_agent(settings.scope, body, str(own.get("database_system_identifier", "")))._replace(config=config, history=history)
 
 

@@ -67,6 +67,12 @@ class Settings(NamedTuple):
     name: str
     etcd: Etcd
     rest: Rest
+    elsewhere: bool = False      #: the command line (or DCS_URL) names another store, or another cluster than the configured node's
+
+    @property
+    def own_agent(self) -> str:
+        """The API of the configured node's agent, if it may be asked about this cluster; else ""."""
+        return "" if self.elsewhere else self.rest.own_url
 
     @property
     def root(self) -> str:
@@ -94,7 +100,8 @@ def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, env
     found = scope or raw.text("scope")
     if not found:
         raise End(USAGE, f'{raw.source}: scope is not set (which cluster?); allowed: --scope NAME, scope = "NAME" or PGHA_SCOPE')
-    return Settings(found, raw.text("namespace") or DEFAULT_NAMESPACE, raw.text("name"), etcd, rest)
+    elsewhere = bool(dcs_url or environ.get("DCS_URL")) or found != (raw.text("scope") or found)
+    return Settings(found, raw.text("namespace") or DEFAULT_NAMESPACE, raw.text("name"), etcd, rest, elsewhere)
 
 
 def _etcd(raw: _Raw, dcs_url: str | None) -> Etcd:

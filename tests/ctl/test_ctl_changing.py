@@ -21,6 +21,10 @@ from rest_world import Inbox, app_for, published
 
 from pgha.clock import SystemClock
 from pgha.ctl import main
+from pgha.ctl.cluster import read
+from pgha.ctl.ends import code_of
+from pgha.ctl.settings import load
+from pgha.ctl.switchover import outcome
 from pgha.rest.access import Access
 from pgha.rest.published import Board
 from pgha.rest.requests import Answer
@@ -171,6 +175,28 @@ def test_a_lost_answer_is_looked_up_in_the_store_and_nothing_sent_twice(world: W
     assert code == 0
     assert 'Switched over to "n3" instead of "n2"' in out
     assert json.loads(world.get("failover")) == {}          # ctl wrote nothing itself
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("before", "then", "written", "text"), [
+    (b"{}", None, False, "Switchover status unknown after 1 seconds; operation may still be in progress"),       # nobody has written anything yet
+    (None, None, False, "Switchover status unknown after 1 seconds; operation may still be in progress"),
+    (b"{}", b"{}", False, "Switchover failed"),      # it was written, and taken back
+    (None, b"{}", False, "Switchover failed"),
+    (b"{}", b'{"leader":"n1"}', False, "Switchover status unknown after 1 seconds; operation may still be in progress"),
+    (b"{}", None, True, "Switchover failed"),
+    (None, None, True, "Switchover failed"),
+])
+def test_that_a_request_has_failed_is_said_only_if_it_was_there(world: World, before: bytes | None, then: bytes | None, written: bool, text: str) -> None:  # noqa: FBT001  (the columns of the table)
+    world.load("steady")
+    world.put("failover", before) if before is not None else world.delete("failover")
+    world.write_config()
+    settings = load(config_file=str(world.config), scope=None, dcs_url=None, environ={})
+    cluster = read(settings)
+    if then is not None:
+        world.put("failover", then)
+    assert outcome(settings, cluster, "switchover", "n2", 1.0, written=written) == (503, text)
+    assert code_of(503, text) == (1 if text == "Switchover failed" else 4)
 
 
 # --- restart, reload -----------------------------------------------------------------------------------------------------

@@ -363,6 +363,19 @@ def test_when_the_store_is_down_the_agent_s_view_is_shown_and_said_so(world: Wor
     assert comparable(out) == recorded(recording, "list")
     assert "no etcd endpoint answers" in err
     assert f"showing what the agent at http://{host}:{port} last saw" in err
+    # Never as if it were another cluster, or of another store.
+    for arguments, environ in ((("--scope", "other"), {}), (("-d", "etcd3://127.0.0.1:1"), {}), ((), {"DCS_URL": "etcd3://127.0.0.1:1"}), ((), {"PGHA_SCOPE": "other"})):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environ.items():
+                patch.setenv(name, value)
+            for command in ("list", "topology", "dsn", "history", "show-config", "explain"):
+                code = main(["-c", str(world.config), *arguments, command])
+                out, err = world.capsys.readouterr()
+                if command == "explain" and "PGHA_SCOPE" in environ:
+                    continue       # the configured node, whatever its agent calls its cluster: no name of one is shown
+                assert (code, out) == (5, ""), (arguments, environ, command, out)
+                assert "no etcd endpoint answers" in err
+                assert "last saw" not in err
     assert main(["-c", str(world.config), "show-config", "-f", "json"]) == 0
     assert json.loads(world.capsys.readouterr().out) == json.loads(recording["etcd"]["/service/bench/config"]["value"])
     assert main(["-c", str(world.config), "history", "-f", "json"]) == 0
