@@ -81,8 +81,8 @@ class Settings(NamedTuple):
         return "/" + "/".join(parts) + "/"
 
 
-def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, environ: Mapping[str, str], insecure: bool = False) -> Settings:
-    """Read it all. End(USAGE) names file, key and what is wrong."""
+def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, environ: Mapping[str, str], insecure: bool = False, otherwise: str | None = None) -> Settings:
+    """Read it all. `otherwise`: the scope if neither `scope` nor the configuration says it. End(USAGE) names file, key and what is wrong."""
     raw = _Raw(*_read(config_file, environ))
     for variable, path in _VARIABLES.items():
         if environ.get(variable):
@@ -97,9 +97,9 @@ def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, env
         credentials = raw.credentials("restapi", "authentication")
     rest = Rest(own_url, *credentials, insecure=insecure or raw.flag("ctl", "insecure"), cacert=raw.text("ctl", "cacert") or raw.text("restapi", "cafile"),
                 certfile=raw.text("ctl", "certfile"), keyfile=raw.text("ctl", "keyfile"), keyfile_password=raw.text("ctl", "keyfile_password"))
-    found = scope or raw.text("scope")
+    found = scope or raw.text("scope") or otherwise
     if not found:
-        raise End(USAGE, f'{raw.source}: scope is not set (which cluster?); allowed: --scope NAME, scope = "NAME" or PGHA_SCOPE')
+        raise End(USAGE, f'{raw.source}: scope is not set (which cluster?); allowed: --scope NAME, scope = "NAME", PGHA_SCOPE, or the name as first argument')
     elsewhere = bool(dcs_url or environ.get("DCS_URL")) or found != (raw.text("scope") or found)
     return Settings(found, raw.text("namespace") or DEFAULT_NAMESPACE, raw.text("name"), etcd, rest, elsewhere)
 
