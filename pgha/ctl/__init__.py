@@ -1,6 +1,6 @@
 """`pgha ctl`: look at a cluster and change it. Standard library only, so that it starts at once.
 
-Results go to standard output, everything else to standard error. Exit codes: ends.py.
+Results, and what is done on which member, go to standard output; questions, warnings and refusals to standard error. Exit codes: ends.py.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         settings = None
         if given.command != "version" or given.members:
-            first = next(iter(getattr(given, "members", ())), None)
-            settings = load(config_file=given.config_file, scope=_scope(given), otherwise=first, dcs_url=given.dcs_url, environ=environment(), insecure=given.insecure)
+            scope, otherwise = _scope(given)
+            settings = load(config_file=given.config_file, scope=scope, otherwise=otherwise, dcs_url=given.dcs_url, environ=environment(), insecure=given.insecure)
         return _run(given, settings)
     except End as end:
         print("\n".join(f"pgha: {line}" for line in plain(end.text).split("\n")), file=sys.stderr)
@@ -44,12 +44,16 @@ def main(argv: Sequence[str]) -> int:
         return USAGE
 
 
-def _scope(given: argparse.Namespace) -> str | None:
-    """Which cluster, if the command line says so: in front of the command, or after it as the reference has it."""
-    named: str | None = getattr(given, "cluster", None)
-    if named and given.scope and named != given.scope:
-        raise End(USAGE, f"which cluster: {named} or --scope {given.scope}?")
-    return named or given.scope
+def _scope(given: argparse.Namespace) -> tuple[str | None, str | None]:
+    """Which cluster, if the command line says so: in front of the command, or after it as the reference has it. The second is
+    what counts only where no cluster is configured."""
+    named: str | list[str] | None = getattr(given, "cluster", None)
+    names = [named] if isinstance(named, str) else named or []
+    if given.scope and any(name != given.scope for name in names):
+        raise End(USAGE, f"which cluster: {' '.join(names)} or --scope {given.scope}?")
+    if isinstance(named, str):
+        return named, None
+    return given.scope, next(iter(names or getattr(given, "members", [])), None)
 
 
 class _Intermixed(argparse.ArgumentParser):
@@ -87,21 +91,23 @@ def parser() -> argparse.ArgumentParser:
     top = options(argparse.ArgumentParser(prog="pgha ctl", description="Look at a cluster and change it.", allow_abbrev=False), default=None)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Intermixed)
 
-    def command(name: str, does: str, *, form: str | None = None, forms: Sequence[str] = FORMATS, cluster: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, does: str, *, form: str | None = None, forms: Sequence[str] = FORMATS, cluster: bool = True, several: bool = False) -> argparse.ArgumentParser:
         # The common options may stand on either side of the command; -c and -d after query are its own, as the reference has them.
         parser = options(commands.add_parser(name, help=does, description=does, allow_abbrev=False), default=argparse.SUPPRESS, short=name != "query")
-        if cluster:
+        if several:
+            parser.add_argument("cluster", nargs="*", metavar="CLUSTER", help="which clusters (default: the configured one)")
+        elif cluster:
             parser.add_argument("cluster", nargs="?", metavar="CLUSTER", help="which cluster, as --scope says it, too")
         if form is not None:
             parser.add_argument("-f", "--format", default=form, choices=forms, metavar="FORMAT", help=f"{', '.join(forms)} (default: {form})")
         return parser
 
-    listing = command("list", "who leads, who follows, how far behind (in MiB)", form="table")
+    listing = command("list", "who leads, who follows, how far behind (in MiB)", form="table", several=True)
     listing.add_argument("-e", "--extended", action="store_true", help="all columns, also those in which nobody has anything")
     listing.add_argument("-t", "--timestamp", action="store_true", help="the time above the table")
     watch_options(listing)
 
-    watch_options(command("topology", "the members as a tree: who streams from whom, by the tag replicatefrom"))
+    watch_options(command("topology", "the members as a tree: who streams from whom, by the tag replicatefrom", several=True))
 
     live = command("watch", "the cluster live: its members, and what happens on them, until q or Ctrl-C", form="table", forms=("table", "json"))
     live.add_argument("--once", action="store_true", help="print it once, with the last events (json: all that are kept)")
