@@ -22,7 +22,7 @@ def code_of(status: int, text: str) -> int:
     """What an agent's HTTP answer means for the exit code."""
     if 200 <= status < 300:
         return DONE
-    if "status unknown" in text or status == 504:
+    if "status unknown" in text or (status >= 500 and text.endswith("may still happen")) or status == 504:
         return UNKNOWN
     if status == 503 and (text.endswith(_REFUSALS) or text.startswith(_REFUSALS[0])):
         return REFUSED

@@ -133,7 +133,7 @@ def _ask(settings: Settings, cluster: Cluster, kind: str, body: dict[str, Any], 
         except NoAnswer as failure:
             clusters.warn(str(failure))
             if failure.sent:
-                return _outcome(settings, cluster, kind, body.get("candidate", ""), limit_s)
+                return outcome(settings, cluster, kind, body.get("candidate", ""), limit_s, written=False)
     clusters.warn("no agent can be asked; writing the request to the store")
     value = {"leader": body.get("leader"), "member": body.get("candidate"), "pgha": {"holder_is_down": _stated_down(cluster)} if down else None}
     key = cluster.keys.get("failover")
@@ -141,11 +141,13 @@ def _ask(settings: Settings, cluster: Cluster, kind: str, body: dict[str, Any], 
                                          if_revision=key.revision if key else 0)
     if not written:
         raise End(FAILED, "another request was written at the same time; look and try again")
-    return _outcome(settings, cluster, kind, body.get("candidate", ""), limit_s)
+    return outcome(settings, cluster, kind, body.get("candidate", ""), limit_s, written=True)
 
 
-def _outcome(settings: Settings, before: Cluster, kind: str, candidate: str, limit_s: float) -> tuple[int, str]:
-    """What the store shows within the time: another leader, or the request gone without one."""
+def outcome(settings: Settings, before: Cluster, kind: str, candidate: str, limit_s: float, *, written: bool) -> tuple[int, str]:
+    """What the store shows within the time: another leader, or the request gone without one. Not `written`: whether it is in
+    the store is not known, so that a key as it was before says nothing; only one that was changed since has had it."""
+    revision = before.keys["failover"].revision if "failover" in before.keys else 0
     past = "switched" if kind == "switchover" else "failed"
     give_up_at = time.monotonic() + limit_s
     while time.monotonic() < give_up_at:
@@ -159,7 +161,8 @@ def _outcome(settings: Settings, before: Cluster, kind: str, candidate: str, lim
         now = clusters.understood(settings.scope, keys, quiet=True)
         if now.leader and now.leader != before.leader:
             return 200, f'Successfully {past} over to "{now.leader}"' if candidate in ("", now.leader) else f'{past.capitalize()} over to "{now.leader}" instead of "{candidate}"'
-        if now.leader and ("failover" not in keys or keys["failover"].value == b"{}"):
+        key = keys.get("failover")
+        if now.leader and (key is None or key.value == b"{}") and (written or (key.revision if key else 0) != revision):
             return 503, f"{kind.capitalize()} failed"
     return 503, f"{kind.capitalize()} status unknown after {limit_s:g} seconds; operation may still be in progress"
 

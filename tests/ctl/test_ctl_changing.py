@@ -21,6 +21,10 @@ from rest_world import Inbox, app_for, published
 
 from pgha.clock import SystemClock
 from pgha.ctl import main
+from pgha.ctl.cluster import read
+from pgha.ctl.ends import code_of
+from pgha.ctl.settings import load
+from pgha.ctl.switchover import outcome
 from pgha.rest.access import Access
 from pgha.rest.published import Board
 from pgha.rest.requests import Answer
@@ -171,6 +175,28 @@ def test_a_lost_answer_is_looked_up_in_the_store_and_nothing_sent_twice(world: W
     assert code == 0
     assert 'Switched over to "n3" instead of "n2"' in out
     assert json.loads(world.get("failover")) == {}          # ctl wrote nothing itself
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("before", "then", "written", "text"), [
+    (b"{}", None, False, "Switchover status unknown after 1 seconds; operation may still be in progress"),       # nobody has written anything yet
+    (None, None, False, "Switchover status unknown after 1 seconds; operation may still be in progress"),
+    (b"{}", b"{}", False, "Switchover failed"),      # it was written, and taken back
+    (None, b"{}", False, "Switchover failed"),
+    (b"{}", b'{"leader":"n1"}', False, "Switchover status unknown after 1 seconds; operation may still be in progress"),
+    (b"{}", None, True, "Switchover failed"),
+    (None, None, True, "Switchover failed"),
+])
+def test_that_a_request_has_failed_is_said_only_if_it_was_there(world: World, before: bytes | None, then: bytes | None, written: bool, text: str) -> None:  # noqa: FBT001  (the columns of the table)
+    world.load("steady")
+    world.put("failover", before) if before is not None else world.delete("failover")
+    world.write_config()
+    settings = load(config_file=str(world.config), scope=None, dcs_url=None, environ={})
+    cluster = read(settings)
+    if then is not None:
+        world.put("failover", then)
+    assert outcome(settings, cluster, "switchover", "n2", 1.0, written=written) == (503, text)
+    assert code_of(503, text) == (1 if text == "Switchover failed" else 4)
 
 
 # --- restart, reload -----------------------------------------------------------------------------------------------------
@@ -328,6 +354,46 @@ def test_agents_are_asked_over_tls_with_a_client_certificate(world: World, start
     assert "403, client certificate required" in err
     world.extra += f'certfile = "{certificates}/node.crt"\nkeyfile = "{certificates}/node.key"\n'
     assert world.ctl("switchover", "--force")[0] == 0
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize("by", ["file", "environment"])
+def test_the_node_s_own_certificate_is_shown_where_ctl_has_none(world: World, start_agent: Any, certificates: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    world.load("steady")
+    server = make_context(certfile=f"{certificates}/node.crt", keyfile=f"{certificates}/node.key", cafile=f"{certificates}/ca.crt", verify_client="optional")
+    host, port = start_agent(app_of(Loop(world), access=Access(require_cert=True)), ssl_context=server)
+    raw = json.loads(world.get("members/n1"))
+    world.put("members/n1", {**raw, "api_url": f"https://{host}:{port}/patroni"}, leased=True)
+    subprocess.run(["openssl", "rsa", "-aes256", "-passout", "pass:geheim", "-in", certificates / "node.key", "-out", certificates / f"{by}.key"],
+                   check=True, capture_output=True, timeout=30)
+    own = {"cafile": f"{certificates}/ca.crt", "certfile": f"{certificates}/node.crt", "keyfile": f"{certificates}/{by}.key", "keyfile_password": "geheim"}
+    if by == "file":
+        world.extra = "[restapi]\n" + "".join(f'{key} = "{value}"\n' for key, value in own.items())
+    else:
+        for key, value in own.items():
+            monkeypatch.setenv(f"PGHA_RESTAPI_{key.upper()}", value)
+    assert world.ctl("switchover", "--force")[0] == 0
+    world.extra += f'[ctl]\ncertfile = "{certificates}/nothing.crt"\n'       # its own counts, also where it does not work
+    code, _, err = world.ctl("explain", "n1")
+    assert (code, "nothing.crt: No such file or directory" in err) == (2, True)
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("file", "contents"), [("missing.key", None), ("broken.key", "no key")])
+def test_a_certificate_of_the_node_that_cannot_be_used_is_done_without_and_said_once(world: World, start_agent: Any, certificates: Path, file: str, contents: str | None) -> None:
+    world.load("steady")
+    server = make_context(certfile=f"{certificates}/node.crt", keyfile=f"{certificates}/node.key", cafile=f"{certificates}/ca.crt", verify_client="optional")
+    host, port = start_agent(app_of(Loop(world), access=Access(require_cert=True)), ssl_context=server)
+    for name in ("n1", "n2"):
+        world.put(f"members/{name}", {**json.loads(world.get(f"members/{name}")), "api_url": f"https://{host}:{port}/patroni"}, leased=True)
+    if contents is not None:
+        (certificates / file).write_text(contents)
+    world.extra = f'[restapi]\ncafile = "{certificates}/ca.crt"\ncertfile = "{certificates}/node.crt"\nkeyfile = "{certificates}/{file}"\n'
+    code, out, err = world.ctl("version", "n1", "n2")
+    assert code == 0
+    assert out.count("pgha 0.1.0") == 2
+    assert err.count("agents are asked without a client certificate (ctl.certfile and ctl.keyfile: one that this user may read)\n") == len(err.splitlines()) == 1
+    assert f"{certificates}/{file}" in err
 
 
 @pytest.mark.etcd

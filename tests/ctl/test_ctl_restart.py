@@ -82,7 +82,8 @@ def test_a_schedule_takes_its_conditions_along(world: World, start_agent: Any) -
     assert of["n2"].asked[1:] == [{}]
 
 
-@pytest.mark.parametrize(("text", "code"), [("restart conditions are not satisfied", 3), ("restart already in progress", 3), ("restart failed: too slow", 1)])
+@pytest.mark.parametrize(("text", "code"), [("restart conditions are not satisfied", 3), ("restart already in progress", 3), ("restart failed: too slow", 1),
+                                            ("no outcome of the restart within 7 seconds; it may still happen", 4)])
 def test_what_an_agent_refuses_is_no_failure(world: World, start_agent: Any, text: str, code: int) -> None:
     world.load("steady")
     world.agent_at("n2", start_agent(Agent(status=503, text=text)))
