@@ -157,7 +157,7 @@ def warn(text: str) -> None:
 
 
 def members_named(cluster: Cluster, names: list[str]) -> list[str]:
-    """The members meant; the cluster's own name in front is taken for that, as the reference's commands have it.
+    """The members meant, each once; the cluster's own name in front is taken for that, as the reference's commands have it.
 
     End if there is none of that name."""
     if names and names[0] == cluster.scope and names[0] not in cluster.members:
@@ -165,9 +165,7 @@ def members_named(cluster: Cluster, names: list[str]) -> list[str]:
     unknown = [name for name in names if name not in cluster.members]
     if unknown:
         raise End(USAGE, f"no such member: {', '.join(unknown)}; there are {', '.join(cluster.members) or 'none'}")
-    return names or list(cluster.members)
-
-
+    return list(dict.fromkeys(names or cluster.members))
 
 
 def chosen(cluster: Cluster, names: list[str], *, role: str) -> list[str]:

@@ -63,6 +63,9 @@ def test_a_replica_is_reinitialised(world: World, start_agent: Any) -> None:
     assert agent.asked == [("/reinitialize", {"force": True})]
     assert world.ctl("reinit", "n2", "--force", "--from-leader")[0] == 0
     assert agent.asked[1:] == [("/reinitialize", {"force": True, "from_leader": True})]
+    code, out, _ = world.ctl("reinit", "n2", "n3", "n2", "--force")
+    assert (code, out.count("Success: ")) == (1, 1), "n2 once, and n3 cannot be reached"
+    assert len(agent.asked) == 3
 
 
 def test_waiting_ends_when_postgresql_runs_on_the_copy(world: World, start_agent: Any) -> None:
@@ -141,7 +144,7 @@ def test_an_action_in_progress_is_cancelled_only_if_somebody_says_so(world: Worl
     ([], 2, "there is no terminal to ask on"),
     (["n2", "--force"], 5, "Failed: reinitialize for member n2: http://127.0.0.1:1: Connection refused"),
     (["n3", "--force"], 3, "Failed: reinitialize for member n3, status code=503, (can not reinitialize: pg_control cannot be read)"),
-    (["n3", "n2", "n1", "--force"], 5, "n1 is the leader, and is left out"),
+    (["n3", "n2", "n1", "--force"], 3, "n1 is the leader, and is left out"),
 ])
 def test_what_is_not_done_is_said(world: World, start_agent: Any, arguments: list[str], code: int, err: str) -> None:
     world.load("steady")
