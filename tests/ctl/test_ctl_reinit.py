@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from ctl_world import World
 from rest_world import app_for, published
+from test_ctl_changing import on_a_terminal
 
 from pgha.ctl.cluster import read
 from pgha.ctl.ends import UNKNOWN
@@ -134,6 +135,20 @@ def test_an_action_in_progress_is_cancelled_only_if_somebody_says_so(world: Worl
     code, _, err = world.ctl("reinit", "n2", "--force")
     assert (code, err) == (3, "pgha: Failed: reinitialize for member n2, status code=503, (reinitialize already in progress)\n")
     assert agent.asked == [("/reinitialize", {"force": True})]
+
+
+def test_the_end_of_the_terminal_is_no_and_not_that_nothing_was_changed(world: World, start_agent: Any) -> None:
+    """Ctrl-D at a question that comes when the member before was told already."""
+    world.load("steady")
+    done, busy = Agent(STARTED), Agent((503, "reinitialize already in progress"))
+    world.agent_at("n2", start_agent(done))
+    world.agent_at("n3", start_agent(busy))
+    code, out, err = on_a_terminal(world, b"y\n\x04", "reinit", "n2", "n3")
+    assert code == 1, err
+    assert "Success: reinitialize for member n2" in out
+    assert "Do you want to cancel it and reinitialize anyway? [y/N]: " in err
+    assert "nothing was changed" not in err
+    assert busy.asked == [("/reinitialize", {"force": False})]
 
 
 @pytest.mark.parametrize(("arguments", "code", "err"), [
