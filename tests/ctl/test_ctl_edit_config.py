@@ -198,12 +198,13 @@ def test_what_is_given_up_is_kept_as_a_file_and_not_stored(world: World, tmp_pat
     assert config(world) == before
 
 
-@pytest.mark.parametrize(("typed", "arguments", "code", "says"), [
+@pytest.mark.parametrize("row", [
     (b"n\n", (), 3, "aborted: nothing was changed"),
     (b"\x04", (), 2, "aborted: nothing was changed"),
     (b"", ("--dry-run",), 0, "nothing is changed"),
 ])
-def test_an_edit_that_is_not_stored_is_kept_as_a_file(world: World, tmp_path: Path, typed: bytes, arguments: tuple[str, ...], code: int, says: str) -> None:
+def test_an_edit_that_is_not_stored_is_kept_as_a_file(world: World, tmp_path: Path, row: tuple[bytes, tuple[str, ...], int, str]) -> None:
+    typed, arguments, code, says = row
     world.load("steady")
     got, shown = on_a_terminal(world, editor(tmp_path, CHANGE), typed, *arguments)
     assert got == code, shown
