@@ -158,7 +158,7 @@ def warn(text: str) -> None:
 
 
 def members_named(cluster: Cluster, names: list[str]) -> list[str]:
-    """The members meant: all, if none is named. End if there is none of that name."""
+    """The members meant, each once: all, if none is named. End if there is none of that name."""
     return known(cluster, without_scope(cluster, names), scope_named=names[:1] == [cluster.scope]) or list(cluster.members)
 
 
@@ -167,7 +167,7 @@ def known(cluster: Cluster, names: list[str], *, scope_named: bool) -> list[str]
     if unknown := [name for name in names if name not in cluster.members]:
         other = f"; nor is {names[0]} the cluster's name, which is {cluster.scope} (another cluster: --scope {names[0]})" if not scope_named and unknown[0] == names[0] else ""
         raise End(USAGE, f"no such member: {', '.join(unknown)}; there are {', '.join(cluster.members) or 'none'}{other}")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def without_scope(cluster: Cluster, names: list[str]) -> list[str]:

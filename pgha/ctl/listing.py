@@ -10,7 +10,7 @@ from typing import Any
 
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster
-from pgha.ctl.ends import DONE, End
+from pgha.ctl.ends import DONE, End, of_several
 from pgha.ctl.output import Column, plain, records, table
 from pgha.ctl.settings import Settings
 from pgha.ctl.watch import repeated
@@ -41,7 +41,7 @@ def of_each(settings: Settings, given: argparse.Namespace, look: Callable[[list[
                 seen.append(clusters.read_or_ask(settings.of(name)))
             except End as end:
                 failures.append(end)
-        code = max((end.code for end in failures), default=DONE)
+        code = of_several([DONE] * len(seen) + [end.code for end in failures])
         text = "\n".join(dict.fromkeys(end.text for end in failures))
         if not seen:
             raise End(code, text)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster, chosen, known, without_scope
-from pgha.ctl.ends import DONE, FAILED, REFUSED, UNKNOWN, USAGE, End
+from pgha.ctl.ends import DONE, FAILED, REFUSED, UNKNOWN, USAGE, End, of_several
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
 from pgha.ctl.output import say
@@ -43,7 +43,7 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     waiting = [name for name in names if codes[name] == DONE]
     if given.wait and waiting:
         codes |= wait_for(settings, cluster, waiting, before)
-    return max(codes.values())
+    return of_several(list(codes.values()))
 
 
 def _meant(cluster: Cluster, given: argparse.Namespace) -> list[str]:

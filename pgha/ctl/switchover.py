@@ -22,7 +22,7 @@ from pgha.ctl.output import say
 from pgha.ctl.prompt import choose, confirm
 from pgha.ctl.settings import Settings
 from pgha.ctl.store import Store
-from pgha.model.overview import is_paused
+from pgha.model.overview import is_paused, synchronous, synchronous_names
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
@@ -42,12 +42,18 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     if given.dry_run:
         from pgha.ctl import dry_run
 
+        if kind == "failover" and _is_asynchronous(cluster, candidate):
+            _warn_of_loss(candidate)
         known = [*_about_leader(settings, cluster, kind, leader, schedule), *_about_candidate(settings, cluster, kind, candidate, candidates)]
         return dry_run.move(settings, cluster, kind, leader=leader, candidate=candidate, schedule=schedule, down=down, known=known)
     _refuse(_about_leader(settings, cluster, kind, leader, schedule))
     if not candidate and not given.force:
         candidate = choose(f"Candidate {candidates}")
     _refuse(_about_candidate(settings, cluster, kind, candidate, candidates))
+    if kind == "failover" and _is_asynchronous(cluster, candidate):
+        if given.force:
+            _warn_of_loss(candidate)
+        confirm(f"Are you sure you want to failover to the asynchronous node {candidate}?", force=given.force)
     demoting = f", demoting current leader {cluster.leader}" if cluster.leader else ""
     if down:
         confirm(f"Are you sure that {cluster.leader or 'whoever led last'} is down and that nobody can write to its PostgreSQL any more?", force=given.force)
@@ -96,6 +102,21 @@ def _about_candidate(settings: Settings, cluster: Cluster, kind: str, candidate:
 def _nofailover(raw: dict[str, Any]) -> bool:
     tags = raw.get("tags")
     return isinstance(tags, dict) and (tags.get("nofailover") is True or tags.get("failover_priority", 1) == 0)
+
+
+def _is_asynchronous(cluster: Cluster, name: str) -> bool:
+    """Can commits that a client saw be missing there? As far as /sync tells: what an empty one means, the agents judge."""
+    try:
+        sync = json.loads(cluster.keys["sync"].value)
+    except (KeyError, ValueError, RecursionError):
+        return False
+    if not isinstance(sync, dict) or not sync.get("leader") or not synchronous(cluster.config or {}):
+        return False
+    return name in cluster.members and name.lower() not in {str(sync["leader"]).lower(), *synchronous_names(sync)}
+
+
+def _warn_of_loss(candidate: str) -> None:
+    clusters.warn(f"warning: {candidate} is an asynchronous node: a failover to it may lose commits")
 
 
 def _stated_down(cluster: Cluster) -> dict[str, Any]:

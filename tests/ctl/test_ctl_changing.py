@@ -317,6 +317,44 @@ def test_a_compare_that_fails_is_reported(world: World) -> None:
     assert world.get("config") == b"{}"
 
 
+# --- failover to who is not synchronous ------------------------------------------------------------------------------------
+
+LOSES = "pgha: warning: n3 is an asynchronous node: a failover to it may lose commits\n"
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("arguments", "sync", "warned"), [
+    (("failover", "--candidate", "n3"), {}, True),
+    (("failover", "--candidate", "n2"), {}, False),
+    (("failover", "--candidate", "n3"), {"sync_standby": "n2,N3"}, False),
+    (("failover", "--candidate", "n3"), {"leader": "n3"}, False),          # the leader that is gone
+    (("failover", "--candidate", "n3"), {"leader": None}, False),          # empty
+    (("switchover", "--candidate", "n3"), {}, False),                      # waits for it to have everything
+])
+def test_a_failover_that_may_lose_commits_says_so(world: World, start_agent: Any, arguments: tuple[str, ...], sync: dict[str, Any], warned: bool) -> None:  # noqa: FBT001  (the columns of the table)
+    world.load("synchronous")
+    world.put("sync", {"leader": "n1", "quorum": 0, "sync_standby": "n2", **sync})
+    world.agent_at("n1", start_agent(app_of(Loop(world))))
+    code, _, err = world.ctl(*arguments, "--dry-run")
+    assert (LOSES in err) is warned
+    code, _, err = world.ctl(*arguments, "--force")
+    assert (code, err) == (0, LOSES if warned else "")
+    world.put("leader", b"n1", leased=True)
+    world.put("config", {"synchronous_mode": False})
+    assert LOSES not in world.ctl(*arguments, "--dry-run")[2]
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("typed", "code", "asked"), [(b"n\n", 3, 1), (b"y\nn\n", 3, 2), (b"y\ny\n", 0, 2)])
+def test_on_a_terminal_a_failover_that_may_lose_commits_is_asked_for_twice(world: World, start_agent: Any, typed: bytes, code: int, asked: int) -> None:
+    world.load("synchronous")
+    world.agent_at("n1", start_agent(app_of(Loop(world))))
+    got, _, err = on_a_terminal(world, typed, "failover", "--candidate", "n3")
+    assert got == code, err
+    questions = ["Are you sure you want to failover to the asynchronous node n3? [y/N]: ", "Are you sure you want to failover cluster bench, demoting current leader n1? [y/N]: "]
+    assert [question in err for question in questions] == [number < asked for number in range(2)]
+
+
 # --- TLS -----------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -421,18 +459,24 @@ def test_the_store_is_read_over_tls(certificates: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(("typed", "code", "ttl"), [(b"y\n", 0, 21), (b"n\n", 3, 20), (b"\n", 3, 20), (b"\x04", 2, 20)])
 def test_on_a_terminal_it_asks_and_does_what_is_answered(world: World, typed: bytes, code: int, ttl: int) -> None:
     world.load("steady")
+    got, out, err = on_a_terminal(world, typed, "edit-config", "-s", "ttl=21")
+    assert got == code, (out, err)
+    assert "Apply these changes? [y/N]: " in err
+    assert json.loads(world.get("config"))["ttl"] == ttl
+    assert ("aborted: nothing was changed" in err) is (code != 0)
+
+
+def on_a_terminal(world: World, typed: bytes, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error of ctl that is typed this."""
     world.write_config()
     program = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from pgha.ctl import main; sys.exit(main(sys.argv[1:]))"
     ours, theirs = pty.openpty()
     try:
-        with subprocess.Popen([sys.executable, "-c", program, "-c", str(world.config), "edit-config", "-s", "ttl=21"],
+        with subprocess.Popen([sys.executable, "-c", program, "-c", str(world.config), *arguments],
                               stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             os.write(ours, typed)
             out, err = process.communicate(timeout=30)
     finally:
         os.close(ours)
         os.close(theirs)
-    assert process.returncode == code, (out, err)
-    assert b"Apply these changes? [y/N]: " in err
-    assert json.loads(world.get("config"))["ttl"] == ttl
-    assert (b"aborted: nothing was changed" in err) is (code != 0)
+    return process.returncode, out.decode(), err.decode()
