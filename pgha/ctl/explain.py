@@ -10,6 +10,7 @@ from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster
 from pgha.ctl.ends import DONE, FAILED, UNREACHABLE, USAGE, End
+from pgha.ctl.output import plain
 from pgha.ctl.settings import Settings
 
 
@@ -20,7 +21,7 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
 
         return suppose.run(settings, given.node, given.suppose, as_json=as_json)
     decision = agents.get_json(settings, _url(settings, given.node), "/pgha/decision")
-    print(json.dumps(decision, indent=2) if as_json else words(decision))
+    print(json.dumps(decision, indent=2) if as_json else plain(words(decision)))
     return DONE
 
 
@@ -29,7 +30,7 @@ def _url(settings: Settings, node: str | None) -> str:
     try:
         cluster = clusters.read(settings)
     except End as end:
-        own = settings.rest.own_url if node in (None, settings.name) else ""
+        own = settings.own_agent if node in (None, settings.name) else ""
         if end.code != UNREACHABLE or not own:
             raise
         clusters.warn(end.text)
@@ -42,8 +43,8 @@ def _url(settings: Settings, node: str | None) -> str:
 
 def _member_url(cluster: Cluster, name: str, settings: Settings) -> str:
     if name not in cluster.members:
-        if name == settings.name and settings.rest.own_url:
-            return settings.rest.own_url
+        if name == settings.name and settings.own_agent:
+            return settings.own_agent
         raise End(USAGE, f"no such member: {name}; there are {', '.join(cluster.members) or 'none'}")
     url = cluster.api_url(name)
     if not url:

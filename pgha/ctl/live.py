@@ -6,7 +6,6 @@ It listens to one member's agent (pgha/rest/stream.py) and goes over to another 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import signal
@@ -38,8 +37,6 @@ _KIND_STYLES = {"lock": "note", "role": "cyan", "operation": "blue", "member": "
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
     kinds = _kinds(given.kinds)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")       # whatever others wrote, and wherever it is printed
     if given.once:
         return _once(settings, kinds=kinds, form=given.format)
     import trio
@@ -278,13 +275,13 @@ def _kept(settings: Settings, address: str, *, kinds: str, everything: bool) -> 
 
 def _addresses(settings: Settings, failures: list[str]) -> Iterator[str]:
     """The configured node's, then, if that does not do, those that the store names."""
-    if settings.rest.own_url:
-        yield settings.rest.own_url
+    if settings.own_agent:
+        yield settings.own_agent
     try:
         cluster = clusters.read(settings)
     except End as end:
         failures.append(end.text)
         return
     for name in sorted(cluster.members, key=lambda name: name != cluster.leader):
-        if (address := cluster.api_url(name)) and address != settings.rest.own_url:
+        if (address := cluster.api_url(name)) and address != settings.own_agent:
             yield address

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from pgha.ctl.ends import REFUSED, USAGE, End
+from pgha.ctl.output import plain
 
 
 def confirm(question: str, *, force: bool) -> None:
@@ -12,13 +13,21 @@ def confirm(question: str, *, force: bool) -> None:
     if force:
         return
     _need_terminal()
-    if not wanted(question):
+    if not _yes(question):
         raise End(REFUSED, "aborted: nothing was changed")
 
 
 def wanted(question: str) -> bool:
-    """Yes or no, on a terminal; without one, no."""
-    return sys.stdin.isatty() and _answer(f"{question} [y/N]").lower() in ("y", "yes")
+    """Yes or no, on a terminal; without one, or at its end (Ctrl-D), no: what went before it is done."""
+    try:
+        return sys.stdin.isatty() and _yes(question)
+    except EOFError:
+        print(file=sys.stderr)
+        return False
+
+
+def _yes(question: str) -> bool:
+    return _answer(f"{question} [y/N]").lower() in ("y", "yes")
 
 
 def choose(question: str, default: str = "") -> str:
@@ -34,7 +43,7 @@ def typed(question: str) -> str:
 
 def _answer(question: str, *, exactly: bool = False) -> str:
     """The question goes to standard error, as it is no result: whoever sends results to a file sees it all the same."""
-    print(f"{question}: ", end="", file=sys.stderr, flush=True)
+    print(f"{plain(question)}: ", end="", file=sys.stderr, flush=True)
     line = input()
     return line if exactly else line.strip()
 
@@ -44,7 +53,7 @@ def secret(question: str, *, allowed: str) -> str:
     _need_terminal(f"there is no terminal to ask for the password on; allowed: {allowed}")
     from getpass import getpass
 
-    return getpass(question)
+    return getpass(plain(question))
 
 
 def _need_terminal(otherwise: str = "this asks before it does anything, and there is no terminal to ask on; allowed: --force") -> None:
