@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
+from pgha.config.lists import texts
 from pgha.config.values import Kind, Wrong, shown, type_name
 
 _ANY = {"*": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -62,6 +63,10 @@ def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def _is_name(text: str) -> bool:
+    return bool(_HOST.fullmatch(text)) and all(0 < len(label) < 64 for label in text.removesuffix(".").split("."))
+
+
 def _host(text: str, whole: str) -> str:
     if text.startswith("[") and text.endswith("]"):
         try:
@@ -70,7 +75,7 @@ def _host(text: str, whole: str) -> str:
             raise Wrong(f"is {shown(whole)}, in which {shown(text)} is no IPv6 address") from None
     if ":" in text:
         raise Wrong(f"is {shown(whole)}, in which an IPv6 address lacks its brackets")
-    if text != "*" and (not _HOST.fullmatch(text) or not all(0 < len(label) < 64 for label in text.removesuffix(".").split("."))):
+    if text != "*" and not _is_name(text):
         raise Wrong(f"is {shown(whole)}, in which {shown(text)} is no host")
     return text
 
@@ -122,6 +127,20 @@ def addresses(default_port: int) -> Kind:
             out.append(Address(hosts[0], port))
         return tuple(out)
     return Kind(parse, f'a list of host:port (port {default_port} if not given), as ["10.0.0.1:{default_port}"]', shape="list")
+
+
+def networks() -> Kind:
+    """Who may: addresses, networks (CIDR) and host names, as tuple. A mistyped network is no name that is looked up, in vain, for ever."""
+    def parse(value: Any) -> tuple[str, ...]:
+        found: tuple[str, ...] = texts().parse(value)
+        for item in found:
+            try:
+                ipaddress.ip_network(item, strict=False)
+            except ValueError:
+                if not _is_name(item) or re.fullmatch(r"[0-9.]+", item):
+                    raise Wrong(f"has {shown(item)}, which is no address, network or host name") from None
+        return found
+    return Kind(parse, "a list of addresses, networks (CIDR) and host names", shape="list")
 
 
 def url(*schemes: str, default_port: int) -> Kind:

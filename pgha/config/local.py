@@ -14,9 +14,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import field
 
-from pgha.config.addresses import Address, Listen, address, addresses, bracketed, listen, url
+from pgha.config.addresses import Address, Listen, address, addresses, bracketed, listen, networks, url
 from pgha.config.cluster import LATER, OptionList, SharedPostgresql
-from pgha.config.lists import headers, lines, mapping, program_options, texts
+from pgha.config.lists import headers, lines, mapping, program_options
 from pgha.config.programs import BootstrapMethod, bootstrap_method, command, method_name
 from pgha.config.schema import Key, Section
 from pgha.config.values import (
@@ -127,7 +127,7 @@ class RestApi(Section, frozen=True, kw_only=True):
     cafile: Annotated[str, Key(path())] = ""
     ciphers: Annotated[str, Key(text("an OpenSSL cipher list"))] = ""
     verify_client: Annotated[str, Key(choice("none", "optional", "required"))] = "none"
-    allowlist: Annotated[tuple[str, ...], Key(texts("a list of addresses, networks (CIDR) and host names"))] = ()
+    allowlist: Annotated[tuple[str, ...], Key(networks())] = ()
     allowlist_include_members: Annotated[bool, Key(flag())] = False
     http_extra_headers: Annotated[dict[str, str], Key(headers())] = field(default_factory=dict)
     https_extra_headers: Annotated[dict[str, str], Key(headers())] = field(default_factory=dict)

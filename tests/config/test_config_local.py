@@ -45,6 +45,7 @@ def test_a_good_file_says_what_it_says(tmp_path):
     ("tags", {"nofailover": False, "failover_priority": 1}, "tags.raw", {"nofailover": False, "failover_priority": 1}),
     ("log", {"type": "json", "level": "debug", "loggers": {"pgha.dcs": "warning"}}, "log.loggers", {"pgha.dcs": "WARNING"}),
     ("restapi.listen", "[::1]:8008", "restapi.base_url", "http://[::1]:8008"),
+    ("restapi.allowlist", "10.0.0.5/8, ::1,db-1.example.com.,fd00::/8", "restapi.allowlist", ("10.0.0.5/8", "::1", "db-1.example.com.", "fd00::/8")),
     ("restapi.http_extra_headers", {"X-Frame-Options": "DENY", "Content-Security-Policy": "default-src 'self'; x", "X-Empty": "", "X-On": True}, "restapi.http_extra_headers",
      {"X-Frame-Options": "DENY", "Content-Security-Policy": "default-src 'self'; x", "X-Empty": "", "X-On": "true"}),
     ("postgresql.authentication.superuser.sslmode", "verify-full", "postgresql.authentication.rewind.sslmode", "verify-full"),
@@ -86,6 +87,8 @@ def test_means(tmp_path, key, value, attribute, means):
     ("restapi.request_queue_size", 5000, "FILE: restapi.request_queue_size: is 5000, above the maximum; allowed: a whole number from 0 to 4096"),
     ("restapi.verify_client", "required", "FILE: restapi.verify_client: is required, which needs certfile and cafile"),
     ("restapi.keyfile", "/k", "FILE: restapi.keyfile: is given without certfile; allowed: both or none"),
+    *(("restapi.allowlist", ["10.0.0.1", item], f'FILE: restapi.allowlist: has "{item}", which is no address, network or host name; allowed: a list of addresses') for item in
+      ("10.0.0.0/33", "10.0.0.256", "10.0.0", "fd00::/129", "[::1]", "*", "a b", "db-1/24", "a..b", "x" * 64, "")),
     ("restapi.keyfile_password", "hush", "FILE: restapi.keyfile_password: is given without certfile; allowed: both or none"),
     ("ctl.keyfile", "/k", "FILE: ctl.keyfile: is given without certfile; allowed: both or none"),
     ("ctl.keyfile_password", "hush", "FILE: ctl.keyfile_password: is given without certfile; allowed: both or none"),
