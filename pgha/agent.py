@@ -30,6 +30,7 @@ from pgha.act.callbacks import EVENTS, Callbacks
 from pgha.act.context import Context
 from pgha.act.wanted import STARTED_WITH, Wanted
 from pgha.announce import Announcer, member_value
+from pgha.as_started import as_started
 from pgha.chronicle import Chronicle
 from pgha.clock import Clock, Deadline, Instant, SystemClock, candidate_age_s, remaining_s
 from pgha.config.check import programs_not_there
@@ -819,8 +820,13 @@ class Agent:
         if fixed:
             log.error("configuration not reloaded: these keys need another start of the agent", keys=", ".join(fixed))
             return
-        self.local, self.provenance.sources = loaded.local, loaded.sources
+        self.local, kept = as_started(self.local, loaded.local)
+        self.provenance.sources = loaded.sources
         _set_up_log(self.local)
+        for problem in kept:
+            log.error("reload", problem=problem)
+        for warning in loaded.warnings:
+            log.warning("configuration", problem=warning)
         self.effective = effective(self.local, self.dynamic if self.dynamic is not None else normalised(dict(self.local.bootstrap.dcs)),
                                    patroni_member_present=self._config_revision % 2 == 1)
         if self._nursery is not None:
@@ -834,8 +840,11 @@ class Agent:
             self._app.access = access
 
     async def _reload_surface(self) -> None:
-        await self.surface.reload(self.local)
-        self._take_access(self.surface.access)
+        await self.surface.reload(self.local, self._take_access)
+        # Where programs lie may hang.
+        local = self.local
+        for warning in await self.machine.in_thread(lambda: list(programs_not_there(local)), abandon_on_cancel=True):
+            log.warning("configuration", problem=warning)
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
