@@ -30,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
         settings = None
         if given.command != "version" or given.members:
             settings = load(config_file=given.config_file, scope=_scope(given), dcs_url=given.dcs_url, environ=environment(), insecure=given.insecure)
+            for warning in settings.warnings:
+                print(f"pgha: warning: {warning}", file=sys.stderr)
         return _run(given, settings)
     except End as end:
         print("\n".join(f"pgha: {line}" for line in end.text.splitlines()), file=sys.stderr)

@@ -378,6 +378,14 @@ def test_a_name_is_looked_up_again_and_again(monkeypatch: pytest.MonkeyPatch, gi
     trio.run(main, clock=MockClock(autojump_threshold=0.1))
 
 
+@pytest.mark.parametrize(("given", "backlog"), [("", 128), ("request_queue_size = 0", 128), ("request_queue_size = 1", 1), ("request_queue_size = 4096", 4096)])
+def test_a_queue_of_no_length_is_the_default_one(given: str, backlog: int) -> None:
+    async def main() -> None:
+        assert (await Surface(local(given)).listen()).backlog == backlog
+
+    trio.run(main)
+
+
 def test_addresses_are_asked_of_nobody() -> None:
     async def main() -> None:
         surface = Surface(local('allowlist = ["10.0.1.0/24"]\nallowlist_include_members = true'))
