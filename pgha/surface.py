@@ -18,6 +18,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import AbstractAsyncContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -60,6 +61,7 @@ class Surface:
         self._local = local
         self._peers = _peer_context(local)
         self._etcd_tls: ssl.SSLContext | None = None
+        self._etcd_authorities = b""
         self._stores: list[Etcd3Store] = []
         self._listed: tuple[Network, ...] | None = None     # what the allowlist names
         self._listed_names, self._member_names = Names("restapi.allowlist"), Names("a member's api_url")
@@ -75,7 +77,7 @@ class Surface:
         """One connection to the store; each caller has its own. All present the same certificate."""
         etcd = local.etcd3
         if self._etcd_tls is None and any(url.startswith("https:") for url in etcd.endpoints):
-            self._etcd_tls = _etcd_context(local)
+            self._etcd_tls, self._etcd_authorities = _etcd_context(local), _authorities(local)
         store = Etcd3Store(etcd.endpoints, username=etcd.username or None, password=etcd.password.reveal() or None, ssl_context=self._etcd_tls)
         self._stores.append(store)
         return store
@@ -147,14 +149,14 @@ class Surface:
 
     async def reload(self, local: LocalConfig, take: Callable[[Access], None] = lambda _: None) -> None:
         """Take what `local` says from now on. What cannot be read is logged, and the former goes on. `take`: as above."""
-        self._local = local
+        before, self._local = self._local, local
         if self.tls is not None and local.restapi.tls:
             try:
                 self.tls.context = _rest_context(local)
             except ConfigError as error:
                 log.error("certificate not reloaded", problem=str(error))
         self._reload_client(lambda: _present_to_peers(self._peers, local))
-        self._reload_client(lambda: _present_to_etcd(self._etcd_tls, local))
+        self._reload_client(lambda: self._reload_etcd(before, local))
         for store in self._stores:
             store.credentials(local.etcd3.username or None, local.etcd3.password.reveal() or None)
         # A password that was changed counts now, a list once its names are known: a name server may take its time.
@@ -163,6 +165,18 @@ class Surface:
         self._ask_members_at = 0.0
         await self._take_listed(local)
         take(self.access)
+
+    def _reload_etcd(self, before: LocalConfig, local: LocalConfig) -> None:
+        """A certificate is loaded into the context that is there. Other authorities need another one, since none forgets anything."""
+        if self._etcd_tls is None:
+            return
+        authorities = _authorities(local)
+        if authorities == self._etcd_authorities and (local.etcd3.cert or not before.etcd3.cert):
+            _present_to_etcd(self._etcd_tls, local)
+            return
+        self._etcd_tls, self._etcd_authorities = _etcd_context(local), authorities
+        for store in self._stores:
+            store.trust(self._etcd_tls)
 
     @staticmethod
     def _reload_client(load: Callable[[], None]) -> None:
@@ -214,22 +228,30 @@ def _etcd_context(local: LocalConfig) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=local.etcd3.cacert or None)
     except OSError as error:
-        raise ConfigError(f"etcd3.cacert: cannot use {local.etcd3.cacert}: {error.strerror or error}") from error
+        raise _no_cacert(local, error) from error
     _present_to_etcd(context, local)
     return context
 
 
-def _present_to_etcd(context: ssl.SSLContext | None, local: LocalConfig) -> None:
+def _present_to_etcd(context: ssl.SSLContext, local: LocalConfig) -> None:
     etcd = local.etcd3
-    if context is None:
-        return
     try:
-        if etcd.cacert:
-            context.load_verify_locations(etcd.cacert)      # beside those it trusts already
         if etcd.cert:
             context.load_cert_chain(etcd.cert, etcd.key or None, password="")
     except OSError as error:
-        raise ConfigError(f"etcd3: cacert, cert or key cannot be used: {error.strerror or error}") from error
+        raise ConfigError(f"etcd3: cert or key cannot be used: {error.strerror or error}") from error
+
+
+def _authorities(local: LocalConfig) -> bytes:
+    """Of etcd, as they stand in the file; empty: the system's."""
+    try:
+        return Path(local.etcd3.cacert).read_bytes() if local.etcd3.cacert else b""
+    except OSError as error:
+        raise _no_cacert(local, error) from error
+
+
+def _no_cacert(local: LocalConfig, error: OSError) -> ConfigError:
+    return ConfigError(f"etcd3.cacert: cannot use {local.etcd3.cacert}: {error.strerror or error}")
 
 
 def _rest_context(local: LocalConfig) -> ssl.SSLContext:

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 from trio.testing import MockClock
 
+from pgha.config.addresses import Address
 from pgha.config.load import load
 from pgha.config.local import LocalConfig
 from pgha.dcs.etcd3 import Etcd3Store
-from pgha.errors import ConfigError, PostgresUnreachable
+from pgha.errors import ConfigError, DcsUnreachable, PostgresUnreachable
 from pgha.model.cluster import ClusterView, Member
 from pgha.postgres.connection import resolve
 from pgha.rest.access import Access
@@ -203,7 +205,7 @@ def test_a_reload_replaces_what_it_can_read_and_names_what_it_cannot(certificate
 @pytest.mark.parametrize(("restapi", "etcd3", "named"), [
     ('certfile = "/gone"', "", "restapi.certfile: cannot use /gone"),
     ("", 'protocol = "https"\ncacert = "/gone"', "etcd3.cacert: cannot use /gone"),
-    ("", 'protocol = "https"\ncert = "/gone"', "etcd3: cacert, cert or key cannot be used"),
+    ("", 'protocol = "https"\ncert = "/gone"', "etcd3: cert or key cannot be used"),
 ])
 def test_a_file_that_is_not_there_ends_the_start(restapi: str, etcd3: str, named: str) -> None:
     async def main() -> None:
@@ -219,7 +221,7 @@ def test_a_file_that_is_not_there_ends_the_start(restapi: str, etcd3: str, named
 def test_a_key_with_a_password_that_is_missing_does_not_ask_the_terminal(certificates: Path) -> None:
     locked = certificates / "locked.key"
     subprocess.run(["openssl", "ec", "-in", "old.key", "-aes256", "-passout", "pass:x", "-out", str(locked)], cwd=certificates, check=True, capture_output=True, timeout=30)
-    with pytest.raises(ConfigError, match="etcd3: cacert, cert or key"):
+    with pytest.raises(ConfigError, match="etcd3: cert or key"):
         surface = local("", f'protocol = "https"\ncert = "{certificates / "old.crt"}"\nkey = "{locked}"')
         Surface(surface).open_store(surface)
 
@@ -404,3 +406,69 @@ def test_addresses_are_asked_of_nobody() -> None:
         assert len(taken) == 1
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+@pytest.fixture(scope="module")
+def authorities(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two authorities, and a server's certificate (for 127.0.0.1) of each."""
+    place = tmp_path_factory.mktemp("authorities")
+    key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    (place / "names").write_text("subjectAltName = IP:127.0.0.1\n")
+    for name in ("one", "two"):
+        for words in (["req", "-x509", *key, "-keyout", f"{name}-ca.key", "-out", f"{name}-ca.crt", "-subj", f"/CN={name} ca", "-days", "2"],
+                      ["req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}"],
+                      ["x509", "-req", "-in", f"{name}.csr", "-CA", f"{name}-ca.crt", "-CAkey", f"{name}-ca.key", "-CAcreateserial", "-out", f"{name}.crt",
+                       "-days", "2", "-extfile", "names"]):
+            subprocess.run(["openssl", *words], cwd=place, check=True, capture_output=True, timeout=30)
+    return place
+
+
+def test_an_authority_of_etcd_that_a_reload_takes_away_is_trusted_no_more(authorities: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """one → one and two → two, as authorities are changed in practice; then a file that is half written, which changes nothing."""
+    one, two = ((authorities / f"{name}-ca.crt").read_text() for name in ("one", "two"))
+    cacert = authorities / "cacert.crt"
+
+    contexts = {name: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) for name in ("one", "two")}
+    for name, context in contexts.items():
+        context.load_cert_chain(authorities / f"{name}.crt", authorities / f"{name}.key")
+    shown, spoke = "one", list[bool]()
+
+    async def serve(stream: trio.SocketStream) -> None:
+        tls = trio.SSLStream(stream, contexts[shown], server_side=True)
+        try:
+            await tls.do_handshake()
+            spoke.append(bool(await tls.receive_some()))       # who does not trust us says so instead of asking
+        except trio.BrokenResourceError:
+            spoke.append(False)
+        await trio.aclose_forcefully(stream)
+
+    async def trusts(store: Etcd3Store, name: str) -> bool:
+        nonlocal shown
+        shown = name
+        spoke.clear()
+        with pytest.raises(DcsUnreachable):
+            await store.read("/x", deadline_s=0.3)
+        return spoke[0]
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+            given = local("", f'protocol = "https"\ncacert = "{cacert}"')
+            given = replace(given, etcd3=replace(given.etcd3, host=Address("127.0.0.1", listeners[0].socket.getsockname()[1])))
+            cacert.write_text(one)
+            surface = Surface(given)
+            store = surface.open_store(given)
+            assert isinstance(store, Etcd3Store)
+            await surface.listen()
+            seen = []
+            for content in (one, one + two, two, two[:100]):
+                cacert.write_text(content)
+                await surface.reload(given)
+                seen.append((await trusts(store, "one"), await trusts(store, "two")))
+            assert seen == [(True, False), (True, True), (False, True), (False, True)]
+            assert [r.getMessage() for r in caplog.records if "problem" in getattr(r, "facts", {})] == ["client certificate not reloaded"]
+            assert len(store._client._transports) == 3      # none for a reload that changes none of them
+            await store.aclose()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
