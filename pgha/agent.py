@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,7 @@ from pgha.observe.postgres import PostgresObserver, look_every_s, not_looked_sin
 from pgha.postgres.files import read_dynamic_cache, write_dynamic_cache
 from pgha.postgres.server import Server
 from pgha.provenance import Provenance
+from pgha.reread import Reread
 from pgha.rest.access import Access
 from pgha.rest.published import Board, nothing_yet, publish_pass, store_gauges
 from pgha.rest.requests import Answer
@@ -189,6 +190,8 @@ class Agent:
                                asker=HttpAsker(self.surface.peers(machine), authorization=self.surface.authorization))
         self.inbox.accept = self._accept_failsafe
         self.inbox.ask_others = self._ask_others
+        self.reread = Reread(self._read_again)
+        self.inbox.reread = self.reread.outcome
         self.events = EventLog(run=self.me.incarnation, node=self.me.name, scope=local.scope)
         self.chronicle = Chronicle(self.events)
         self.board = Board(nothing_yet(name=self.me.name, scope=local.scope, at=clock.now(), wall_s=clock.wall_s()))
@@ -321,6 +324,7 @@ class Agent:
                               readers=Readers(self.events, clock=self.clock, at_most=lambda: self.local.pgha.event_readers))
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            await nursery.start(self.reread.run)
             await nursery.start(self._take_signals)
             await nursery.start(self.machine.serve, listen, app)
             await nursery.start(self.fence.run)
@@ -434,7 +438,7 @@ class Agent:
             task_status.started()
             async for number in received:
                 if number == signal.SIGHUP:
-                    self._reload()
+                    self.reread.ask()
                 else:
                     log.info("told to stop", signal=signal.Signals(number).name)
                     self.shutting_down = True
@@ -806,20 +810,17 @@ class Agent:
         except OSError as error:
             log.warning("configuration could not be cached", why=f"{error.filename}: {error.strerror}")
 
-    def _reload(self) -> None:
-        """SIGHUP: read the files again; a mistake in them changes nothing."""
+    async def _read_again(self) -> tuple[str, ...]:
+        """See Reread. In a thread, since the disk may hang."""
         if not self.shutting_down:
             self.machine.notify("RELOADING=1")      # until the next pass says READY=1 again
         try:
-            loaded = load(self.path, self.environ)
+            loaded = await self.machine.in_thread(lambda: load(self.path, self.environ), abandon_on_cancel=True)
         except ConfigError as error:
-            for problem in error.problems:
-                log.error("configuration not reloaded", problem=problem)
-            return
+            return self._not_reloaded(error.problems)
         fixed = needs_new_agent(self.local, loaded.local)
         if fixed:
-            log.error("configuration not reloaded: these keys need another start of the agent", keys=", ".join(fixed))
-            return
+            return self._not_reloaded([f"these keys need another start of the agent: {', '.join(fixed)}"])
         self.local, kept = as_started(self.local, loaded.local)
         self.provenance.sources = loaded.sources
         _set_up_log(self.local)
@@ -829,20 +830,27 @@ class Agent:
             log.warning("configuration", problem=warning)
         self.effective = effective(self.local, self.dynamic if self.dynamic is not None else normalised(dict(self.local.bootstrap.dcs)),
                                    patroni_member_present=self._config_revision % 2 == 1)
-        if self._nursery is not None:
-            self._nursery.start_soon(self._reload_surface)
         self._applied = ()      # differs from anything: written and reloaded in the next pass
+        self.wake()
+        if self._nursery is not None:
+            self._nursery.start_soon(self._warn_of_programs, self.local)
+        await self.surface.reload(self.local, self._take_access)
         log.info("configuration reloaded")
+        return ()
+
+    def _not_reloaded(self, problems: Iterable[str]) -> tuple[str, ...]:
+        for problem in problems:
+            log.error("configuration not reloaded", problem=problem)
+        self.wake()
+        return tuple(problems)
 
     def _take_access(self, access: Access) -> None:
         """Who may change something, from the next request on."""
         if self._app is not None:
             self._app.access = access
 
-    async def _reload_surface(self) -> None:
-        await self.surface.reload(self.local, self._take_access)
-        # Where programs lie may hang.
-        local = self.local
+    async def _warn_of_programs(self, local: LocalConfig) -> None:
+        """A task of its own: where they lie may hang."""
         for warning in await self.machine.in_thread(lambda: list(programs_not_there(local)), abandon_on_cancel=True):
             log.warning("configuration", problem=warning)
 

@@ -46,6 +46,7 @@ class Inbox:
         self.accept: Callable[[Ping], tuple[Answer, int]] = _nobody_there     # who promises: the agent, once it is made
         self.judge: Callable[[dict[str, Any] | None, Any], Awaitable[Judgement]] = _by_schema       # who asks PostgreSQL, too: the agent, as above
         self.why: Callable[[str], Awaitable[Answer]] = _knows_nothing
+        self.reread: Callable[[], Awaitable[tuple[str, ...]]] = _nothing_to_read       # the node's files again: what is wrong with them
         self._number = 0
         self._waiting: dict[int, Request] = {}
         self._answers: dict[int, Answer] = {}
@@ -94,7 +95,9 @@ class Inbox:
 
     async def submit(self, kind: str, payload: Mapping[str, Any], *, deadline_s: float) -> Answer:
         """See rest.requests.Requests."""
-        if kind in ("restart", "cancel_restart", "reload", "reinitialize"):
+        if kind == "reload":
+            return await self._reload(dict(payload), deadline_s)
+        if kind in ("restart", "cancel_restart", "reinitialize"):
             return await self._wait_for_pass(kind, dict(payload), deadline_s)
         try:
             with trio.fail_after(deadline_s):
@@ -114,6 +117,17 @@ class Inbox:
         except trio.TooSlowError:
             return Answer(status=503, text=_FAILED.get(kind, "the store does not answer in time"))
         return Answer(status=501, text=f"{kind} is not supported")
+
+    async def _reload(self, options: dict[str, Any], deadline_s: float) -> Answer:
+        """As SIGHUP, and told what is wrong with the files."""
+        until = trio.current_time() + deadline_s
+        with trio.move_on_after(deadline_s) as reading:
+            problems = await self.reread()
+        if reading.cancelled_caught:
+            return Answer(status=503, text=f"the configuration was not read within {deadline_s:g} seconds; it may still happen")
+        if problems:
+            return Answer(status=400, text="configuration not reloaded: " + "\n".join(problems))
+        return await self._wait_for_pass("reload", options, max(0.1, until - trio.current_time()))
 
     async def _wait_for_pass(self, kind: Any, options: dict[str, Any], deadline_s: float) -> Answer:
         if len(self._waiting) >= WAITING_AT_MOST:
@@ -209,6 +223,10 @@ async def _nobody_asked() -> dict[str, Peer]:
 
 async def _by_schema(old: dict[str, Any] | None, new: Any) -> Judgement:
     return by_schema(old, new)
+
+
+async def _nothing_to_read() -> tuple[str, ...]:
+    return ()
 
 
 async def _knows_nothing(_key: str) -> Answer:

@@ -48,11 +48,13 @@ def bootstrap_arguments(method: BootstrapMethod, *, scope: str, data_dir: Path) 
 
 
 def connection_url(ctx: Context, source: Source | None) -> str:
-    """To the source, as the replication user, whose password is in the passfile; "" if there is none."""
+    """To the source, as the replication user, whose password is in the passfile; "" if there is none. No secret is in it."""
     if source is None:
         return ""
     user, _ = ctx.wanted.user("replication")
-    return f"postgres://{quote(user, safe='')}@{bracketed(source.host)}:{source.port}/{quote(ctx.wanted.effective().postgresql.database, safe='')}"
+    options = "&".join(f"{name}={quote(value, safe='/')}" for name, value in ctx.wanted.keywords("replication").items())
+    return (f"postgres://{quote(user, safe='')}@{bracketed(source.host)}:{source.port}/{quote(ctx.wanted.effective().postgresql.database, safe='')}"
+            f"{'?' if options else ''}{options}")
 
 
 async def run_method(ctx: Context, name: str, argv: Sequence[str], target: Path) -> None:

@@ -138,11 +138,10 @@ class Wanted:
     def local_conninfo(self) -> Conninfo:
         """To the server of this data directory as superuser, for our own connections. `host` may be a name."""
         postgresql = self._effective().postgresql
-        user = postgresql.authentication.superuser
         where: Conninfo = {"host": postgresql.listen.local_host, "port": postgresql.listen.port}
         if postgresql.use_unix_socket:
             where["host"] = self._socket_dir()
-        return {**where, **_own_login(user), "dbname": postgresql.database}
+        return {**where, **self._own_login("superuser"), "dbname": postgresql.database}
 
     def _socket_dir(self) -> str:
         running = read_postmaster_pid(self._data_dir)
@@ -153,19 +152,31 @@ class Wanted:
 
     def source_conninfo(self, source: Source, which: WhichUser) -> Conninfo:
         """To another member, for our own connections."""
-        postgresql = self._effective().postgresql
-        user: PostgresUser = getattr(postgresql.authentication, which)
-        out: Conninfo = {"host": source.host, "port": source.port, **_own_login(user), "application_name": self._name}
-        return out | ({"replication": "true"} if which == "replication" else {"dbname": postgresql.database})
+        out: Conninfo = {"host": source.host, "port": source.port, **self._own_login(which), "application_name": self._name}
+        return out | ({"replication": "true"} if which == "replication" else {"dbname": self._effective().postgresql.database})
 
     def program_conninfo(self, source: Source, which: WhichUser) -> Conninfo:
         """To another member, for programs: the password is in the passfile (`write_passfile` first)."""
+        name, _ = self.user(which)
+        out: Conninfo = {"host": source.host, "port": source.port, "user": name, "passfile": str(self._passfile),
+                         # not the member's name: pg_basebackup's WAL stream confirms, and would pass for a synchronous standby
+                         "application_name": f"pgha_copy_{self._name}", **self.keywords(which)}
+        return out if which == "replication" else out | {"dbname": self._effective().postgresql.database}
+
+    def keywords(self, which: WhichUser) -> dict[str, str]:
+        """How this user connects, in libpq's keywords: the same for our own connections, programs and the walreceiver. No secret is among them."""
         postgresql = self._effective().postgresql
         user: PostgresUser = getattr(postgresql.authentication, which)
-        out: Conninfo = {"host": source.host, "port": source.port, "user": user.username, "passfile": str(self._passfile),
-                         # not the member's name: pg_basebackup's WAL stream confirms, and would pass for a synchronous standby
-                         "application_name": f"pgha_copy_{self._name}", **user.keywords()}
-        return out if which == "replication" else out | {"dbname": postgresql.database}
+        return user.keywords() | ({"krbsrvname": postgresql.krbsrvname} if postgresql.krbsrvname else {})
+
+    def _own_login(self, which: WhichUser) -> Conninfo:
+        user: PostgresUser = getattr(self._effective().postgresql.authentication, which)
+        out: Conninfo = {"user": user.username, **self.keywords(which)}
+        if user.password:
+            out["password"] = user.password.reveal()
+        if user.sslpassword:
+            out["sslpassword"] = user.sslpassword.reveal()
+        return out
 
     @property
     def _name(self) -> str:
@@ -303,13 +314,9 @@ class Wanted:
         if not self._told:
             return out | self._written()
         if self._upstream is not None:
-            user = effective.postgresql.authentication.replication
-            options = user.keywords()
-            if effective.postgresql.krbsrvname:
-                options["krbsrvname"] = effective.postgresql.krbsrvname
             out["primary_conninfo"] = files.conninfo_text(files.primary_conninfo(
-                host=self._upstream.host, port=self._upstream.port, user=user.username, application_name=self._name,
-                passfile=self._passfile, dbname=effective.postgresql.database, options=options))
+                host=self._upstream.host, port=self._upstream.port, user=self.user("replication")[0], application_name=self._name,
+                passfile=self._passfile, dbname=effective.postgresql.database, options=self.keywords("replication")))
             out["primary_slot_name"] = self._slot_name
         return out
 
@@ -404,15 +411,6 @@ def _prepare(effective: Effective, parameters: Mapping[str, SettingValue], *, na
     done = prepare(wanted, forced=forced, control=control)
     out = {name for name, value in (left_out or {}).items() if name not in forced and done.file.get(name) == value}
     return prepare({name: value for name, value in wanted.items() if name.lower() not in out}, forced=forced, control=control) if out else done
-
-
-def _own_login(user: PostgresUser) -> Conninfo:
-    out: Conninfo = {"user": user.username, **user.keywords()}
-    if user.password:
-        out["password"] = user.password.reveal()
-    if user.sslpassword:
-        out["sslpassword"] = user.sslpassword.reveal()
-    return out
 
 
 def options_of(given: Sequence[tuple[str, str | None]]) -> Options:

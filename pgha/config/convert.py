@@ -26,7 +26,7 @@ from msgspec import Struct
 
 from pgha.config import gucs, slots
 from pgha.config.cluster import BASEBACKUP, ClusterConfig, ClusterPostgresql, unsupported
-from pgha.config.local import CLUSTER_WIDE, INITDB, Etcd3, LocalConfig
+from pgha.config.local import CLUSTER_WIDE, INITDB, Etcd3, LocalConfig, PostgresUser, no_sslpassword
 from pgha.config.patroni_file import PatroniFile, leaves
 from pgha.config.schema import Field, Path, Section, dotted, fields, is_chosen, nearest
 from pgha.config.values import Kind, Wrong, boolean, plain, shown, type_name
@@ -231,6 +231,8 @@ class _Converter:
             self._all_lines(Fate.MISSING, path, value, "not supported yet by this version")
         elif kind is ClusterConfig and known.name == "ignore_slots" and (fault := next((f for _, f in slots.faults({"ignore_slots": value}, strict=True)), "")):
             self._all_lines(Fate.MISSING, path, value, f"has an entry that {_quotes_nothing(fault)}")
+        elif kind is PostgresUser and known.name == "sslpassword" and (fault := self._no_sslpassword(to)):
+            self._all_lines(Fate.MISSING, path, value, fault)
         elif reading.shape == "table" and isinstance(value, dict) and value:
             for name, item in value.items():
                 self._item(reading, name, item, (*path, name), (*to, name))
@@ -285,6 +287,10 @@ class _Converter:
             self._all_lines(Fate.DROPPED, path, value, "Patroni sets it itself, and so does pgha")
         else:
             self._judged(reading, value, path, to, name=name)
+
+    def _no_sslpassword(self, to: Path) -> str:
+        users = self._source.raw["postgresql"]["authentication"]
+        return no_sslpassword(to[-2], superuser_rewinds=not users.get("rewind"))
 
     def _names_no_table(self, reading: Kind, value: Any, path: Path) -> bool:
         """Is there a method without a command of its own? (What cannot be read is `_judged`.)"""

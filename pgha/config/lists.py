@@ -46,6 +46,25 @@ def mapping(allowed: str = "a table of texts") -> Kind:
     return Kind(parse, allowed, shape="table")
 
 
+#: What frames an answer is for whoever writes it.
+_FRAMING = frozenset({"connection", "content-encoding", "content-length", "content-type", "keep-alive", "trailer", "transfer-encoding", "upgrade"})
+
+
+def headers() -> Kind:
+    """Headers of HTTP answers, as dict of text. Nothing in them can start a line of its own, or change where an answer ends."""
+    def parse(value: Any) -> dict[str, str]:
+        found: dict[str, str] = mapping().parse(value)
+        for name, item in found.items():
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+                raise Wrong(f"has {shown(name)}, which is no header's name")
+            if name.lower() in _FRAMING:
+                raise Wrong(f"has {name}, which pgha sets itself")
+            if not re.fullmatch(r"[ -~]*", item):
+                raise Wrong(f"has a character in {name} that is no printable ASCII")
+        return found
+    return Kind(parse, f"a table of headers, whose names are words with dashes and whose values are printable ASCII; not {', '.join(sorted(_FRAMING))}", shape="table")
+
+
 def program_options(*forbidden: str, program: str) -> Kind:
     """Options of one of PostgreSQL's programs: a list of names and {name = value}, or a table; ((name, value | None), …)."""
     def parse(value: Any) -> tuple[tuple[str, str | None], ...]:

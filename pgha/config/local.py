@@ -16,7 +16,7 @@ from msgspec import field
 
 from pgha.config.addresses import Address, Listen, address, addresses, bracketed, listen, url
 from pgha.config.cluster import LATER, OptionList, SharedPostgresql
-from pgha.config.lists import lines, mapping, program_options, texts
+from pgha.config.lists import headers, lines, mapping, program_options, texts
 from pgha.config.programs import BootstrapMethod, bootstrap_method, command, method_name
 from pgha.config.schema import Key, Section
 from pgha.config.values import (
@@ -38,6 +38,10 @@ from pgha.model.cluster import Tags
 
 CLUSTER_WIDE = "belongs to the whole cluster, not to this file; allowed: bootstrap.dcs before the first start, `pgha ctl edit-config` after it"
 INITDB = "initdb"
+#: Programs and the walreceiver would have to get it in arguments, or in primary_conninfo, which PostgreSQL shows and logs.
+NO_SSLPASSWORD = ("is not supported, since pg_basebackup, pg_rewind and the walreceiver cannot be given it secretly; "
+                  "allowed: an sslkey without a passphrase that only the agent's user can read")
+NO_SSLPASSWORD_TO_REWIND = "is given, but without a rewind user it is the superuser who rewinds, and pg_rewind cannot be given it secretly; allowed: rewind.username, or an sslkey without a passphrase that only the agent's user can read"
 NO_THREADS = "has no meaning, since pgha has no thread pool; allowed: leave it out"
 
 
@@ -52,7 +56,10 @@ class Credentials(Section, frozen=True, kw_only=True):
 
 
 class PostgresUser(Section, frozen=True, kw_only=True):
-    """How one of pgha's PostgreSQL users connects. libpq's connection keywords; "" = libpq's default."""
+    """How one of pgha's PostgreSQL users connects. libpq's connection keywords; "" = libpq's default.
+
+    `sslpassword`: only of a superuser who does not rewind (`no_sslpassword`), for pgha's own connections.
+    """
 
     EXCLUSIVE: ClassVar = (("password", "password_file"),)
 
@@ -71,9 +78,16 @@ class PostgresUser(Section, frozen=True, kw_only=True):
     channel_binding: Annotated[str, Key(choice("disable", "prefer", "require"))] = ""
 
     def keywords(self) -> dict[str, str]:
-        """libpq's keywords for everything but user and passwords (sslpassword is a secret: see there)."""
+        """libpq's keywords for everything but user and passwords: no secret is among them."""
         names = ("sslmode", "sslkey", "sslcert", "sslrootcert", "sslcrl", "sslcrldir", "sslnegotiation", "gssencmode", "channel_binding")
         return {name: getattr(self, name) for name in names if getattr(self, name)}
+
+
+def no_sslpassword(user: str, *, superuser_rewinds: bool) -> str:
+    """Why this user may have no sslpassword; "" if it may."""
+    if user == "superuser":
+        return NO_SSLPASSWORD_TO_REWIND if superuser_rewinds else ""
+    return NO_SSLPASSWORD
 
 
 class Authentication(Section, frozen=True, kw_only=True):
@@ -115,8 +129,8 @@ class RestApi(Section, frozen=True, kw_only=True):
     verify_client: Annotated[str, Key(choice("none", "optional", "required"))] = "none"
     allowlist: Annotated[tuple[str, ...], Key(texts("a list of addresses, networks (CIDR) and host names"))] = ()
     allowlist_include_members: Annotated[bool, Key(flag())] = False
-    http_extra_headers: Annotated[dict[str, str], Key(mapping())] = field(default_factory=dict)
-    https_extra_headers: Annotated[dict[str, str], Key(mapping())] = field(default_factory=dict)
+    http_extra_headers: Annotated[dict[str, str], Key(headers())] = field(default_factory=dict)
+    https_extra_headers: Annotated[dict[str, str], Key(headers())] = field(default_factory=dict)
     request_queue_size: Annotated[int, Key(integer(0, 4096))] = 128      # the reference's 5 is a single thread's
     server_tokens: Annotated[str, Key(choice("Original", "Minimal", "ProductOnly"))] = "Original"
 

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from pgha.config import gucs
 from pgha.config.addresses import Address
 from pgha.config.cluster import known_methods, read_strictly
-from pgha.config.local import INITDB, Credentials, Etcd3, LocalConfig, Postgresql, PostgresUser, RestApi
+from pgha.config.local import INITDB, Credentials, Etcd3, LocalConfig, Postgresql, PostgresUser, RestApi, no_sslpassword
 from pgha.config.schema import Path, Report, every_key
 from pgha.config.values import Secret, shown
 
@@ -111,6 +111,9 @@ def _postgresql(local: LocalConfig, report: Report) -> Postgresql:
         report.problem((*at, "replication", "username"), "is missing; allowed: the user for streaming, as replicator")
     superuser = superuser if superuser.username else replace(superuser, username="postgres")
     rewind = _user(users.rewind, (*at, "rewind"), report)
+    for name, user in (("superuser", superuser), ("replication", replication), ("rewind", rewind)):
+        if user.sslpassword and (why := no_sslpassword(name, superuser_rewinds=not users.rewind.given)):
+            report.problem((*at, name, "sslpassword"), why)
     return replace(
         postgres, connect_address=_connect_address(postgres, "postgresql", report),
         config_dir=postgres.config_dir or postgres.data_dir,

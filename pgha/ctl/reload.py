@@ -13,6 +13,9 @@ from pgha.ctl.listing import shown
 from pgha.ctl.prompt import confirm
 from pgha.ctl.settings import Settings
 
+#: The agent takes up to 10 s: it reads its files, and the next pass applies them.
+AGENT_S = 12.0
+
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
     cluster = clusters.read(settings)
@@ -25,7 +28,7 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     code = DONE
     for name in names:
         try:
-            answer = agents.ask(settings, cluster.api_url(name), "POST", "/reload")
+            answer = agents.ask(settings, cluster.api_url(name), "POST", "/reload", timeout_s=AGENT_S)
         except NoAnswer as failure:
             code = max(code, agents.unheard(f"reload for member {name}", failure))
             continue

@@ -141,7 +141,7 @@ def quote_conninfo(value: str) -> str:
 
 def conninfo_text(parts: Mapping[str, str | int]) -> str:
     """{"host": "h", "port": 5432} → "host=h port=5432", in the order given. A password does not belong in it."""
-    assert "password" not in parts, "passwords go into a passfile"
+    assert not {"password", "sslpassword"} & parts.keys(), "passwords go into a passfile"
     return " ".join(f"{name}={quote_conninfo(str(value))}" for name, value in parts.items())
 
 

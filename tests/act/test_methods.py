@@ -49,7 +49,11 @@ def test_a_method_fills_a_fresh_directory_and_the_next_one_follows_a_failure(bed
                    + 'touch "$datadir/recovery.signal"; echo "restore_command = \'false\'" >> "$datadir/postgresql.auto.conf"; chmod 755 "$datadir"; sleep 1000 &\n')
 
     async def main():
-        async with bed.node("a") as one, bed.node("b", postgresql=methods(walg={"command": walg, "level": 3}, basebackup=None)) as two:
+        replication = {"username": "rep", "password": "re:p", "sslmode": "disable", "sslrootcert": "/no where/a&b=%2F", "gssencmode": "disable"}
+        users = {"superuser": {"username": "postgres", "password": "sup's er"}, "rewind": {"username": "rew", "password": "re\\w"}, "replication": replication}
+        options = {**methods(walg={"command": walg, "level": 3}, basebackup=None), "authentication": users, "krbsrvname": "pg"}
+        query = "sslmode=disable&sslrootcert=/no%20where/a%26b%3D%252F&gssencmode=disable&krbsrvname=pg"
+        async with bed.node("a") as one, bed.node("b", postgresql=options) as two:
             await one.primary()
             (bed.path / "broken").touch()
             facts = await clone(two, one, ["walg", "basebackup"])
@@ -58,7 +62,7 @@ def test_a_method_fills_a_fresh_directory_and_the_next_one_follows_a_failure(bed
             (two.data_dir / "of_the_old").touch()
             facts = await clone(two, one, ["walg", "basebackup"], replace="keep_old_until_streaming")
             assert facts["method"] == "walg" and (Path(facts["old"]) / "of_the_old").exists()
-            assert said.read_text().splitlines() == [f"replica bed 3 postgres://rep@127.0.0.1:{one.port}/postgres 0 {two.directory}/pgpass"] * 2
+            assert said.read_text().splitlines() == [f"replica bed 3 postgres://rep@127.0.0.1:{one.port}/postgres?{query} 0 {two.directory}/pgpass"] * 2
             assert two.standby_signal and not (two.data_dir / "recovery.signal").exists() and stat.S_IMODE(two.data_dir.stat().st_mode) == 0o700
             assert await two.guard_state() == "standby"
             await two.operate(a.StartStandby(upstream=as_source(one)))

@@ -282,6 +282,29 @@ def test_a_request_waits_for_its_pass(kind: str):
     run(main)
 
 
+def test_a_reload_reads_the_files_first_and_says_what_is_wrong_with_them():
+    async def main() -> None:
+        scene = Scene()
+        problems: tuple[str, ...] = ("pgha.toml: nonsense: unknown key", "pgha.toml: ttl: not a duration")
+
+        async def reread() -> tuple[str, ...]:
+            await trio.sleep(2)
+            return problems
+
+        scene.inbox.reread = reread
+        wrong = "configuration not reloaded: pgha.toml: nonsense: unknown key\npgha.toml: ttl: not a duration"
+        assert await scene.ask("reload") == Answer(status=400, text=wrong)
+        assert scene.wakes == 0, "no pass has anything to do"
+        assert await scene.ask("reload", deadline_s=1) == Answer(status=503, text="the configuration was not read within 1 seconds; it may still happen")
+        problems = ()
+        begun_s = trio.current_time()
+        assert (await scene.ask("reload", deadline_s=7)).text == "no outcome of the reload within 5 seconds; it may still happen"
+        assert trio.current_time() - begun_s == pytest.approx(7, abs=0.01)
+        assert scene.wakes == 1
+
+    run(main)
+
+
 def test_a_pass_that_never_comes_is_admitted_and_its_request_withdrawn():
     async def main() -> None:
         scene = Scene()

@@ -216,3 +216,23 @@ def test_what_else_is_asked_is_answered(cluster):
     for path in ("/citus", "/mpp"):
         assert leader.request("POST", path, {"type": "before_demote", "group": 0}).status == 501
     assert cluster.wait_healthy(10) is leader
+
+
+def test_a_reload_reads_the_nodes_files_again_or_says_what_is_wrong_with_them(cluster):
+    leader = cluster.wait_healthy(30)
+    replica = next(node for node in cluster.nodes if node is not leader)
+    before = replica.config_path.read_text()
+
+    try:
+        replica.config_path.write_text(f"{before}\n[tags]\nshelf = 7\n")
+        code, out, _ = ctl(cluster, "reload", replica.name, "--force")
+        assert (code, f"Reload request received for member {replica.name}" in out) == (DONE, True)
+        cluster.wait(lambda: (replica.patroni().get("tags") or {}).get("shelf") == 7, 10, "the tag of the file is published")
+        replica.config_path.write_text(f"{before}\nnonsense = 1\n")
+        code, _, err = ctl(cluster, "reload", replica.name, "--force")
+        assert (code, "nonsense" in err) == (REFUSED, True)
+        assert replica.patroni()["tags"] == {"shelf": 7}, "nothing was changed"
+    finally:
+        replica.config_path.write_text(before)
+    assert replica.request("POST", "/reload").status == 202
+    cluster.wait(lambda: "tags" not in replica.patroni(), 10, "and taken back")

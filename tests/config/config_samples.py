@@ -25,7 +25,7 @@ GOOD: dict[str, Any] = {
     "postgresql": {
         "listen": "10.0.0.1:5432", "data_dir": "/srv/pg/data",
         "authentication": {
-            "superuser": {"username": "postgres", "password": PASSWORDS["superuser"], "sslpassword": PASSWORDS["sslpassword"]},
+            "superuser": {"username": "postgres", "password": PASSWORDS["superuser"]},
             "replication": {"username": "replicator", "password": PASSWORDS["replication"]},
         },
     },

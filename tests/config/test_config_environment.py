@@ -75,6 +75,9 @@ def test_a_whole_configuration_replaces_the_file(tmp_path):
     ("PGHA_TAGS", "nofailover", 'environment: PGHA_TAGS: is no table; allowed: a table as TOML, {key = "value"}, or JSON'),
     ("PGHA_TAGS", "{hush", "environment: PGHA_TAGS: is neither TOML nor JSON; allowed: a table as TOML or JSON"),
     ("PGHA_BOOTSTRAP_INITDB", "[hush", "environment: PGHA_BOOTSTRAP_INITDB: is neither TOML nor JSON; allowed: a list as TOML or JSON"),
+    ("PGHA_REPLICATION_SSLPASSWORD", "hush", "environment PGHA_REPLICATION_SSLPASSWORD: postgresql.authentication.replication.sslpassword: is not supported, since"),
+    ("PGHA_RESTAPI_HTTP_EXTRA_HEADERS", '{"X-A": "hush\\r\\nX-B: 1"}', "environment PGHA_RESTAPI_HTTP_EXTRA_HEADERS: restapi.http_extra_headers: has a character in X-A that is no printable ASCII"),
+    ("PGHA_RESTAPI_HTTPS_EXTRA_HEADERS", '{"Content-Length": "5"}', "environment PGHA_RESTAPI_HTTPS_EXTRA_HEADERS: restapi.https_extra_headers: has Content-Length, which pgha sets itself"),
     ("PGHA_SUPERUSER_PASSWORD", "", "environment PGHA_SUPERUSER_PASSWORD: postgresql.authentication.superuser.password: is empty; allowed: text"),
 ])
 def test_is_refused(tmp_path, variable, text, line):

@@ -198,6 +198,13 @@ KEYS = [
     ("postgresql.authentication.rewind.password", 12, "changed postgresql.authentication.rewind.password: a number to YAML; Patroni, too, takes its digits for the text"),
     ("postgresql.authentication.rewind.password", True, "missing postgresql.authentication.rewind.password: is a boolean, not text; allowed: text"),
     ("postgresql.authentication.rewind.password", "hush-a\n", "missing postgresql.authentication.rewind.password: contains a line break or a NUL; allowed: text"),
+    ("postgresql.authentication.superuser.sslpassword", "hush-1", "carried postgresql.authentication.superuser.sslpassword"),
+    ("postgresql.authentication.replication.sslpassword", "hush-1", ("missing postgresql.authentication.replication.sslpassword: is not supported, since pg_basebackup, pg_rewind and the walreceiver "
+     "cannot be given it secretly; allowed: an sslkey without a passphrase that only the agent's user can read")),
+    ("postgresql.authentication.rewind.sslpassword", "hush-1", None),
+    ("restapi.http_extra_headers.X-A", "1", "carried restapi.http_extra_headers.X-A"),
+    ("restapi.http_extra_headers", {"Content-Length": "hush-1"}, None),
+    ("restapi.https_extra_headers", {"X-A": "hush-1\r\nX-B: 2"}, None),
     ("postgresql.krbsrvname", None, "dropped postgresql.krbsrvname: is empty"),
     ("postgresql.callbacks", {}, "carried postgresql.callbacks"),
     ("postgresql.callbacks.on_start", None, "dropped postgresql.callbacks.on_start: is empty"),
@@ -258,6 +265,13 @@ def test_one_key(path, value, expected):
         assert line(text, path).startswith(expected)
         if not expected.endswith(" "):
             assert line(text, path) == expected
+
+
+def test_the_sslpassword_of_a_superuser_who_rewinds():
+    raw = changed("postgresql.authentication.rewind", {})
+    (found,) = [line for line in converted(raw).lines if line.key == "postgresql.authentication.superuser.sslpassword"]
+    assert found.fate is Fate.MISSING and found.why.startswith("is given, but without a rewind user it is the superuser who rewinds")
+    assert "hush" not in str(found)
 
 
 def test_cluster_wide_keys_that_patroni_ignores_are_no_slots():

@@ -45,6 +45,9 @@ def test_a_good_file_says_what_it_says(tmp_path):
     ("tags", {"nofailover": False, "failover_priority": 1}, "tags.raw", {"nofailover": False, "failover_priority": 1}),
     ("log", {"type": "json", "level": "debug", "loggers": {"pgha.dcs": "warning"}}, "log.loggers", {"pgha.dcs": "WARNING"}),
     ("restapi.listen", "[::1]:8008", "restapi.base_url", "http://[::1]:8008"),
+    ("restapi.http_extra_headers", {"X-Frame-Options": "DENY", "Content-Security-Policy": "default-src 'self'; x", "X-Empty": "", "X-On": True}, "restapi.http_extra_headers",
+     {"X-Frame-Options": "DENY", "Content-Security-Policy": "default-src 'self'; x", "X-Empty": "", "X-On": "true"}),
+    ("postgresql.authentication.superuser.sslmode", "verify-full", "postgresql.authentication.rewind.sslmode", "verify-full"),
 ])
 def test_means(tmp_path, key, value, attribute, means):
     got = loaded(tmp_path, changed(key, value)).local
@@ -95,6 +98,16 @@ def test_means(tmp_path, key, value, attribute, means):
     ("bootstrap.initdb", [{"pgdata": "/x"}], "FILE: bootstrap.initdb: has pgdata, which pgha sets itself; allowed: long options of initdb"),
     ("pgha.state_dir", "/srv/pg/data/state", "FILE: pgha.state_dir: lies in postgresql.data_dir, from where a clone would copy it"),
     ("postgresql.authentication.superuser.password_file", "/nowhere", "FILE: postgresql.authentication.superuser.password: is given together with password_file; allowed: one of them"),
+    ("postgresql.authentication.replication.sslpassword", "hush", "FILE: postgresql.authentication.replication.sslpassword: is not supported, since pg_basebackup, pg_rewind and the walreceiver cannot be given it secretly; allowed: an sslkey without a passphrase"),
+    ("postgresql.authentication.rewind", {"username": "u", "sslpassword": "hush"}, "FILE: postgresql.authentication.rewind.sslpassword: is not supported, since"),
+    ("postgresql.authentication.superuser.sslpassword", "hush", "FILE: postgresql.authentication.superuser.sslpassword: is given, but without a rewind user it is the superuser who rewinds, and pg_rewind cannot be given it secretly; allowed: rewind.username, or an sslkey"),
+    *((f"restapi.{key}", {name: value}, f"FILE: restapi.{key}: has {why}; allowed: a table of headers") for key in ("http_extra_headers", "https_extra_headers")
+      for name, value, why in (
+          ("X-A", "hush\r\nX-Injected: 1", "a character in X-A that is no printable ASCII"), ("X-A", "caf\u00e9", "a character in X-A that is no printable ASCII"),
+          ("Bad Name", "x", '"Bad Name", which is no header\'s name'), ("X:", "x", '"X:", which is no header\'s name'), ("", "x", '"", which is no header\'s name'),
+          ("Content-Length", "5", "Content-Length, which pgha sets itself"), ("content-type", "x", "content-type, which pgha sets itself"),
+          ("Connection", "close", "Connection, which pgha sets itself"), ("Transfer-Encoding", "chunked", "Transfer-Encoding, which pgha sets itself"),
+          ("X-A", [1], "a list for X-A"))),
     # the cluster's, in bootstrap.dcs
     ("bootstrap.dcs.ttl", 2, "FILE: bootstrap.dcs.ttl: is 2 s, below the minimum; allowed: whole seconds from 3 s to 86400 s"),
     ("bootstrap.dcs", {"ttl": 5, "loop_wait": 2, "retry_timeout": 2}, "FILE: bootstrap.dcs.ttl: loop_wait + 2 x retry_timeout is 2 + 2 x 2 = 6 s, more than ttl 5 s; allowed: a larger ttl"),
@@ -238,7 +251,8 @@ def test_no_password_is_ever_shown(tmp_path):
     """Neither by a good configuration, nor by any mistake around a password."""
     everywhere = changed("etcd3", {"hosts": "a", "username": "u", "password": PASSWORDS["etcd"]}, changed(
         "ctl", {"authentication": {"username": "u", "password": PASSWORDS["ctl"]}, "keyfile_password": PASSWORDS["keyfile"]}, changed(
-            "postgresql.authentication.rewind", {"username": "u", "password": PASSWORDS["rewind"]})))
+            "postgresql.authentication.rewind", {"username": "u", "password": PASSWORDS["rewind"]}, changed(
+                "postgresql.authentication.superuser.sslpassword", PASSWORDS["sslpassword"]))))
     result = loaded(tmp_path, everywhere)
     texts = [repr(result), str(result), repr(result.local.postgresql)]
     for key, password in (("restapi.authentication", PASSWORDS["rest"]), ("postgresql.authentication.superuser", PASSWORDS["superuser"])):
