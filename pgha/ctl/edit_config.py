@@ -163,7 +163,7 @@ def edited(old: dict[str, Any], problems_of: Callable[[dict[str, Any]], Sequence
         if not problems:
             os.unlink(path)  # noqa: PTH108  (as above)
             return new
-        print("\n".join(f"pgha: {problem}" for problem in problems), file=sys.stderr)
+        print("\n".join(f"pgha: {plain(problem)}" for problem in problems), file=sys.stderr)
         if not wanted("Edit it again?"):
             raise End(USAGE, f"nothing was changed; the text is in {path}")
 

@@ -10,6 +10,7 @@ from pgha.ctl.cluster import chosen
 from pgha.ctl.ends import DONE, REFUSED, End
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
+from pgha.ctl.output import say
 from pgha.ctl.prompt import confirm
 from pgha.ctl.settings import Settings
 
@@ -33,7 +34,7 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
             code = max(code, agents.unheard(f"reload for member {name}", failure))
             continue
         if answer.status in (200, 202):
-            print(f"Reload request received for member {name} and will be processed within {loop_wait} seconds", flush=True)
+            say(f"Reload request received for member {name} and will be processed within {loop_wait} seconds")
         else:
             code = max(code, agents.refused(f"reload for member {name}", answer))
     return code
