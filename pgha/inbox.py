@@ -17,7 +17,7 @@ from pgha.config.cluster import merge_patch, normalised
 from pgha.config.judgement import Judgement, by_schema
 from pgha.dcs import Compare, Put, Store
 from pgha.dcs.keys import Keys, encode, loads
-from pgha.errors import DcsError
+from pgha.errors import DcsError, DcsRefused
 from pgha.log import Log
 from pgha.model.cluster import ClusterView
 from pgha.model.failsafe import Ping
@@ -99,23 +99,25 @@ class Inbox:
             return await self._reload(dict(payload), deadline_s)
         if kind in ("restart", "cancel_restart", "reinitialize"):
             return await self._wait_for_pass(kind, dict(payload), deadline_s)
+        write = _Write(deadline_s)
         try:
             with trio.fail_after(deadline_s):
                 if kind in ("switchover", "failover"):
-                    return await self._write_failover(payload, deadline_s)
+                    return await self._write_failover(payload, write)
                 if kind == "cancel_switchover":
-                    return await self._cancel(deadline_s)
+                    return await self._cancel(write)
                 if kind in ("patch_config", "put_config"):
-                    return await self._write_config(dict(payload), deadline_s, patch=kind == "patch_config")
+                    return await self._write_config(dict(payload), write, patch=kind == "patch_config")
                 if kind == "check_config":
                     return await self._check_config(payload)
                 if kind == "why_config":
                     return await self.why(str(payload["key"]))
         except DcsError as error:
             log.warning("request could not be written to the store", kind=kind, why=str(error))
-            return Answer(status=503, text=_FAILED.get(kind, "the store does not answer"))
+            may_happen = write.begun and not isinstance(error, DcsRefused)
+            return Answer(status=503, text=_FAILED.get(kind, "the store does not answer") + (_MAY_HAPPEN if may_happen else ""))
         except trio.TooSlowError:
-            return Answer(status=503, text=_FAILED.get(kind, "the store does not answer in time"))
+            return Answer(status=503, text=_FAILED.get(kind, "the store does not answer in time") + (_MAY_HAPPEN if write.begun else ""))
         return Answer(status=501, text=f"{kind} is not supported")
 
     async def _reload(self, options: dict[str, Any], deadline_s: float) -> Answer:
@@ -142,32 +144,32 @@ class Inbox:
         try:
             with trio.move_on_after(deadline_s):
                 await event.wait()
-            return self._answers.pop(number, None) or Answer(status=503, text=f"no outcome of the {kind} within {deadline_s:g} seconds; it may still happen")
+            return self._answers.pop(number, None) or Answer(status=503, text=f"no outcome of the {kind} within {deadline_s:g} seconds" + _MAY_HAPPEN)
         finally:
             self._waiting.pop(number, None)
             self._answered.pop(number, None)
             self._answers.pop(number, None)
 
-    async def _write_failover(self, payload: Mapping[str, Any], deadline_s: float) -> Answer:
+    async def _write_failover(self, payload: Mapping[str, Any], write: _Write) -> Answer:
         view = self._view()
         if view is None:
             return Answer(status=503, text=_FAILED["failover"])
         value = {k: payload[k] for k in ("leader", "member", "scheduled_at", "pgha") if payload.get(k)}
-        outcome = await self._put("failover", encode(value), view.revision_of("failover"), deadline_s)
+        outcome = await self._put("failover", encode(value), view.revision_of("failover"), write)
         if not outcome[0]:
             return Answer(status=503, text=_FAILED["failover"] + " (it was changed meanwhile)")
         return Answer(status=200, text="", revision=outcome[1])
 
-    async def _cancel(self, deadline_s: float) -> Answer:
+    async def _cancel(self, write: _Write) -> Answer:
         view = self._view()
         if view is None or view.failover.empty:
             return Answer(status=404, text="no switchover is scheduled")
-        done, revision = await self._put("failover", b"{}", view.revision_of("failover"), deadline_s)
+        done, revision = await self._put("failover", b"{}", view.revision_of("failover"), write)
         return Answer(status=200 if done else 409, text="scheduled switchover deleted" if done else "failover key was changed meanwhile", revision=revision)
 
-    async def _write_config(self, change: dict[str, Any], deadline_s: float, *, patch: bool) -> Answer:
+    async def _write_config(self, change: dict[str, Any], write: _Write, *, patch: bool) -> Answer:
         path = self._keys.path("config")
-        snapshot = await self._store.read(path, deadline_s=deadline_s)
+        snapshot = await self._store.read(path, deadline_s=write.deadline_s)
         entry = snapshot.entries.get(path)
         if entry is None and patch:
             return Answer(status=503, text="there is no configuration in the store")
@@ -186,7 +188,7 @@ class Inbox:
         for warning in judged.warnings:
             log.warning("configuration changed by request", warning=warning)
         new = normalised(new)
-        done, revision = await self._put("config", encode(new), entry.revision if entry else 0, deadline_s)
+        done, revision = await self._put("config", encode(new), entry.revision if entry else 0, write)
         if not done:
             return Answer(status=409 if patch else 502, text="the configuration was changed by somebody else meanwhile")
         return Answer(status=200, text=json.dumps(new), json=True, revision=revision)
@@ -200,15 +202,26 @@ class Inbox:
         return Answer(status=200, json=True, text=json.dumps({
             "problems": judged.problems, "warnings": judged.warnings, "restart": restart, "asked": judged.asked, "postgres_version": judged.version}))
 
-    async def _put(self, key: str, value: bytes, revision: int, deadline_s: float) -> tuple[bool, int]:
+    async def _put(self, key: str, value: bytes, revision: int, write: _Write) -> tuple[bool, int]:
         path = self._keys.path(key)
-        outcome = await self._store.transact(compares=[Compare(key=path, revision=revision)], puts=[Put(key=path, value=value)], read=[path], deadline_s=deadline_s)
+        write.begun = True
+        outcome = await self._store.transact(compares=[Compare(key=path, revision=revision)], puts=[Put(key=path, value=value)], read=[path], deadline_s=write.deadline_s)
         found = outcome.found.get(path)
         if not outcome.succeeded and found is not None and found.value == value and found.revision > revision:
             return True, found.revision      # an attempt whose answer was lost had written it
         return outcome.succeeded, outcome.revision
 
 
+class _Write:
+    """One request's write to the store. `begun`: from then on no answer does not mean that nothing was written."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self.deadline_s = deadline_s
+        self.begun = False
+
+
+#: Clients tell by it what is not known (ctl: exit code 4); after the reference's texts, which others match.
+_MAY_HAPPEN = "; it may still happen"
 _FAILED = {
     "switchover": "failed to write failover key into DCS",
     "failover": "failed to write failover key into DCS",

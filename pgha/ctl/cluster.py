@@ -40,23 +40,26 @@ def read(settings: Settings) -> Cluster:
 
 
 def read_or_ask(settings: Settings, *, more: str = "") -> Cluster:
-    """From the store, or if that is down, as the configured node's agent last saw it (and say so). `more`: what of an agent is to
-    be asked besides, "config" or "history"."""
+    """From the store, or if that is down, as the configured node's agent last saw it (and say so), if it is of this cluster.
+    `more`: what of an agent is to be asked besides, "config" or "history"."""
     from pgha.ctl import agents
 
     try:
         return read(settings)
     except End as end:
-        if end.code != UNREACHABLE or not settings.rest.own_url:
+        agent = settings.own_agent
+        if end.code != UNREACHABLE or not agent:
             raise
         try:
-            body = agents.get_json(settings, settings.rest.own_url, "/cluster")
-            own = agents.get_json(settings, settings.rest.own_url, "/patroni")
-            config = agents.get_json(settings, settings.rest.own_url, "/config") if more == "config" else None
-            history = agents.get_rows(settings, settings.rest.own_url, "/history") if more == "history" else []
+            body = agents.get_json(settings, agent, "/cluster")
+            own = agents.get_json(settings, agent, "/patroni")
+            config = agents.get_json(settings, agent, "/config") if more == "config" else None
+            history = agents.get_rows(settings, agent, "/history") if more == "history" else []
         except End as second:
             raise End(UNREACHABLE, f"{end.text}\nand no agent either: {second.text}") from None
-        warn(f"{end.text}\nshowing what the agent at {settings.rest.own_url} last saw")
+        if body.get("scope") != settings.scope:
+            raise End(UNREACHABLE, f"{end.text}\nand the agent at {agent} is of another cluster: {body.get('scope')!r}") from None
+        warn(f"{end.text}\nshowing what the agent at {agent} last saw")
         return seen_by_agent(settings.scope, body, str(own.get("database_system_identifier", "")))._replace(config=config, history=history)
 
 
@@ -155,17 +158,27 @@ def warn(text: str) -> None:
 
 
 def members_named(cluster: Cluster, names: list[str]) -> list[str]:
-    """The members meant; the cluster's own name in front is taken for that, as the reference's commands have it.
-
-    End if there is none of that name."""
-    if names and names[0] == cluster.scope and names[0] not in cluster.members:
-        names = names[1:]
-    unknown = [name for name in names if name not in cluster.members]
-    if unknown:
-        raise End(USAGE, f"no such member: {', '.join(unknown)}; there are {', '.join(cluster.members) or 'none'}")
-    return names or list(cluster.members)
+    """The members meant, each once: all, if none is named. End if there is none of that name."""
+    return known(cluster, without_scope(cluster, names), scope_named=names[:1] == [cluster.scope]) or list(cluster.members)
 
 
+def known(cluster: Cluster, names: list[str], *, scope_named: bool) -> list[str]:
+    """These members. End if one is none; that says, unless the cluster was named, that the first may have been meant for that."""
+    if unknown := [name for name in names if name not in cluster.members]:
+        other = f"; nor is {names[0]} the cluster's name, which is {cluster.scope} (another cluster: --scope {names[0]})" if not scope_named and unknown[0] == names[0] else ""
+        raise End(USAGE, f"no such member: {', '.join(unknown)}; there are {', '.join(cluster.members) or 'none'}{other}")
+    return list(dict.fromkeys(names))
+
+
+def without_scope(cluster: Cluster, names: list[str]) -> list[str]:
+    """The names of members among those after a command: the cluster's own may stand in front, as the reference's commands have
+    it. End if that is a member's, too, for one is not all."""
+    scope = cluster.scope
+    if names[:1] != [scope]:
+        return names
+    if scope in cluster.members and names[1:2] != [scope]:
+        raise End(USAGE, f"{scope} is the cluster's name, and a member's; allowed: {scope} {scope} for that member, --scope {scope} and no name for all")
+    return names[1:]
 
 
 def chosen(cluster: Cluster, names: list[str], *, role: str) -> list[str]:

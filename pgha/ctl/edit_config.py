@@ -53,8 +53,9 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
             found = checked.problems
         return found
 
+    text = ""      # the file with what was made in an editor
     if by_hand:
-        new = edited(old, problems_of)
+        new, text = edited(old, problems_of)
     else:
         new = old if whole is None else merge_patch({}, whole)      # without nulls
         for path, value in ([((), patch)] if patch is not None else []) + changes:
@@ -64,11 +65,24 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
         problems = problems_of(new)
         if problems:
             raise End(USAGE, "\n".join(problems))
-    new = normalised(new)
+    needed = True
+    try:
+        needed = not _apply(settings, given, cluster, normalised(new), checked)
+    finally:
+        if text and needed:
+            clusters.warn(f"the text is in {text}")
+        elif text:
+            os.unlink(text)  # noqa: PTH108  (pathlib takes 10 ms to load)
+    return DONE
+
+
+def _apply(settings: Settings, given: argparse.Namespace, cluster: Cluster, new: dict[str, Any], checked: Checked | None) -> bool:
+    """Show it, ask, write it. True: it stands in the store; False: nothing was to be changed. End if it was not changed."""
+    old, key = cluster.config or {}, cluster.keys.get("config")
     difference = list(difflib.unified_diff(to_toml(old).splitlines(), to_toml(new).splitlines(), lineterm=""))
     if not difference and cluster.config is not None:
         print("Not changed")
-        return DONE
+        return True
     if not given.quiet:
         print("\n".join(coloured(difference, colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR"))), flush=True)
     if checked is not None:
@@ -79,7 +93,7 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
         print(f"  2. {', '.join(cluster.members) or 'every member'}  reload: the files are written, and PostgreSQL is told to read them again")
         if checked is not None and checked.restart:
             _tell_restarts(cluster, checked, "What would wait for a restart then:")
-        return DONE
+        return False
     confirm("Apply these changes?", force=given.force)
     value = json.dumps(new, separators=(",", ":"), ensure_ascii=False).encode()
     if not Store(settings.etcd).write(settings.root + "config", value, if_revision=key.revision if key else 0):
@@ -87,7 +101,7 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     print("Configuration changed")
     if checked is not None and checked.restart and not given.quiet:
         _tell_restarts(cluster, checked, "Waiting for a restart:")
-    return DONE
+    return True
 
 
 def _tell_restarts(cluster: Cluster, checked: Checked, title: str) -> None:
@@ -137,8 +151,9 @@ def _table(text: str, path: str) -> dict[str, Any]:
     return value
 
 
-def edited(old: dict[str, Any], problems_of: Callable[[dict[str, Any]], Sequence[str]]) -> dict[str, Any]:
-    """What the operator makes of it in $VISUAL or $EDITOR: again until it is valid or given up, and then the text is kept."""
+def edited(old: dict[str, Any], problems_of: Callable[[dict[str, Any]], Sequence[str]]) -> tuple[dict[str, Any], str]:
+    """What the operator makes of it in $VISUAL or $EDITOR, again until it is valid or given up; and the file of it, which is kept
+    until it is stored."""
     import shlex
     import subprocess
     import tempfile
@@ -161,8 +176,7 @@ def edited(old: dict[str, Any], problems_of: Callable[[dict[str, Any]], Sequence
         except End as end:
             problems = [end.text]
         if not problems:
-            os.unlink(path)  # noqa: PTH108  (as above)
-            return new
+            return new, path
         print("\n".join(f"pgha: {plain(problem)}" for problem in problems), file=sys.stderr)
         if not wanted("Edit it again?"):
             raise End(USAGE, f"nothing was changed; the text is in {path}")

@@ -30,7 +30,7 @@ def _url(settings: Settings, node: str | None) -> str:
     try:
         cluster = clusters.read(settings)
     except End as end:
-        own = settings.rest.own_url if node in (None, settings.name) else ""
+        own = settings.own_agent if node in (None, settings.name) else ""
         if end.code != UNREACHABLE or not own:
             raise
         clusters.warn(end.text)
@@ -43,8 +43,8 @@ def _url(settings: Settings, node: str | None) -> str:
 
 def _member_url(cluster: Cluster, name: str, settings: Settings) -> str:
     if name not in cluster.members:
-        if name == settings.name and settings.rest.own_url:
-            return settings.rest.own_url
+        if name == settings.name and settings.own_agent:
+            return settings.own_agent
         raise End(USAGE, f"no such member: {name}; there are {', '.join(cluster.members) or 'none'}")
     url = cluster.api_url(name)
     if not url:

@@ -10,7 +10,7 @@ import argparse
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster, chosen
-from pgha.ctl.ends import DONE, FAILED, REFUSED, End
+from pgha.ctl.ends import DONE, FAILED, REFUSED, End, of_several
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.output import say
 from pgha.ctl.prompt import confirm
@@ -36,7 +36,7 @@ def _restarts(settings: Settings, cluster: Cluster, names: list[str], *, force: 
     if not scheduled:
         return DONE
     confirm(f"Are you sure you want to flush members {', '.join(scheduled)}?", force=force)
-    return max(_flush(settings, cluster, name) for name in scheduled)
+    return of_several([_flush(settings, cluster, name) for name in scheduled])
 
 
 def _flush(settings: Settings, cluster: Cluster, name: str) -> int:

@@ -275,13 +275,13 @@ def _kept(settings: Settings, address: str, *, kinds: str, everything: bool) -> 
 
 def _addresses(settings: Settings, failures: list[str]) -> Iterator[str]:
     """The configured node's, then, if that does not do, those that the store names."""
-    if settings.rest.own_url:
-        yield settings.rest.own_url
+    if settings.own_agent:
+        yield settings.own_agent
     try:
         cluster = clusters.read(settings)
     except End as end:
         failures.append(end.text)
         return
     for name in sorted(cluster.members, key=lambda name: name != cluster.leader):
-        if (address := cluster.api_url(name)) and address != settings.rest.own_url:
+        if (address := cluster.api_url(name)) and address != settings.own_agent:
             yield address

@@ -21,7 +21,7 @@ from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster
 from pgha.ctl.ends import UNREACHABLE, End
-from pgha.ctl.exchange import NoAnswer, tls_context
+from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.output import plain
 from pgha.ctl.settings import Settings
 from pgha.ctl.store import Key, Store
@@ -84,14 +84,14 @@ class Feed:
 
     async def _candidates(self, *, ask_store: bool) -> list[str]:
         """The one we listened to last, if it may be back; the configured node's; the leader's; all others."""
-        if ask_store or (not self._addresses and not await self._answers(self._settings.rest.own_url)):
+        if ask_store or (not self._addresses and not await self._answers(self._settings.own_agent)):
             try:
                 keys = await trio.to_thread.run_sync(_read, self._settings, abandon_on_cancel=True)
                 self._note(clusters.understood(self._settings.scope, keys, quiet=True))
             except End as end:
                 self.trouble = end.text.replace("\n", " ")
         leader = self.cluster.api_url(self.cluster.leader) if self.cluster else ""
-        found = dict.fromkeys([self.address, self._settings.rest.own_url, leader, *self._addresses])
+        found = dict.fromkeys([self.address, self._settings.own_agent, leader, *self._addresses])
         return [address for address in found if address]
 
     async def _answers(self, address: str) -> bool:
@@ -195,10 +195,7 @@ class Feed:
         return f"{address.replace('http', 'ws', 1)}/pgha/events?{'&'.join(asked)}"
 
     def _tls(self, address: str) -> Any:
-        rest = self._settings.rest
-        if not address.startswith("https"):
-            return None
-        return tls_context(cacert=rest.cacert, cert=rest.certfile, key=rest.keyfile, key_password=rest.keyfile_password, insecure=rest.insecure)
+        return agents.context(self._settings.rest) if address.startswith("https") else None
 
 
 def _read(settings: Settings) -> dict[str, Key]:

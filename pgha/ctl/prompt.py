@@ -13,13 +13,21 @@ def confirm(question: str, *, force: bool) -> None:
     if force:
         return
     _need_terminal()
-    if not wanted(question):
+    if not _yes(question):
         raise End(REFUSED, "aborted: nothing was changed")
 
 
 def wanted(question: str) -> bool:
-    """Yes or no, on a terminal; without one, no."""
-    return sys.stdin.isatty() and _answer(f"{question} [y/N]").lower() in ("y", "yes")
+    """Yes or no, on a terminal; without one, or at its end (Ctrl-D), no: what went before it is done."""
+    try:
+        return sys.stdin.isatty() and _yes(question)
+    except EOFError:
+        print(file=sys.stderr)
+        return False
+
+
+def _yes(question: str) -> bool:
+    return _answer(f"{question} [y/N]").lower() in ("y", "yes")
 
 
 def choose(question: str, default: str = "") -> str:

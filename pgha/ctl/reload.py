@@ -7,7 +7,7 @@ import argparse
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import chosen
-from pgha.ctl.ends import DONE, REFUSED, End
+from pgha.ctl.ends import DONE, REFUSED, End, of_several
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
 from pgha.ctl.output import say
@@ -26,15 +26,16 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
         raise End(REFUSED, "no member is left to reload")
     confirm(f"Are you sure you want to reload members {', '.join(names)}?", force=given.force)
     loop_wait = (cluster.config or {}).get("loop_wait", 10)
-    code = DONE
+    codes = []
     for name in names:
         try:
             answer = agents.ask(settings, cluster.api_url(name), "POST", "/reload", timeout_s=AGENT_S)
         except NoAnswer as failure:
-            code = max(code, agents.unheard(f"reload for member {name}", failure))
+            codes.append(agents.unheard(f"reload for member {name}", failure))
             continue
         if answer.status in (200, 202):
+            codes.append(DONE)
             say(f"Reload request received for member {name} and will be processed within {loop_wait} seconds")
         else:
-            code = max(code, agents.refused(f"reload for member {name}", answer))
-    return code
+            codes.append(agents.refused(f"reload for member {name}", answer))
+    return of_several(codes)

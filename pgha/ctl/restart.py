@@ -13,7 +13,7 @@ from typing import Any
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster, chosen
-from pgha.ctl.ends import DONE, FAILED, REFUSED, UNREACHABLE, USAGE, End, code_of
+from pgha.ctl.ends import DONE, FAILED, REFUSED, UNREACHABLE, USAGE, End, code_of, of_several
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
 from pgha.ctl.output import say
@@ -54,7 +54,7 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     if given.any:
         names = names[:1]
     if not names:
-        raise End(max([REFUSED, *codes]), "no member is left to restart")
+        raise End(of_several(codes or [REFUSED]), "no member is left to restart")
     plan = rolling.plan({name: _pending(cluster, name) for name in names}, leader=cluster.leader)
     if not schedule and plan.because:
         names = list(plan.steps)
@@ -66,9 +66,9 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     what = f"schedule restart of members {', '.join(names)} at {schedule}" if schedule else f"restart members {', '.join(names)}"
     confirm(f"Are you sure you want to {what}?", force=given.force)
     if not schedule and plan.because:
-        return max([*codes, _in_order(settings, cluster, names, body)])
+        return of_several([*codes, *_in_order(settings, cluster, names, body)])
     codes += [_restart(settings, cluster, name, body) for name in names]
-    return max(codes)
+    return of_several(codes)
 
 
 def _pending(cluster: Cluster, name: str) -> dict[str, Any]:
@@ -76,16 +76,18 @@ def _pending(cluster: Cluster, name: str) -> dict[str, Any]:
     return reason if isinstance(reason, dict) else {}
 
 
-def _in_order(settings: Settings, cluster: Cluster, names: list[str], body: dict[str, Any]) -> int:
+def _in_order(settings: Settings, cluster: Cluster, names: list[str], body: dict[str, Any]) -> list[int]:
     """One after the other, and no further than the first that fails: who comes later would be left with too little."""
+    codes = []
     for number, name in enumerate(names):
         if number and names[number - 1] == cluster.leader:
             _wait_replayed(settings, cluster, names[number:])
-        if code := _restart(settings, cluster, name, body):
+        codes.append(_restart(settings, cluster, name, body))
+        if codes[-1] != DONE:
             if left := names[number + 1:]:
                 clusters.warn(f"not restarted, since the order matters: {', '.join(left)}")
-            return code
-    return DONE
+            break
+    return codes
 
 
 def _wait_replayed(settings: Settings, cluster: Cluster, standbys: list[str]) -> None:

@@ -24,15 +24,16 @@ _VARIABLES = {
     "PGHA_SCOPE": ("scope",), "PGHA_NAMESPACE": ("namespace",), "PGHA_NAME": ("name",),
     **{f"PGHA_ETCD3_{key.upper()}": ("etcd3", key) for key in
        ("host", "hosts", "url", "protocol", "username", "password", "password_file", "cacert", "cert", "key")},
-    **{f"PGHA_RESTAPI_{key.upper()}": ("restapi", key) for key in ("listen", "connect_address", "certfile", "cafile")},
+    **{f"PGHA_RESTAPI_{key.upper()}": ("restapi", key) for key in ("listen", "connect_address", "certfile", "keyfile", "keyfile_password", "cafile")},
     **{f"PGHA_CTL_{key.upper()}": ("ctl", key) for key in ("insecure", "cacert", "certfile", "keyfile", "keyfile_password")},
     **{f"PGHA_{section.upper()}_{key.upper()}": (section, "authentication", key) for section in ("restapi", "ctl")
        for key in ("username", "password", "password_file")},
 }
 #: what stands in the file itself and is secret
-_SECRETS = (("etcd3", "password"), *((section, "authentication", "password") for section in ("restapi", "ctl")), ("ctl", "keyfile_password"))
+_SECRETS = (("etcd3", "password"), *((section, "authentication", "password") for section in ("restapi", "ctl")),
+            ("ctl", "keyfile_password"), ("restapi", "keyfile_password"))
 #: private keys; without one of its own, a certificate's file may hold it
-_KEYS = (("ctl", "keyfile"), ("ctl", "certfile")), (("etcd3", "key"), ("etcd3", "cert"))
+_KEYS = (("ctl", "keyfile"), ("ctl", "certfile")), (("restapi", "keyfile"), ("restapi", "certfile")), (("etcd3", "key"), ("etcd3", "cert"))
 _EXCLUSIVE = {"host": ("hosts", "url"), "hosts": ("host", "url"), "url": ("host", "hosts"), "password": ("password_file",), "password_file": ("password",)}
 
 
@@ -61,6 +62,7 @@ class Rest(NamedTuple):
     certfile: str = ""
     keyfile: str = ""
     keyfile_password: str = ""
+    server: tuple[str, str, str] = ("", "", "")     #: the same three of the node's own API, shown where ctl has none of its own
 
     def __repr__(self) -> str:
         return f"Rest({self.own_url!r}, username={self.username!r}, password=***)"
@@ -74,7 +76,17 @@ class Settings(NamedTuple):
     name: str
     etcd: Etcd
     rest: Rest
+    elsewhere: bool = False      #: the command line (or DCS_URL) names another store, or another cluster than the configured node's
     warnings: tuple[str, ...] = ()
+
+    @property
+    def own_agent(self) -> str:
+        """The API of the configured node's agent, if it may be asked about this cluster; else ""."""
+        return "" if self.elsewhere else self.rest.own_url
+
+    def of(self, scope: str) -> Settings:
+        """The same for another cluster in the same store and namespace."""
+        return self._replace(scope=scope, elsewhere=self.elsewhere or scope != self.scope)
 
     @property
     def root(self) -> str:
@@ -83,8 +95,8 @@ class Settings(NamedTuple):
         return "/" + "/".join(parts) + "/"
 
 
-def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, environ: Mapping[str, str], insecure: bool = False) -> Settings:
-    """Read it all. End(USAGE) names file, key and what is wrong."""
+def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, environ: Mapping[str, str], insecure: bool = False, otherwise: str | None = None) -> Settings:
+    """Read it all. `otherwise`: the scope if neither `scope` nor the configuration says it. End(USAGE) names file, key and what is wrong."""
     tables, source, exposed = _read(config_file, environ)
     raw = _Raw(tables, source, exposed)
     for variable, path in _VARIABLES.items():
@@ -99,11 +111,13 @@ def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, env
     if not credentials[0]:
         credentials = raw.credentials("restapi", "authentication")
     rest = Rest(own_url, *credentials, insecure=insecure or raw.flag("ctl", "insecure"), cacert=raw.text("ctl", "cacert") or raw.text("restapi", "cafile"),
-                certfile=raw.text("ctl", "certfile"), keyfile=raw.text("ctl", "keyfile"), keyfile_password=raw.text("ctl", "keyfile_password"))
-    found = scope or raw.text("scope")
+                certfile=raw.text("ctl", "certfile"), keyfile=raw.text("ctl", "keyfile"), keyfile_password=raw.text("ctl", "keyfile_password"),
+                server=(raw.text("restapi", "certfile"), raw.text("restapi", "keyfile"), raw.text("restapi", "keyfile_password")))
+    found = scope or raw.text("scope") or otherwise
     if not found:
-        raise End(USAGE, f'{raw.source}: scope is not set (which cluster?); allowed: --scope NAME, scope = "NAME" or PGHA_SCOPE')
-    return Settings(found, raw.text("namespace") or DEFAULT_NAMESPACE, raw.text("name"), etcd, rest, (*raw.exposed, *_exposed_keys(raw)))
+        raise End(USAGE, f'{raw.source}: scope is not set (which cluster?); allowed: --scope NAME, scope = "NAME", PGHA_SCOPE, or the name as first argument')
+    elsewhere = bool(dcs_url or environ.get("DCS_URL")) or found != (raw.text("scope") or found)
+    return Settings(found, raw.text("namespace") or DEFAULT_NAMESPACE, raw.text("name"), etcd, rest, elsewhere, (*raw.exposed, *_exposed_keys(raw)))
 
 
 def _exposed_keys(raw: _Raw) -> list[str]:

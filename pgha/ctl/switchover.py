@@ -22,7 +22,7 @@ from pgha.ctl.output import say
 from pgha.ctl.prompt import choose, confirm
 from pgha.ctl.settings import Settings
 from pgha.ctl.store import Store
-from pgha.model.overview import is_paused
+from pgha.model.overview import is_paused, synchronous, synchronous_names
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
@@ -42,12 +42,18 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     if given.dry_run:
         from pgha.ctl import dry_run
 
+        if kind == "failover" and _is_asynchronous(cluster, candidate):
+            _warn_of_loss(candidate)
         known = [*_about_leader(settings, cluster, kind, leader, schedule), *_about_candidate(settings, cluster, kind, candidate, candidates)]
         return dry_run.move(settings, cluster, kind, leader=leader, candidate=candidate, schedule=schedule, down=down, known=known)
     _refuse(_about_leader(settings, cluster, kind, leader, schedule))
     if not candidate and not given.force:
         candidate = choose(f"Candidate {candidates}")
     _refuse(_about_candidate(settings, cluster, kind, candidate, candidates))
+    if kind == "failover" and _is_asynchronous(cluster, candidate):
+        if given.force:
+            _warn_of_loss(candidate)
+        confirm(f"Are you sure you want to failover to the asynchronous node {candidate}?", force=given.force)
     demoting = f", demoting current leader {cluster.leader}" if cluster.leader else ""
     if down:
         confirm(f"Are you sure that {cluster.leader or 'whoever led last'} is down and that nobody can write to its PostgreSQL any more?", force=given.force)
@@ -98,6 +104,21 @@ def _nofailover(raw: dict[str, Any]) -> bool:
     return isinstance(tags, dict) and (tags.get("nofailover") is True or tags.get("failover_priority", 1) == 0)
 
 
+def _is_asynchronous(cluster: Cluster, name: str) -> bool:
+    """Can commits that a client saw be missing there? As far as /sync tells: what an empty one means, the agents judge."""
+    try:
+        sync = json.loads(cluster.keys["sync"].value)
+    except (KeyError, ValueError, RecursionError):
+        return False
+    if not isinstance(sync, dict) or not sync.get("leader") or not synchronous(cluster.config or {}):
+        return False
+    return name in cluster.members and name.lower() not in {str(sync["leader"]).lower(), *synchronous_names(sync)}
+
+
+def _warn_of_loss(candidate: str) -> None:
+    clusters.warn(f"warning: {candidate} is an asynchronous node: a failover to it may lose commits")
+
+
 def _stated_down(cluster: Cluster) -> dict[str, Any]:
     """Of which record it is said that its holder is down: void as soon as that holder renews it."""
     try:
@@ -133,7 +154,7 @@ def _ask(settings: Settings, cluster: Cluster, kind: str, body: dict[str, Any], 
         except NoAnswer as failure:
             clusters.warn(str(failure))
             if failure.sent:
-                return _outcome(settings, cluster, kind, body.get("candidate", ""), limit_s)
+                return outcome(settings, cluster, kind, body.get("candidate", ""), limit_s, written=False)
     clusters.warn("no agent can be asked; writing the request to the store")
     value = {"leader": body.get("leader"), "member": body.get("candidate"), "pgha": {"holder_is_down": _stated_down(cluster)} if down else None}
     key = cluster.keys.get("failover")
@@ -141,11 +162,13 @@ def _ask(settings: Settings, cluster: Cluster, kind: str, body: dict[str, Any], 
                                          if_revision=key.revision if key else 0)
     if not written:
         raise End(FAILED, "another request was written at the same time; look and try again")
-    return _outcome(settings, cluster, kind, body.get("candidate", ""), limit_s)
+    return outcome(settings, cluster, kind, body.get("candidate", ""), limit_s, written=True)
 
 
-def _outcome(settings: Settings, before: Cluster, kind: str, candidate: str, limit_s: float) -> tuple[int, str]:
-    """What the store shows within the time: another leader, or the request gone without one."""
+def outcome(settings: Settings, before: Cluster, kind: str, candidate: str, limit_s: float, *, written: bool) -> tuple[int, str]:
+    """What the store shows within the time: another leader, or the request gone without one. Not `written`: whether it is in
+    the store is not known, so that a key as it was before says nothing; only one that was changed since has had it."""
+    revision = before.keys["failover"].revision if "failover" in before.keys else 0
     past = "switched" if kind == "switchover" else "failed"
     give_up_at = time.monotonic() + limit_s
     while time.monotonic() < give_up_at:
@@ -159,7 +182,8 @@ def _outcome(settings: Settings, before: Cluster, kind: str, candidate: str, lim
         now = clusters.understood(settings.scope, keys, quiet=True)
         if now.leader and now.leader != before.leader:
             return 200, f'Successfully {past} over to "{now.leader}"' if candidate in ("", now.leader) else f'{past.capitalize()} over to "{now.leader}" instead of "{candidate}"'
-        if now.leader and ("failover" not in keys or keys["failover"].value == b"{}"):
+        key = keys.get("failover")
+        if now.leader and (key is None or key.value == b"{}") and (written or (key.revision if key else 0) != revision):
             return 503, f"{kind.capitalize()} failed"
     return 503, f"{kind.capitalize()} status unknown after {limit_s:g} seconds; operation may still be in progress"
 

@@ -49,7 +49,7 @@ class Requests(Protocol):
         """Hand in a request and wait for its answer, at most `deadline_s` (then an Answer 503 that says so).
 
         switchover, failover: {"leader"?, "member"?, "scheduled_at"?, "pgha"?}: write /failover, answer 200 and the revision, or 503 and the text
-        "failed to write failover key into DCS". cancel_switchover: {}: empty /failover. restart: {"timeout_s"?} and
+        "failed to write failover key into DCS" (any write: then "; it may still happen" where the store has not said that it will not). cancel_switchover: {}: empty /failover. restart: {"timeout_s"?} and
         its conditions: waits for its end, with "schedule": 202. cancel_restart: {}. reinitialize: {"force", "from_leader"}: 200 once it
         is begun. reload: {}: 202. patch_config, put_config: the object: a guarded write after validation; 200 and the
         new configuration as JSON, 400 and the problems, 409, 503. check_config: {"config": …, "old"?: …}: the same judgement,

@@ -13,6 +13,7 @@ from pgha.config.judgement import Judgement
 from pgha.dcs import Put
 from pgha.dcs.keys import encode, parse
 from pgha.dcs.memory import MemoryWorld
+from pgha.errors import DcsRefused
 from pgha.inbox import WAITING_AT_MOST, Inbox
 from pgha.model.cluster import ClusterView
 from pgha.rest.requests import Answer
@@ -157,8 +158,40 @@ def test_a_store_that_does_not_answer_is_said_in_time(kind: str):
         begun = trio.current_time()
         answer = await scene.ask(kind, {"leader": "a", "ttl": 20}, deadline_s=2.0)
         assert answer.status == 503
-        assert answer.text
+        if kind in ("patch_config", "put_config"):
+            assert answer.text == "the configuration could not be written", "it was not even read"
+        else:
+            assert answer.text.removesuffix("; it may still happen") in ("failed to write failover key into DCS", "the store does not answer", "the store does not answer in time")
+            assert answer.text.endswith("; it may still happen")
         assert trio.current_time() - begun <= 2.001
+
+    run(main)
+
+
+@pytest.mark.parametrize("kind", ["patch_config", "put_config"])
+def test_a_write_without_an_answer_is_not_called_failed(kind: str):
+    async def main() -> None:
+        scene = Scene()
+        scene.put("config", CONFIG)
+        scene.store.before_write = lambda: scene.store.link(requests_pass=False)
+        answer = await scene.ask(kind, CONFIG | {"ttl": 60}, deadline_s=2.0)
+        assert (answer.status, answer.text) == (503, "the configuration could not be written; it may still happen")
+
+    run(main)
+
+
+def test_a_write_that_the_store_refuses_does_not_happen():
+    async def main() -> None:
+        scene = Scene()
+        scene.put("failover", b"{}")
+        scene.look()
+
+        def full() -> None:
+            raise DcsRefused("etcd: database space exceeded", no_space=True)
+
+        scene.store.before_write = full
+        answer = await scene.ask("failover", {"member": "b"})
+        assert (answer.status, answer.text) == (503, "failed to write failover key into DCS")
 
     run(main)
 

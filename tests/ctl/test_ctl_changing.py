@@ -21,6 +21,10 @@ from rest_world import Inbox, app_for, published
 
 from pgha.clock import SystemClock
 from pgha.ctl import main
+from pgha.ctl.cluster import read
+from pgha.ctl.ends import code_of
+from pgha.ctl.settings import load
+from pgha.ctl.switchover import outcome
 from pgha.rest.access import Access
 from pgha.rest.published import Board
 from pgha.rest.requests import Answer
@@ -173,6 +177,28 @@ def test_a_lost_answer_is_looked_up_in_the_store_and_nothing_sent_twice(world: W
     assert json.loads(world.get("failover")) == {}          # ctl wrote nothing itself
 
 
+@pytest.mark.etcd
+@pytest.mark.parametrize(("before", "then", "written", "text"), [
+    (b"{}", None, False, "Switchover status unknown after 1 seconds; operation may still be in progress"),       # nobody has written anything yet
+    (None, None, False, "Switchover status unknown after 1 seconds; operation may still be in progress"),
+    (b"{}", b"{}", False, "Switchover failed"),      # it was written, and taken back
+    (None, b"{}", False, "Switchover failed"),
+    (b"{}", b'{"leader":"n1"}', False, "Switchover status unknown after 1 seconds; operation may still be in progress"),
+    (b"{}", None, True, "Switchover failed"),
+    (None, None, True, "Switchover failed"),
+])
+def test_that_a_request_has_failed_is_said_only_if_it_was_there(world: World, before: bytes | None, then: bytes | None, written: bool, text: str) -> None:  # noqa: FBT001  (the columns of the table)
+    world.load("steady")
+    world.put("failover", before) if before is not None else world.delete("failover")
+    world.write_config()
+    settings = load(config_file=str(world.config), scope=None, dcs_url=None, environ={})
+    cluster = read(settings)
+    if then is not None:
+        world.put("failover", then)
+    assert outcome(settings, cluster, "switchover", "n2", 1.0, written=written) == (503, text)
+    assert code_of(503, text) == (1 if text == "Switchover failed" else 4)
+
+
 # --- restart, reload -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.etcd
@@ -291,6 +317,44 @@ def test_a_compare_that_fails_is_reported(world: World) -> None:
     assert world.get("config") == b"{}"
 
 
+# --- failover to who is not synchronous ------------------------------------------------------------------------------------
+
+LOSES = "pgha: warning: n3 is an asynchronous node: a failover to it may lose commits\n"
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("arguments", "sync", "warned"), [
+    (("failover", "--candidate", "n3"), {}, True),
+    (("failover", "--candidate", "n2"), {}, False),
+    (("failover", "--candidate", "n3"), {"sync_standby": "n2,N3"}, False),
+    (("failover", "--candidate", "n3"), {"leader": "n3"}, False),          # the leader that is gone
+    (("failover", "--candidate", "n3"), {"leader": None}, False),          # empty
+    (("switchover", "--candidate", "n3"), {}, False),                      # waits for it to have everything
+])
+def test_a_failover_that_may_lose_commits_says_so(world: World, start_agent: Any, arguments: tuple[str, ...], sync: dict[str, Any], warned: bool) -> None:  # noqa: FBT001  (the columns of the table)
+    world.load("synchronous")
+    world.put("sync", {"leader": "n1", "quorum": 0, "sync_standby": "n2", **sync})
+    world.agent_at("n1", start_agent(app_of(Loop(world))))
+    code, _, err = world.ctl(*arguments, "--dry-run")
+    assert (LOSES in err) is warned
+    code, _, err = world.ctl(*arguments, "--force")
+    assert (code, err) == (0, LOSES if warned else "")
+    world.put("leader", b"n1", leased=True)
+    world.put("config", {"synchronous_mode": False})
+    assert LOSES not in world.ctl(*arguments, "--dry-run")[2]
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("typed", "code", "asked"), [(b"n\n", 3, 1), (b"y\nn\n", 3, 2), (b"y\ny\n", 0, 2)])
+def test_on_a_terminal_a_failover_that_may_lose_commits_is_asked_for_twice(world: World, start_agent: Any, typed: bytes, code: int, asked: int) -> None:
+    world.load("synchronous")
+    world.agent_at("n1", start_agent(app_of(Loop(world))))
+    got, _, err = on_a_terminal(world, typed, "failover", "--candidate", "n3")
+    assert got == code, err
+    questions = ["Are you sure you want to failover to the asynchronous node n3? [y/N]: ", "Are you sure you want to failover cluster bench, demoting current leader n1? [y/N]: "]
+    assert [question in err for question in questions] == [number < asked for number in range(2)]
+
+
 # --- TLS -----------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -331,6 +395,46 @@ def test_agents_are_asked_over_tls_with_a_client_certificate(world: World, start
 
 
 @pytest.mark.etcd
+@pytest.mark.parametrize("by", ["file", "environment"])
+def test_the_node_s_own_certificate_is_shown_where_ctl_has_none(world: World, start_agent: Any, certificates: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    world.load("steady")
+    server = make_context(certfile=f"{certificates}/node.crt", keyfile=f"{certificates}/node.key", cafile=f"{certificates}/ca.crt", verify_client="optional")
+    host, port = start_agent(app_of(Loop(world), access=Access(require_cert=True)), ssl_context=server)
+    raw = json.loads(world.get("members/n1"))
+    world.put("members/n1", {**raw, "api_url": f"https://{host}:{port}/patroni"}, leased=True)
+    subprocess.run(["openssl", "rsa", "-aes256", "-passout", "pass:geheim", "-in", certificates / "node.key", "-out", certificates / f"{by}.key"],
+                   check=True, capture_output=True, timeout=30)
+    own = {"cafile": f"{certificates}/ca.crt", "certfile": f"{certificates}/node.crt", "keyfile": f"{certificates}/{by}.key", "keyfile_password": "geheim"}
+    if by == "file":
+        world.extra = "[restapi]\n" + "".join(f'{key} = "{value}"\n' for key, value in own.items())
+    else:
+        for key, value in own.items():
+            monkeypatch.setenv(f"PGHA_RESTAPI_{key.upper()}", value)
+    assert world.ctl("switchover", "--force")[0] == 0
+    world.extra += f'[ctl]\ncertfile = "{certificates}/nothing.crt"\n'       # its own counts, also where it does not work
+    code, _, err = world.ctl("explain", "n1")
+    assert (code, "nothing.crt: No such file or directory" in err) == (2, True)
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("file", "contents"), [("missing.key", None), ("broken.key", "no key")])
+def test_a_certificate_of_the_node_that_cannot_be_used_is_done_without_and_said_once(world: World, start_agent: Any, certificates: Path, file: str, contents: str | None) -> None:
+    world.load("steady")
+    server = make_context(certfile=f"{certificates}/node.crt", keyfile=f"{certificates}/node.key", cafile=f"{certificates}/ca.crt", verify_client="optional")
+    host, port = start_agent(app_of(Loop(world), access=Access(require_cert=True)), ssl_context=server)
+    for name in ("n1", "n2"):
+        world.put(f"members/{name}", {**json.loads(world.get(f"members/{name}")), "api_url": f"https://{host}:{port}/patroni"}, leased=True)
+    if contents is not None:
+        (certificates / file).write_text(contents)
+    world.extra = f'[restapi]\ncafile = "{certificates}/ca.crt"\ncertfile = "{certificates}/node.crt"\nkeyfile = "{certificates}/{file}"\n'
+    code, out, err = world.ctl("version", "n1", "n2")
+    assert code == 0
+    assert out.count("pgha 0.1.0") == 2
+    assert err.count("agents are asked without a client certificate (ctl.certfile and ctl.keyfile: one that this user may read)\n") == len(err.splitlines()) == 1
+    assert f"{certificates}/{file}" in err
+
+
+@pytest.mark.etcd
 def test_the_store_is_read_over_tls(certificates: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from etcd_server import EtcdCluster
 
@@ -355,18 +459,24 @@ def test_the_store_is_read_over_tls(certificates: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(("typed", "code", "ttl"), [(b"y\n", 0, 21), (b"n\n", 3, 20), (b"\n", 3, 20), (b"\x04", 2, 20)])
 def test_on_a_terminal_it_asks_and_does_what_is_answered(world: World, typed: bytes, code: int, ttl: int) -> None:
     world.load("steady")
+    got, out, err = on_a_terminal(world, typed, "edit-config", "-s", "ttl=21")
+    assert got == code, (out, err)
+    assert "Apply these changes? [y/N]: " in err
+    assert json.loads(world.get("config"))["ttl"] == ttl
+    assert ("aborted: nothing was changed" in err) is (code != 0)
+
+
+def on_a_terminal(world: World, typed: bytes, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error of ctl that is typed this."""
     world.write_config()
     program = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); from pgha.ctl import main; sys.exit(main(sys.argv[1:]))"
     ours, theirs = pty.openpty()
     try:
-        with subprocess.Popen([sys.executable, "-c", program, "-c", str(world.config), "edit-config", "-s", "ttl=21"],
+        with subprocess.Popen([sys.executable, "-c", program, "-c", str(world.config), *arguments],
                               stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             os.write(ours, typed)
             out, err = process.communicate(timeout=30)
     finally:
         os.close(ours)
         os.close(theirs)
-    assert process.returncode == code, (out, err)
-    assert b"Apply these changes? [y/N]: " in err
-    assert json.loads(world.get("config"))["ttl"] == ttl
-    assert (b"aborted: nothing was changed" in err) is (code != 0)
+    return process.returncode, out.decode(), err.decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pty
@@ -136,12 +137,12 @@ def test_what_will_need_a_restart_is_said_with_the_order(world: World, start_age
                         f"  n3: max_connections {old} → {new}\n`pgha ctl restart --pending` does that, in this order: {order}\n")
 
 
-def on_a_terminal(world: World, editor: Path, typed: bytes) -> tuple[int, str]:
+def on_a_terminal(world: World, editor: Path, typed: bytes, *arguments: str) -> tuple[int, str]:
     world.write_config()
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pgha.ctl import main; sys.exit(main(sys.argv[1:]))"
     ours, theirs = pty.openpty()
     shown = b""
-    with subprocess.Popen([sys.executable, "-c", program, "-c", str(world.config), "edit-config"], stdin=theirs, stdout=theirs, stderr=theirs,
+    with subprocess.Popen([sys.executable, "-c", program, "-c", str(world.config), "edit-config", *arguments], stdin=theirs, stdout=theirs, stderr=theirs,
                           env={**os.environ, "EDITOR": str(editor), "VISUAL": "", "NO_COLOR": "", "TMPDIR": str(editor.parent)}) as process:
         os.close(theirs)
         os.write(ours, typed)
@@ -195,6 +196,45 @@ def test_what_is_given_up_is_kept_as_a_file_and_not_stored(world: World, tmp_pat
     assert f"nothing was changed; the text is in {kept[0]}" in shown
     assert kept[0].stat().st_mode & 0o777 == 0o600
     assert config(world) == before
+
+
+@pytest.mark.parametrize("row", [
+    (b"n\n", (), 3, "aborted: nothing was changed"),
+    (b"\x04", (), 2, "aborted: nothing was changed"),
+    (b"", ("--dry-run",), 0, "nothing is changed"),
+])
+def test_an_edit_that_is_not_stored_is_kept_as_a_file(world: World, tmp_path: Path, row: tuple[bytes, tuple[str, ...], int, str]) -> None:
+    typed, arguments, code, says = row
+    world.load("steady")
+    got, shown = on_a_terminal(world, editor(tmp_path, CHANGE), typed, *arguments)
+    assert got == code, shown
+    assert says in shown
+    assert config(world)["ttl"] == 20
+    (kept,) = tmp_path.glob("pgha-config-*")
+    assert f"pgha: the text is in {kept}\n" in shown
+    assert "ttl = 21" in kept.read_text()
+    assert kept.stat().st_mode & 0o777 == 0o600
+
+
+def test_an_edit_that_somebody_else_overtook_is_kept_as_a_file(world: World, tmp_path: Path) -> None:
+    """The editor is the somebody else."""
+    world.load("steady")
+    body = json.dumps({name: base64.b64encode(text.encode()).decode() for name, text in (("key", world.root + "config"), ("value", '{"ttl":40}'))})
+    (tmp_path / "overtake.py").write_text(f"import urllib.request; urllib.request.urlopen({world.etcd.urls[0] + '/v3/kv/put'!r}, {body.encode()!r})")
+    overtake = f"{sys.executable} {tmp_path}/overtake.py"
+    code, shown = on_a_terminal(world, editor(tmp_path, f"{CHANGE} && {overtake}"), b"", "--force")
+    assert code == 1, shown
+    assert "Config modification aborted due to concurrent changes" in shown
+    assert config(world) == {"ttl": 40}
+    (kept,) = tmp_path.glob("pgha-config-*")
+    assert f"the text is in {kept}\n" in shown
+
+
+def test_at_the_end_of_a_terminal_what_is_wrong_is_kept_and_named(world: World, tmp_path: Path) -> None:
+    world.load("steady")
+    code, shown = on_a_terminal(world, editor(tmp_path, SPOIL), b"\x04")
+    (kept,) = tmp_path.glob("pgha-config-*")
+    assert (code, f"nothing was changed; the text is in {kept}" in shown) == (2, True), shown
 
 
 def test_unchanged_or_without_an_editor(world: World, tmp_path: Path) -> None:

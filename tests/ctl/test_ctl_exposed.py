@@ -22,6 +22,7 @@ KEY = "-----BEGIN PRIVATE KEY-----\n"
     ('cert = "{at}/c"\nkey = "{at}/k"', {"c": "", "k": KEY}, {}, ["{at}/pgha.toml: etcd3.key: {at}/k is readable by everybody; allowed: chmod o= {at}/k"]),
     ('password = "geheim"\n[restapi.authentication]\nusername = "u"\npassword = "geheim"', {}, {},
      ["{at}/pgha.toml: is readable by everybody (mode 0644) and holds etcd3.password, restapi.authentication.password; allowed: chmod o= {at}/pgha.toml, or password_file"]),
+    ('[restapi]\ncertfile = "{at}/c"', {"c": KEY}, {}, ["{at}/pgha.toml: restapi.keyfile: {at}/c is readable by everybody; allowed: chmod o= {at}/c"]),
     # A certificate, and a file that is not there: the one is for everybody, the other is named by whoever uses it.
     ('[ctl]\ncertfile = "{at}/c"\nkeyfile = "{at}/gone"', {"c": "-----BEGIN CERTIFICATE-----\n"}, {}, []),
     ('cert = "{at}/c"', {"c": "-----BEGIN CERTIFICATE-----\n"}, {}, []),

@@ -71,6 +71,8 @@ def test_an_agents_refusal_is_told(world: World, start_agent: Any) -> None:
     code, out, err = world.ctl("pause", "--wait")
     assert (code, out) == (1, "")
     assert "Failed: pause cluster management status code=503, (the configuration could not be written)" in err
+    world.agent_at("n1", start_agent(app_of(Agents(world, answer=Answer(status=503, text="the configuration could not be written; it may still happen")))))
+    assert world.ctl("pause")[0] == 4
 
 
 def test_a_member_that_does_not_say_so_is_named(world: World, start_agent: Any) -> None:

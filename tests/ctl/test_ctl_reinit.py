@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from ctl_world import World
 from rest_world import app_for, published
+from test_ctl_changing import on_a_terminal
 
 from pgha.ctl.cluster import read
 from pgha.ctl.ends import UNKNOWN
@@ -36,6 +37,8 @@ class Agent(App):
         del key, keep_alive
         return None
 
+    def has_places(self, number: int) -> None: ...
+
     def refuses(self, request: Request) -> Response | None:
         del request
         return None
@@ -63,6 +66,9 @@ def test_a_replica_is_reinitialised(world: World, start_agent: Any) -> None:
     assert agent.asked == [("/reinitialize", {"force": True})]
     assert world.ctl("reinit", "n2", "--force", "--from-leader")[0] == 0
     assert agent.asked[1:] == [("/reinitialize", {"force": True, "from_leader": True})]
+    code, out, _ = world.ctl("reinit", "n2", "n3", "n2", "--force")
+    assert (code, out.count("Success: ")) == (1, 1), "n2 once, and n3 cannot be reached"
+    assert len(agent.asked) == 3
 
 
 def test_waiting_ends_when_postgresql_runs_on_the_copy(world: World, start_agent: Any) -> None:
@@ -133,6 +139,20 @@ def test_an_action_in_progress_is_cancelled_only_if_somebody_says_so(world: Worl
     assert agent.asked == [("/reinitialize", {"force": True})]
 
 
+def test_the_end_of_the_terminal_is_no_and_not_that_nothing_was_changed(world: World, start_agent: Any) -> None:
+    """Ctrl-D at a question that comes when the member before was told already."""
+    world.load("steady")
+    done, busy = Agent(STARTED), Agent((503, "reinitialize already in progress"))
+    world.agent_at("n2", start_agent(done))
+    world.agent_at("n3", start_agent(busy))
+    code, out, err = on_a_terminal(world, b"y\n\x04", "reinit", "n2", "n3")
+    assert code == 1, err
+    assert "Success: reinitialize for member n2" in out
+    assert "Do you want to cancel it and reinitialize anyway? [y/N]: " in err
+    assert "nothing was changed" not in err
+    assert busy.asked == [("/reinitialize", {"force": False})]
+
+
 @pytest.mark.parametrize(("arguments", "code", "err"), [
     (["nobody", "--force"], 3, "No replica among provided members; there are n2, n3"),
     (["n1", "--force"], 3, "No replica among provided members; there are n2, n3"),
@@ -141,7 +161,7 @@ def test_an_action_in_progress_is_cancelled_only_if_somebody_says_so(world: Worl
     ([], 2, "there is no terminal to ask on"),
     (["n2", "--force"], 5, "Failed: reinitialize for member n2: http://127.0.0.1:1: Connection refused"),
     (["n3", "--force"], 3, "Failed: reinitialize for member n3, status code=503, (can not reinitialize: pg_control cannot be read)"),
-    (["n3", "n2", "n1", "--force"], 5, "n1 is the leader, and is left out"),
+    (["n3", "n2", "n1", "--force"], 3, "n1 is the leader, and is left out"),
 ])
 def test_what_is_not_done_is_said(world: World, start_agent: Any, arguments: list[str], code: int, err: str) -> None:
     world.load("steady")

@@ -10,7 +10,7 @@ import pytest
 from ctl_world import World
 from rest_world import app_for, published
 
-from pgha.ctl.ends import End
+from pgha.ctl.ends import End, of_several
 from pgha.ctl.when import moment
 from pgha.rest.routes import App
 from pgha.rest.wire import Request, Response, json_response, text_response
@@ -62,7 +62,7 @@ def test_who_does_not_say_its_version_is_not_restarted(world: World, start_agent
     of = agents(world, start_agent, n1=Agent(version=None), n2=Agent(version=140000))
     world.agent_at("n3", ("127.0.0.1", 1))
     code, out, err = world.ctl("restart", "--force", "--pg-version", "15")
-    assert code == 5
+    assert code == 1, "n2 was restarted"
     assert out.endswith("Success: restart on member n2\n")
     assert of["n1"].asked == []
     assert "restart for member n1: it does not say which version it runs" in err
@@ -73,7 +73,7 @@ def test_a_schedule_takes_its_conditions_along(world: World, start_agent: Any) -
     world.load("steady")
     of = agents(world, start_agent, n2=Agent(status=202, text="Restart scheduled"), n3=Agent(status=409, text="Another restart is already scheduled"))
     code, out, err = world.ctl("restart", "n2", "n3", "--force", "--scheduled", "2099-01-31T03:00:00+01:00", "--pending", "--pg-version", "16.4", "--timeout", "60")
-    assert code == 3
+    assert code == 1, "on n2 it is scheduled"
     assert out.endswith("Success: restart scheduled on member n2\n")
     assert err == "pgha: Failed: another restart is already scheduled on member n3\n"
     asked = {"schedule": "2099-01-31T03:00:00+01:00", "restart_pending": True, "postgres_version": "16.4", "timeout": "60"}
@@ -82,7 +82,34 @@ def test_a_schedule_takes_its_conditions_along(world: World, start_agent: Any) -
     assert of["n2"].asked[1:] == [{}]
 
 
-@pytest.mark.parametrize(("text", "code"), [("restart conditions are not satisfied", 3), ("restart already in progress", 3), ("restart failed: too slow", 1)])
+@pytest.mark.parametrize(("codes", "code"), [
+    ((0, 0), 0), ((3, 3), 3), ((5,), 5), ((5, 5), 5), ((1, 1), 1), ((4, 4), 4),
+    ((0, 3), 1), ((0, 5), 1), ((0, 1), 1), ((0, 4), 4), ((3, 4, 0), 4), ((5, 4), 4),
+    ((3, 5), 3), ((1, 5), 1), ((3, 1), 1),
+])
+def test_the_exit_code_of_several_members_is_true_of_all(codes: tuple[int, ...], code: int) -> None:
+    assert of_several(codes) == of_several(codes[::-1]) == code
+
+
+def test_a_member_that_is_named_twice_is_restarted_once(world: World, start_agent: Any) -> None:
+    world.load("steady")
+    of = agents(world, start_agent, n2=Agent())
+    assert world.ctl("restart", "bench", "n2", "n2", "--force")[0] == 0
+    assert of["n2"].asked == [{}]
+
+
+def test_what_was_done_on_one_member_is_not_called_refused_or_unreachable(world: World, start_agent: Any) -> None:
+    world.load("steady")
+    agents(world, start_agent, n2=Agent(), n3=Agent(status=503, text="restart already in progress"))
+    assert world.ctl("restart", "n2", "n3", "--force")[0] == 1
+    world.agent_at("n3", ("127.0.0.1", 1))
+    for command in ("restart", "reload"):
+        assert world.ctl(command, "n2", "n3", "--force")[0] == 1
+        assert world.ctl(command, "n3", "n3", "--force")[0] == 5
+
+
+@pytest.mark.parametrize(("text", "code"), [("restart conditions are not satisfied", 3), ("restart already in progress", 3), ("restart failed: too slow", 1),
+                                            ("no outcome of the restart within 7 seconds; it may still happen", 4)])
 def test_what_an_agent_refuses_is_no_failure(world: World, start_agent: Any, text: str, code: int) -> None:
     world.load("steady")
     world.agent_at("n2", start_agent(Agent(status=503, text=text)))
