@@ -6,13 +6,14 @@ Results go to standard output, everything else to standard error. Exit codes: en
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
 from pgha.ctl.cluster import ROLES
 from pgha.ctl.ends import USAGE, End
 from pgha.ctl.member import options as member_options
-from pgha.ctl.output import FORMATS
+from pgha.ctl.output import FORMATS, plain
 from pgha.ctl.watch import options as watch_options
 
 _DRY_RUN = "say what would happen, in which order, and what would refuse; change nothing (exit code 0: it would be done, 3: refused)"
@@ -26,13 +27,15 @@ def main(argv: Sequence[str]) -> int:
         return ended.code if isinstance(ended.code, int) else USAGE
     from pgha.ctl.settings import environment, load
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")       # whatever others wrote, and wherever it is printed
     try:
         settings = None
         if given.command != "version" or given.members:
             settings = load(config_file=given.config_file, scope=_scope(given), dcs_url=given.dcs_url, environ=environment(), insecure=given.insecure)
         return _run(given, settings)
     except End as end:
-        print("\n".join(f"pgha: {line}" for line in end.text.splitlines()), file=sys.stderr)
+        print("\n".join(f"pgha: {line}" for line in plain(end.text).split("\n")), file=sys.stderr)
         return end.code
     except EOFError:
         print("pgha: aborted: nothing was changed", file=sys.stderr)

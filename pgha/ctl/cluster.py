@@ -7,6 +7,7 @@ import sys
 from typing import Any, NamedTuple
 
 from pgha.ctl.ends import FAILED, UNREACHABLE, USAGE, End
+from pgha.ctl.output import plain
 from pgha.ctl.settings import Settings
 from pgha.ctl.store import Key, Store
 from pgha.model.overview import overview
@@ -64,7 +65,7 @@ def read_or_ask(settings: Settings, *, more: str = "") -> Cluster:
 
 def seen_by_agent(scope: str, body: dict[str, Any], system_identifier: str) -> Cluster:
     """From an agent's GET /cluster."""
-    members = [m for m in body.get("members", ()) if isinstance(m, dict) and isinstance(m.get("name"), str)]
+    members = [m for m in body.get("members", ()) if isinstance(m, dict) and isinstance(m.get("name"), str) and m["name"]]
     leader = next((m["name"] for m in members if m.get("role") in ("leader", "standby_leader")), "")
     return Cluster(scope, leader, {m["name"]: m for m in members}, {**body, "members": members}, None, [], system_identifier, {})
 
@@ -73,7 +74,7 @@ def understood(scope: str, keys: dict[str, Key], *, quiet: bool = False, whateve
     """A cluster from its raw keys. Values that do not parse count as absent and are named on standard error, unless
     `quiet`. End if they are no cluster's, unless `whatever`."""
     reader = _Reader(keys, quiet=quiet)
-    members = {name.removeprefix("members/"): reader.member(name) for name in sorted(keys) if name.startswith("members/")}
+    members = {name.removeprefix("members/"): reader.member(name) for name in sorted(keys) if name.startswith("members/") and name != "members/"}
     if not whatever and not members and "initialize" not in keys and "config" not in keys:
         raise End(FAILED, f"there is no cluster {scope!r} in the store")
     lock = reader.object("pgha/lock")
@@ -153,7 +154,7 @@ class _Reader:
 
 
 def warn(text: str) -> None:
-    print(f"pgha: {text}", file=sys.stderr)
+    print(f"pgha: {plain(text)}", file=sys.stderr)
 
 
 def members_named(cluster: Cluster, names: list[str]) -> list[str]:

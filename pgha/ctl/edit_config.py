@@ -177,7 +177,7 @@ def edited(old: dict[str, Any], problems_of: Callable[[dict[str, Any]], Sequence
             problems = [end.text]
         if not problems:
             return new, path
-        print("\n".join(f"pgha: {problem}" for problem in problems), file=sys.stderr)
+        print("\n".join(f"pgha: {plain(problem)}" for problem in problems), file=sys.stderr)
         if not wanted("Edit it again?"):
             raise End(USAGE, f"nothing was changed; the text is in {path}")
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: no answer that ctl asks for is longer
 LONGEST_ANSWER_BYTES = 64 << 20
 
-_URL = re.compile(r"(https?)://(?:[^@/?#]*@)?(\[[^\]/]+\]|[^:/?#]+)(?::(\d{1,5}))?(/[^#\s]*)?")
+_URL = re.compile(r"(https?)://(?:[^@/?#]*@)?(\[[^\]/\s]+\]|[^:/?#\s]+)(?::(\d{1,5}))?(/[^#\s]*)?")
 
 
 class Answer(NamedTuple):
@@ -47,7 +47,10 @@ def request(method: str, url: str, *, body: bytes | None = None, headers: Mappin
     lines = [f"{method} {path} HTTP/1.0", f"Host: {match[2]}:{port}", *(f"{k}: {v}" for k, v in (headers or {}).items())]
     if body is not None or method != "GET":
         lines.append(f"Content-Length: {len(body or b'')}")
-    data = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + (body or b"")
+    try:
+        data = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1") + (body or b"")
+    except UnicodeEncodeError:      # addresses come from the store, where anybody may have written them
+        raise NoAnswer(url, "is not an address", sent=False) from None
     try:
         sock = socket.create_connection((host, port), timeout=connect_s)
     except (OSError, UnicodeError) as error:

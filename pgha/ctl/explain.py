@@ -10,6 +10,7 @@ from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster
 from pgha.ctl.ends import DONE, FAILED, UNREACHABLE, USAGE, End
+from pgha.ctl.output import plain
 from pgha.ctl.settings import Settings
 
 
@@ -20,7 +21,7 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
 
         return suppose.run(settings, given.node, given.suppose, as_json=as_json)
     decision = agents.get_json(settings, _url(settings, given.node), "/pgha/decision")
-    print(json.dumps(decision, indent=2) if as_json else words(decision))
+    print(json.dumps(decision, indent=2) if as_json else plain(words(decision)))
     return DONE
 
 

@@ -12,6 +12,7 @@ from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster, chosen
 from pgha.ctl.ends import DONE, FAILED, REFUSED, End, of_several
 from pgha.ctl.exchange import NoAnswer
+from pgha.ctl.output import say
 from pgha.ctl.prompt import confirm
 from pgha.ctl.settings import Settings
 from pgha.ctl.store import Store
@@ -31,7 +32,7 @@ def _restarts(settings: Settings, cluster: Cluster, names: list[str], *, force: 
         if cluster.members[name].get("scheduled_restart"):
             scheduled.append(name)
         else:
-            print(f"No scheduled restart for member {name}", flush=True)
+            say(f"No scheduled restart for member {name}")
     if not scheduled:
         return DONE
     confirm(f"Are you sure you want to flush members {', '.join(scheduled)}?", force=force)
@@ -45,7 +46,7 @@ def _flush(settings: Settings, cluster: Cluster, name: str) -> int:
     except NoAnswer as failure:
         return agents.unheard(what, failure)
     if answer.status == 200:
-        print(f"Success: {what}", flush=True)
+        say(f"Success: {what}")
         return DONE
     return agents.refused(what, answer)
 
@@ -62,7 +63,7 @@ def _switchover(settings: Settings, cluster: Cluster) -> int:
             continue
         text = answer.body.decode(errors="replace")
         if answer.status == 200:
-            print(f"Success: {text}")
+            say(f"Success: {text}")
             return DONE
         if answer.status == 404:
             raise End(REFUSED, f"Failed: {text}")

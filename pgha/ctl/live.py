@@ -6,7 +6,6 @@ It listens to one member's agent (pgha/rest/stream.py) and goes over to another 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import signal
@@ -38,8 +37,6 @@ _KIND_STYLES = {"lock": "note", "role": "cyan", "operation": "blue", "member": "
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
     kinds = _kinds(given.kinds)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")       # whatever others wrote, and wherever it is printed
     if given.once:
         return _once(settings, kinds=kinds, form=given.format)
     import trio

@@ -67,6 +67,11 @@ def plain(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def say(text: str) -> None:
+    """A line of result in which names and answers of others stand."""
+    print(plain(text), flush=True)
+
+
 def to_toml(value: Mapping[str, Any]) -> str:
     """JSON values as TOML, keys sorted, tables after plain values. TOML has no null: such a key is a comment."""
     lines: list[str] = []
@@ -97,8 +102,8 @@ def _key(key: str) -> str:
 
 
 def _string(text: str) -> str:
-    # TOML's basic strings have JSON's escapes, except that they also forbid a bare DEL.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+    # TOML's basic strings have JSON's escapes. They forbid a bare DEL besides; and what a terminal might obey is escaped as well.
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" if c <= "\uffff" else f"\\U{ord(c):08x}" for c in json.dumps(text, ensure_ascii=False))
 
 
 def _scalar(value: Any) -> str:

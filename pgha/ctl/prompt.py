@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from pgha.ctl.ends import REFUSED, USAGE, End
+from pgha.ctl.output import plain
 
 
 def confirm(question: str, *, force: bool) -> None:
@@ -42,7 +43,7 @@ def typed(question: str) -> str:
 
 def _answer(question: str, *, exactly: bool = False) -> str:
     """The question goes to standard error, as it is no result: whoever sends results to a file sees it all the same."""
-    print(f"{question}: ", end="", file=sys.stderr, flush=True)
+    print(f"{plain(question)}: ", end="", file=sys.stderr, flush=True)
     line = input()
     return line if exactly else line.strip()
 
@@ -52,7 +53,7 @@ def secret(question: str, *, allowed: str) -> str:
     _need_terminal(f"there is no terminal to ask for the password on; allowed: {allowed}")
     from getpass import getpass
 
-    return getpass(question)
+    return getpass(plain(question))
 
 
 def _need_terminal(otherwise: str = "this asks before it does anything, and there is no terminal to ask on; allowed: --force") -> None:

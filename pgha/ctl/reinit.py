@@ -18,6 +18,7 @@ from pgha.ctl.cluster import Cluster, chosen, members_named
 from pgha.ctl.ends import DONE, FAILED, REFUSED, UNKNOWN, USAGE, End, of_several
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
+from pgha.ctl.output import say
 from pgha.ctl.prompt import choose, confirm, wanted
 from pgha.ctl.settings import Settings
 
@@ -96,7 +97,7 @@ def _ask(settings: Settings, cluster: Cluster, name: str, *, force: bool, from_l
         except NoAnswer as failure:
             return agents.unheard(what, failure)
         if answer.status == 200:
-            print(f"Success: {what}", flush=True)
+            say(f"Success: {what}")
             return DONE
         code = agents.refused(what, answer)
         if not answer.body.decode(errors="replace").endswith(_BUSY) or body["force"] or not wanted("Do you want to cancel it and reinitialize anyway?"):
@@ -112,7 +113,7 @@ def wait_for(settings: Settings, cluster: Cluster, names: list[str], before: Map
     waiting, told = list(names), 0
     while waiting:
         if len(waiting) != told:
-            print(f"Waiting for reinitialize to complete on: {', '.join(waiting)}", flush=True)
+            say(f"Waiting for reinitialize to complete on: {', '.join(waiting)}")
             told = len(waiting)
         time.sleep(_POLL_S)      # a poll of the members
         for name in list(waiting):
@@ -140,5 +141,5 @@ def _told(name: str, now: State, before: State, *, copied: bool) -> int | None:
         return FAILED
     done = now.asked.get("state") == "done" and now.state == "running" if now.is_pgha else now.is_anew(before, copied=copied)
     if done:
-        print(f"Reinitialize is completed on: {name}", flush=True)
+        say(f"Reinitialize is completed on: {name}")
     return DONE if done else None

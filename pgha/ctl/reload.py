@@ -10,6 +10,7 @@ from pgha.ctl.cluster import chosen
 from pgha.ctl.ends import DONE, REFUSED, End, of_several
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
+from pgha.ctl.output import say
 from pgha.ctl.prompt import confirm
 from pgha.ctl.settings import Settings
 
@@ -34,7 +35,7 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
             continue
         if answer.status in (200, 202):
             codes.append(DONE)
-            print(f"Reload request received for member {name} and will be processed within {loop_wait} seconds", flush=True)
+            say(f"Reload request received for member {name} and will be processed within {loop_wait} seconds")
         else:
             codes.append(agents.refused(f"reload for member {name}", answer))
     return of_several(codes)

@@ -16,6 +16,7 @@ from pgha.ctl.cluster import Cluster, chosen
 from pgha.ctl.ends import DONE, FAILED, REFUSED, UNREACHABLE, USAGE, End, code_of, of_several
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
+from pgha.ctl.output import say
 from pgha.ctl.prompt import confirm
 from pgha.ctl.settings import Settings
 from pgha.model import rolling
@@ -57,7 +58,7 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     plan = rolling.plan({name: _pending(cluster, name) for name in names}, leader=cluster.leader)
     if not schedule and plan.because:
         names = list(plan.steps)
-        print(f"In this order: {rolling.said(plan.steps, cluster.leader)} ({plan.because})", flush=True)
+        say(f"In this order: {rolling.said(plan.steps, cluster.leader)} ({plan.because})")
     if given.dry_run:
         from pgha.ctl import dry_run
 
@@ -151,10 +152,10 @@ def _restart(settings: Settings, cluster: Cluster, name: str, body: dict[str, An
     except NoAnswer as failure:
         return agents.unheard(f"restart for member {name}", failure)
     if answer.status == 200:
-        print(f"Success: restart on member {name}", flush=True)
+        say(f"Success: restart on member {name}")
         return DONE
     if answer.status == 202:
-        print(f"Success: restart scheduled on member {name}", flush=True)
+        say(f"Success: restart scheduled on member {name}")
         return DONE
     if answer.status == 409:
         clusters.warn(f"Failed: another restart is already scheduled on member {name}")

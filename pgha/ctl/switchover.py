@@ -18,6 +18,7 @@ from pgha.ctl.cluster import Cluster
 from pgha.ctl.ends import DONE, FAILED, REFUSED, UNKNOWN, UNREACHABLE, End, code_of
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
+from pgha.ctl.output import say
 from pgha.ctl.prompt import choose, confirm
 from pgha.ctl.settings import Settings
 from pgha.ctl.store import Store
@@ -63,7 +64,7 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     code = code_of(status, text)
     if code != DONE:
         raise End(code, f"{kind.capitalize()} failed, details: {status}, {text}" if code != UNKNOWN else text)
-    print(f"{datetime.now().strftime('%Y-%m-%d %H:%M:%S.%f')[:25]} {text}")
+    say(f"{datetime.now().strftime('%Y-%m-%d %H:%M:%S.%f')[:25]} {text}")
     try:
         print(shown(clusters.read(settings)))
     except End as end:

@@ -9,6 +9,7 @@ from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import members_named
 from pgha.ctl.ends import DONE, End
+from pgha.ctl.output import say
 from pgha.ctl.settings import Settings
 
 
@@ -28,6 +29,10 @@ def run(settings: Settings | None, given: argparse.Namespace) -> int:
         number = body.get("server_version")
         postgres = f" PostgreSQL {number // 10000}.{number % 10000}" if isinstance(number, int) and number >= 100000 else ""
         own = body.get("pgha")
-        product = f"pgha {own.get('version')}" if isinstance(own, dict) else f"Patroni {(body.get('patroni') or {}).get('version')}"
-        print(f"{name}: {product}{postgres}")
+        if isinstance(own, dict):
+            product = f"pgha {own.get('version')}"
+        else:
+            theirs = body.get("patroni")
+            product = f"Patroni {theirs.get('version')}" if isinstance(theirs, dict) else "a program that does not say which it is"
+        say(f"{name}: {product}{postgres}")
     return code

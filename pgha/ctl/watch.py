@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from pgha.ctl.ends import DONE, FAILED, UNKNOWN, UNREACHABLE, End
+from pgha.ctl.output import plain
 
 #: what -W means
 EVERY_S = 2.0
@@ -43,7 +44,7 @@ def repeated(watch_s: float | None, look: Callable[[], str], *, clear: bool = Tr
                     if not seen or end.code not in (FAILED, UNKNOWN, UNREACHABLE):
                         raise
                     text = None
-                    print(f"pgha: {time.strftime('%Y-%m-%d %H:%M:%S')} {end.text}", file=notes)
+                    print(f"pgha: {time.strftime('%Y-%m-%d %H:%M:%S')} {plain(end.text)}", file=notes)
             if text is not None and on_screen:
                 print(_CLEAR, end="")
             _show(text)

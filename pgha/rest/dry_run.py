@@ -27,7 +27,7 @@ from pgha.rest.requests import (
     restart_options,
     stated_down,
 )
-from pgha.rest.wire import Request, Response, json_response, text_response
+from pgha.rest.wire import Request, Response, json_response, quoting_response, text_response
 
 PREFIX = "/pgha/dry-run/"
 COMMANDS = ("switchover", "failover", "restart", "reinitialize")
@@ -41,13 +41,13 @@ async def answer(request: Request, published: Published, requests: Requests, *, 
     try:
         return await _answer(request, published, requests, now=now, wall_s=wall_s)
     except Wrong as wrong:
-        return text_response(wrong.status, wrong.text)
+        return quoting_response(wrong.status, wrong.text) if wrong.quotes else text_response(wrong.status, wrong.text)
 
 
 async def _answer(request: Request, published: Published, requests: Requests, *, now: Instant, wall_s: float) -> Response:
     command: Any = request.path.removeprefix(PREFIX).strip("/")
     if command not in COMMANDS:
-        raise Wrong(404, f"not known: {request.path[:100]}; allowed: {PREFIX} and one of {', '.join(COMMANDS)}")
+        raise Wrong(404, f"not known: {request.path[:100]}; allowed: {PREFIX} and one of {', '.join(COMMANDS)}", quotes=True)
     if published.observation is None:
         return text_response(503, "no pass yet")
     seen, memory = replace(published.observation, now=now), published.memory or Memory()

@@ -22,7 +22,7 @@ from pgha.model.observation import Peer
 from pgha.model.overview import by_quorum, is_true, synchronous, synchronous_names
 from pgha.model.request import NoZone, epoch_s, moment, server_version
 from pgha.rest.published import Board, Published
-from pgha.rest.wire import JSON, Request, Response, text_response
+from pgha.rest.wire import JSON, Request, Response, quoting_response, text_response
 
 #: for a request that is only a write to the store
 WRITE_S = 10.0
@@ -73,10 +73,11 @@ class Requests(Protocol):
 
 
 class Wrong(Exception):
-    """A request that is refused at once."""
+    """A request that is refused at once. `quotes`: the text has something of the request in it."""
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, status: int, text: str, *, quotes: bool = False) -> None:
         super().__init__(text)
+        self.quotes = quotes
         self.status = status
         self.text = text
 
@@ -112,7 +113,7 @@ class Changes:
         try:
             return await self._routes[request.method, name](request)
         except Wrong as wrong:
-            return text_response(wrong.status, wrong.text)
+            return quoting_response(wrong.status, wrong.text) if wrong.quotes else text_response(wrong.status, wrong.text)
 
     # --- configuration -----------------------------------------------------------------------------------------------
 
@@ -121,10 +122,10 @@ class Changes:
         published = self._board.current()
         if published.view is None or published.view.config is None:
             return text_response(503, "there is no configuration in the store")
-        return _response(await self._requests.submit("patch_config", body, deadline_s=WRITE_S))
+        return _response(await self._requests.submit("patch_config", body, deadline_s=WRITE_S), quotes=True)
 
     async def _put_config(self, request: Request) -> Response:
-        return _response(await self._requests.submit("put_config", object_of(request), deadline_s=WRITE_S))
+        return _response(await self._requests.submit("put_config", object_of(request), deadline_s=WRITE_S), quotes=True)
 
     async def _own(self, request: Request) -> Response:
         """POST /pgha/…: questions that need a body, or an operator's credentials. None changes anything."""
@@ -134,14 +135,14 @@ class Changes:
                 body = object_of(request)
                 if not isinstance(body.get("config"), dict) or not isinstance(body.get("old", {}), dict):
                     raise Wrong(400, "config is to be the whole configuration to check, a JSON object; old, if given, the one that it replaces")
-                return _response(await self._requests.submit("check_config", body, deadline_s=WRITE_S))
+                return _response(await self._requests.submit("check_config", body, deadline_s=WRITE_S), quotes=True)
             case ["config", "why"]:
                 key = object_of(request).get("key")
                 if not isinstance(key, str) or len(key) > LONGEST_KEY:
                     raise Wrong(400, "key is to be the name of a key, as postgresql.parameters.work_mem")
-                return _response(await self._requests.submit("why_config", {"key": key}, deadline_s=WRITE_S))
+                return _response(await self._requests.submit("why_config", {"key": key}, deadline_s=WRITE_S), quotes=True)
             case _:
-                return text_response(404, "not known: " + request.path)
+                return quoting_response(404, "not known: " + request.path)
 
     # --- this node ---------------------------------------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ def restart_options(body: Mapping[str, Any], *, paused: bool, wall_s: float) -> 
                     raise Wrong(500, "Can't schedule restart in the paused state")
                 options[key] = _moment("restart", value, wall_s=wall_s)
             case _:
-                raise Wrong(400, f"Unknown filter: {key[:100]}")
+                raise Wrong(400, f"Unknown filter: {key[:100]}", quotes=True)
     if "schedule" in options and "timeout_s" in options:
         options["timeout"] = options.pop("timeout_s")
     return options
@@ -414,7 +415,10 @@ def _version(value: Any) -> str:
     return str(value)
 
 
-def _response(answer: Answer) -> Response:
+def _response(answer: Answer, *, quotes: bool = False) -> Response:
+    """`quotes`: what is wrong about the request is said with its keys and values."""
     if answer.json:
         return Response(status=answer.status, body=answer.text.encode(), content_type=JSON)
+    if quotes:
+        return quoting_response(answer.status, answer.text)
     return text_response(answer.status, answer.text)

@@ -37,6 +37,7 @@ from pgha.rest.wire import (
     dump_json,
     head_bytes,
     json_response,
+    quoting_response,
     split_target,
     text_response,
 )
@@ -140,7 +141,7 @@ class App:
         if request.method in SAFE_METHODS:
             return None
         if not self.changes.knows(request.method, _first(request.path)) and not dry_run.is_one(request):
-            return text_response(501, f"{request.method} {request.path} is not supported")
+            return quoting_response(501, f"{request.method} {request.path} is not supported")
         refusal = self.access.refuses(request)
         if refusal is not None:
             self.refusals.note(request.peer, refusal.body.decode(), method=request.method, path=request.path[:200], status=refusal.status)
@@ -212,7 +213,7 @@ class App:
             case ["observation"]:
                 return await self._observation(request, published)
             case _:
-                return text_response(404, "not known: " + request.path)
+                return quoting_response(404, "not known: " + request.path)
 
     async def _observation(self, request: Request, published: Published) -> Response:
         """The last pass, as `pgha replay` and `ctl explain --if` run it again, and how old it is. `fresh`: of a pass that

@@ -26,7 +26,7 @@ from pgha.log import Log
 from pgha.rest.listen import Limits, Listen, open_sockets
 from pgha.rest.refusals import Refusals
 from pgha.rest.stream import Upgraded
-from pgha.rest.wire import Request, Response, exact_request, head_bytes, split_target, text_response
+from pgha.rest.wire import Request, Response, exact_request, head_bytes, quoting_response, split_target, text_response
 
 log = Log(__name__)
 
@@ -282,7 +282,7 @@ class _Server:
                 return exact.keep_alive
             return await self._parsed(connection)
         except _Refused as refused:
-            await self._send(connection, self._bytes(text_response(refused.status, refused.text), keep_alive=False))
+            await self._send(connection, self._bytes(quoting_response(refused.status, refused.text), keep_alive=False))
             await self._linger(connection)
             return False
 
@@ -319,6 +319,9 @@ class _Server:
                 raise _Refused(400, "the request is not complete")
             if head.http_version not in (b"1.0", b"1.1"):
                 raise _Refused(505, "this is not HTTP/1.0 or HTTP/1.1")
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in head.headers}:
+                # Whoever passed it on may have taken the other of the two for its end (RFC 9112, 6.3).
+                raise _Refused(400, "the request has both Content-Length and Transfer-Encoding")
             request = self._request(connection, head)
             refusal = self.app.refuses(request)
             if refusal is not None and _has_body(head):

@@ -32,7 +32,7 @@ from pgha.clock import Clock
 from pgha.events import Entry, EventLog, NoSuchId
 from pgha.log import Log
 from pgha.model.event import KINDS, Event, Hello
-from pgha.rest.wire import JSON, Request, Response, json_response, text_response
+from pgha.rest.wire import JSON, Request, Response, json_response, quoting_response, text_response
 
 if TYPE_CHECKING:
     from wsproto.connection import Connection
@@ -118,7 +118,7 @@ class Readers:
         try:
             start = self.events.start(after or "0")
         except NoSuchId as why:
-            return text_response(400, f"after: {why}")
+            return quoting_response(400, f"after: {why}")
         events = self.events
         if start.gap is not None:       # its words are of this question
             gap = events.message(start.gap, number=start.number, wall_s=self.clock.wall_s())
@@ -169,7 +169,7 @@ class Readers:
         try:
             start = events.start(after) if after else None
         except NoSuchId as why:
-            return text_response(400, f"after: {why}")
+            return quoting_response(400, f"after: {why}")
         number = events.last if start is None else start.number
         first: list[Event] = [Hello(scope=events.scope, version=__version__, oldest=events.id_of(events.forgotten))]
         if start is not None and start.gap is not None:
@@ -427,7 +427,7 @@ def _wanted(request: Request) -> tuple[str, frozenset[str] | None] | Response:
     kinds = frozenset(kind.strip() for kind in request.query["kinds"].split(",") if kind.strip())
     unknown = kinds - set(KINDS)
     if unknown or not kinds:
-        return text_response(400, f"kinds: {', '.join(sorted(unknown))[:200] or 'none is named'}; there are {', '.join(KINDS)}")
+        return quoting_response(400, f"kinds: {', '.join(sorted(unknown))[:200] or 'none is named'}; there are {', '.join(KINDS)}")
     return after, kinds
 
 

@@ -14,6 +14,7 @@ from msgspec import Struct
 JSON = "application/json"
 TEXT = "text/html"       # the reference sends its short texts under this type
 METRICS = "text/plain"
+PLAIN = "text/plain; charset=utf-8"
 
 #: A whole request head without oddities: token names, one line each, CRLF. Linear: no two parts can match the same byte.
 _EXACT = re.compile(
@@ -39,10 +40,17 @@ class Request(Struct, frozen=True, kw_only=True):
 
 
 class Response(Struct, frozen=True, kw_only=True):
+    """`tail`: what follows `body`, so that a long body may be one object for all who are given it."""
+
     status: int
     body: bytes = b""
+    tail: bytes = b""
     content_type: str = TEXT
     headers: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def content(self) -> bytes:
+        return self.body + self.tail
 
 
 class ExactRequest(NamedTuple):
@@ -88,13 +96,17 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 def dump_json(value: Any) -> bytes:
     """As the reference dumps it: with spaces, times as text."""
-
-
     return json.dumps(value, default=str).encode()
 
 
 def text_response(status: int, text: str) -> Response:
+    """A text of fixed words, or of names that the cluster has. What quotes the request: `quoting_response`."""
     return Response(status=status, body=text.encode())
+
+
+def quoting_response(status: int, text: str) -> Response:
+    """A text of our own that quotes the request: whoever makes somebody's browser ask must not have it read markup there."""
+    return Response(status=status, body=text.encode(), content_type=PLAIN, headers=(("X-Content-Type-Options", "nosniff"),))
 
 
 def reason(status: int) -> str:
@@ -110,9 +122,9 @@ def head_bytes(response: Response, common: Mapping[str, str], *, keep_alive: boo
     lines += [f"{name}: {value}" for name, value in common.items()]
     # A value may quote the request: nothing in it may start a line of its own.
     lines += [f"{name}: {_CONTROL.sub(' ', value)[:300]}" for name, value in response.headers]
-    if response.body:
+    if response.body or response.tail:
         lines.append(f"Content-Type: {response.content_type}")
-    lines.append(f"Content-Length: {len(response.body)}")
+    lines.append(f"Content-Length: {len(response.body) + len(response.tail)}")
     if not keep_alive:
         lines.append("Connection: close")
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")

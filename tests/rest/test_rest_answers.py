@@ -26,6 +26,7 @@ from rest_world import (
 )
 
 from pgha.clock import Instant
+from pgha.events import EventLog
 from pgha.model.decision import Memory, Reason, Vote
 from pgha.model.lock import LockRecord
 from pgha.model.request import Reinitialisation, ReinitialisationEnd, ScheduledRestart
@@ -34,6 +35,7 @@ from pgha.rest.access import Access, resolve_allowlist
 from pgha.rest.published import Board, nothing_yet
 from pgha.rest.requests import Answer
 from pgha.rest.routes import redact
+from pgha.rest.stream import Readers
 from pgha.rest.wire import Request
 
 
@@ -535,3 +537,38 @@ def test_deadlines_are_points_on_both_clocks() -> None:
     value = published(ttl_s=5)
     assert value.health_at(Instant(NOW.boot_ns + 6_000_000_000, NOW.raw_ns)).lock_held is False     # suspended for 6 s
     assert value.health_at(NOW).lock_held is True
+
+
+# --- what our own words quote ----------------------------------------------------------------------------------------------
+
+_MARKUP = "<img src=x onerror=alert(1)>"
+
+
+@pytest.mark.parametrize(("method", "path", "query", "body", "status"), [
+    ("GET", f"/pgha/{_MARKUP}", {}, None, 404),
+    ("POST", f"/{_MARKUP}", {}, {}, 501),
+    (f"{_MARKUP}", "/", {}, {}, 501),
+    ("POST", f"/pgha/{_MARKUP}", {}, {}, 404),
+    ("POST", f"/pgha/dry-run/{_MARKUP}", {}, {}, 404),
+    ("POST", "/restart", {}, {_MARKUP: 1}, 400),
+    ("POST", "/pgha/dry-run/restart", {}, {_MARKUP: 1}, 400),
+    ("GET", "/pgha/events", {"kinds": _MARKUP}, None, 400),
+    ("GET", "/pgha/events", {"after": _MARKUP}, None, 400),
+    ("PATCH", "/config", {}, {_MARKUP: 1}, 400),
+    ("PUT", "/config", {}, {_MARKUP: 1}, 400),
+    ("POST", "/pgha/config/why", {}, {"key": _MARKUP}, 404),
+])
+def test_what_quotes_the_request_is_no_page(method: str, path: str, query: dict[str, str], body: Any, status: int) -> None:
+    async def main() -> None:
+        app, _, inbox, clock = app_for(published())
+        app.readers = Readers(EventLog(run="run", node="n1", scope="bench"), clock=clock, at_most=lambda: 9)
+        for kind, refused in (("patch_config", 400), ("put_config", 400), ("why_config", 404)):
+            inbox.answers[kind] = Answer(status=refused, text=f"{_MARKUP} is not known")
+        data = b"" if body is None else json.dumps(body).encode()
+        response = await app.handle(Request(method=method, path=path, query=query, body=data, headers={"content-length": str(len(data))}))
+        assert response.status == status
+        assert _MARKUP in response.body.decode(), "else the row shows nothing"
+        assert response.content_type.startswith("text/plain")
+        assert ("X-Content-Type-Options", "nosniff") in response.headers
+
+    run(main)

@@ -96,6 +96,8 @@ MALFORMED: list[tuple[str, bytes, int]] = [
     ("control byte in the target", b"GET /\x01 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     ("length that is no number", b"POST /reload HTTP/1.1\r\nHost: x\r\nContent-Length: ten\r\n\r\n", 400),
     ("two lengths", b"POST /reload HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx", 400),
+    ("a length and chunks", b"POST /reload HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /primary HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    ("chunks and a length, of a question", b"GET /cluster HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 0\r\n\r\n0\r\n\r\n", 400),
     ("negative length", b"POST /reload HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
     ("a length with 5000 digits", b"POST /reload HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", 400),
     ("unknown transfer encoding", b"POST /reload HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n", 501),
