@@ -6,16 +6,22 @@ import argparse
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pgha.__main__ import main
+from pgha.clock import Instant
+from pgha.config import directories
 from pgha.config.cluster import ClusterConfig
-from pgha.config.local import _FLAG_TAGS, _PRIORITY_TAGS, LocalConfig
+from pgha.config.local import _FLAG_TAGS, _PRIORITY_TAGS, LocalConfig, Postgresql
 from pgha.config.schema import Field, Section, every_key, fields
 from pgha.ctl import parser
+from pgha.decide.common import stop_timeout_s
+from pgha.model.lock import Identity
+from pgha.model.observation import Observation, Settings
 from pgha.rest import routes
 from pgha.rest.requests import Changes
 
@@ -80,12 +86,39 @@ def test_a_key_s_range_and_default_are_the_code_s(name: str) -> None:
     said, (field, section) = entries("pgha.toml.5", "Va")[name], keys()[name]
     assert field.key is not None
     assert f"Allowed: {as_written(field.key.kind.allowed)}." in said
-    value = default(section, field)
+    value = FOLLOWS[name][0] if name in FOLLOWS else default(section, field)
     assert ("Required." in said) == field.key.required
     if value:
         assert f"Default: {value}." in said
     for alias in field.key.aliases:
         assert alias in said
+
+
+def node() -> LocalConfig:
+    return LocalConfig(scope="s", name="n", postgresql=Postgresql(data_dir="/d"))
+
+
+#: Defaults that follow from something else: as the page says it, what the code makes of it, and what that is to be.
+FOLLOWS: dict[str, tuple[str, Callable[[], object], object]] = {
+    "pgha.primary_hang_timeout": ("ttl less 1 s, at most 29 s", lambda: [ClusterConfig(ttl_s=ttl_s).primary_hang_timeout_s for ttl_s in (3.0, 30.0, 31.0, 600.0)], [2, 29, 29, 29]),
+    "pgha.state_dir": ("$STATE_DIRECTORY, else the data directory with .pgha behind its name",
+                       lambda: [str(directories.state_dir(node(), environ)) for environ in ({"STATE_DIRECTORY": "/x"}, {})], ["/x", "/d.pgha"]),
+    "pgha.runtime_dir": ("$RUNTIME_DIRECTORY, else below /dev/shm",
+                         lambda: [str(directories.runtime_dir(node(), environ))[:8] for environ in ({"RUNTIME_DIRECTORY": "/x"}, {})], ["/x", "/dev/shm"]),
+    "postgresql.pgpass": ("pgpass in the state directory", lambda: str(directories.pgpass(node(), {})), "/d.pgha/pgpass"),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWS)
+def test_a_default_that_follows_from_something_else_is_the_code_s(name: str) -> None:
+    _, of_the_code, wanted = FOLLOWS[name]
+    assert of_the_code() == wanted
+
+
+def test_a_stop_without_a_limit_has_the_limit_that_the_page_says() -> None:
+    me = Identity(name="n", node_id="i", incarnation="r")
+    limit_s = stop_timeout_s(Observation(now=Instant(1, 1), wall_s=1.0, number=1, me=me, settings=Settings(primary_stop_timeout_s=0.0)))
+    assert f" 0: {limit_s:g} s. " in entries("pgha.toml.5", "Va")["primary_stop_timeout"]
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:

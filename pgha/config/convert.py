@@ -313,7 +313,7 @@ class _Converter:
             return ""
         if to in (("etcd3", "cacert"), ("etcd3", "cert"), ("etcd3", "key")):
             return "" if str(section.get("url") or section.get("protocol")).lower().startswith("https") else "protocol: https"
-        if to in (("restapi", "keyfile"), ("restapi", "verify_client")):
+        if to in (("restapi", "keyfile"), ("restapi", "keyfile_password"), ("restapi", "verify_client"), ("ctl", "keyfile"), ("ctl", "keyfile_password")):
             return "" if section.get("certfile") else "certfile"
         return ""
 

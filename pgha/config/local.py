@@ -216,6 +216,17 @@ def _loggers(value: Any) -> dict[str, str]:
     return {name: level.upper() for name, level in levels.items()}
 
 
+#: What every JSON line has (log.py).
+_OWN_FIELDS = ("time", "level", "event", "traceback")
+
+
+def _static_fields(value: Any) -> dict[str, str]:
+    found: dict[str, str] = mapping().parse(value)
+    if own := [name for name in found if name in _OWN_FIELDS]:
+        raise Wrong(f"has {own[0]}, which pgha sets itself")
+    return found
+
+
 class LogConfig(Section, frozen=True, kw_only=True):
     """[log]: to standard error, which systemd hands to the journal. `static_fields`: of JSON lines."""
 
@@ -229,7 +240,7 @@ class LogConfig(Section, frozen=True, kw_only=True):
     level: Annotated[str, Key(choice(*_LEVELS))] = "INFO"
     max_queue_size: Annotated[int, Key(integer(1))] = 1000      # lines that whoever reads them has not taken yet
     loggers: Annotated[dict[str, str], Key(Kind(_loggers, f"a table of logger = level, levels {', '.join(_LEVELS)}", shape="table"))] = field(default_factory=dict)
-    static_fields: Annotated[dict[str, str], Key(mapping())] = field(default_factory=dict)
+    static_fields: Annotated[dict[str, str], Key(Kind(_static_fields, f"a table of texts; not {', '.join(_OWN_FIELDS)}", shape="table"))] = field(default_factory=dict)
 
 
 class Ctl(Section, frozen=True, kw_only=True):

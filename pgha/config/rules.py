@@ -15,7 +15,17 @@ from msgspec.structs import replace
 from pgha.config import gucs
 from pgha.config.addresses import Address
 from pgha.config.cluster import known_methods, read_strictly
-from pgha.config.local import INITDB, Credentials, Etcd3, LocalConfig, Postgresql, PostgresUser, RestApi, no_sslpassword
+from pgha.config.local import (
+    INITDB,
+    Credentials,
+    Ctl,
+    Etcd3,
+    LocalConfig,
+    Postgresql,
+    PostgresUser,
+    RestApi,
+    no_sslpassword,
+)
 from pgha.config.schema import Path, Report, every_key
 from pgha.config.values import Secret, shown
 
@@ -29,6 +39,7 @@ def finish(local: LocalConfig, report: Report) -> LocalConfig:
     """`local` with everything that follows from it; what contradicts itself is reported."""
     _tags(local, report)
     _private_keys(local, report)
+    _key_of_a_certificate(local.ctl, "ctl", report)
     method = local.bootstrap.method
     if method != INITDB and method not in local.bootstrap.methods:
         report.problem(("bootstrap", "method"), f"is {shown(method)}; allowed: initdb, or a name that has a table with a command, here [bootstrap.{method}]")
@@ -53,14 +64,19 @@ def _connect_address(section: RestApi | Postgresql, at: str, report: Report) -> 
 
 
 def _restapi(rest: RestApi, report: Report) -> RestApi:
-    if rest.keyfile and not rest.certfile:
-        report.problem(("restapi", "keyfile"), "is given without certfile; allowed: both or none")
+    _key_of_a_certificate(rest, "restapi", report)
     if rest.verify_client != "none" and not (rest.cafile and rest.certfile):
         report.problem(("restapi", "verify_client"), f"is {rest.verify_client}, which needs certfile and cafile; allowed: none without them")
     return replace(
         rest, connect_address=_connect_address(rest, "restapi", report),
         authentication=_with_password(rest.authentication, ("restapi", "authentication"), report),
     )
+
+
+def _key_of_a_certificate(section: RestApi | Ctl, at: str, report: Report) -> None:
+    for key in ("keyfile", "keyfile_password"):
+        if getattr(section, key) and not section.certfile:
+            report.problem((at, key), "is given without certfile; allowed: both or none")
 
 
 def _etcd3(local: LocalConfig, report: Report) -> Etcd3:

@@ -91,7 +91,7 @@ def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, env
     listen = raw.text("restapi", "connect_address") or raw.text("restapi", "listen").replace("*", "127.0.0.1")
     own_url = ""
     if listen:
-        own_url = f"{'https' if raw.text('restapi', 'certfile') else 'http'}://{listen if ':' in listen else listen + ':8008'}"
+        own_url = f"{'https' if raw.text('restapi', 'certfile') else 'http'}://{listen if ':' in listen.rpartition(']')[2] else listen + ':8008'}"
     credentials = raw.credentials("ctl", "authentication")
     if not credentials[0]:
         credentials = raw.credentials("restapi", "authentication")

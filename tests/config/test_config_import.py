@@ -287,7 +287,7 @@ def test_every_parameter_that_is_controlled_has_patronis_default():
 
 
 @pytest.mark.parametrize(("key", "value", "needs"), [
-    ("etcd3.cacert", "/ca", {"protocol": "http"}), ("etcd3.cert", "/c", {"protocol": None}), ("restapi.keyfile", "/k", {}), ("restapi.verify_client", "required", {}),
+    ("etcd3.cacert", "/ca", {"protocol": "http"}), ("etcd3.cert", "/c", {"protocol": None}), ("restapi.keyfile", "/k", {}), ("restapi.keyfile_password", "hush-1", {}), ("ctl.keyfile", "/k", {}), ("ctl.keyfile_password", "hush-1", {}), ("restapi.verify_client", "required", {}),
 ])
 def test_what_had_no_effect_there_is_dropped(key, value, needs):
     raw = changed(key, value)

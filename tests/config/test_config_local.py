@@ -86,6 +86,10 @@ def test_means(tmp_path, key, value, attribute, means):
     ("restapi.request_queue_size", 5000, "FILE: restapi.request_queue_size: is 5000, above the maximum; allowed: a whole number from 0 to 4096"),
     ("restapi.verify_client", "required", "FILE: restapi.verify_client: is required, which needs certfile and cafile"),
     ("restapi.keyfile", "/k", "FILE: restapi.keyfile: is given without certfile; allowed: both or none"),
+    ("restapi.keyfile_password", "hush", "FILE: restapi.keyfile_password: is given without certfile; allowed: both or none"),
+    ("ctl.keyfile", "/k", "FILE: ctl.keyfile: is given without certfile; allowed: both or none"),
+    ("ctl.keyfile_password", "hush", "FILE: ctl.keyfile_password: is given without certfile; allowed: both or none"),
+    ("log.static_fields", {"app": "x", "level": "y"}, "FILE: log.static_fields: has level, which pgha sets itself; allowed: a table of texts; not time, level, event, traceback"),
     ("etcd3.cacert", "/ca", 'FILE: etcd3.cacert: is given, but protocol is http; allowed: protocol = "https"'),
     ("etcd3.host", "a", "FILE: etcd3.host: is given together with hosts; allowed: one of them"),
     ("etcd3", {"url": "http://me:hush@e:1"}, "FILE: etcd3.url: has credentials in it; they belong into username and password; allowed: http://host:port or https://host:port"),
@@ -250,7 +254,7 @@ def test_ctl_needs_less(tmp_path):
 def test_no_password_is_ever_shown(tmp_path):
     """Neither by a good configuration, nor by any mistake around a password."""
     everywhere = changed("etcd3", {"hosts": "a", "username": "u", "password": PASSWORDS["etcd"]}, changed(
-        "ctl", {"authentication": {"username": "u", "password": PASSWORDS["ctl"]}, "keyfile_password": PASSWORDS["keyfile"]}, changed(
+        "ctl", {"authentication": {"username": "u", "password": PASSWORDS["ctl"]}, "certfile": "/c", "keyfile_password": PASSWORDS["keyfile"]}, changed(
             "postgresql.authentication.rewind", {"username": "u", "password": PASSWORDS["rewind"]}, changed(
                 "postgresql.authentication.superuser.sslpassword", PASSWORDS["sslpassword"]))))
     result = loaded(tmp_path, everywhere)
