@@ -140,8 +140,9 @@ class Agent:
     """One node's parts, and the loop over them."""
 
     def __init__(self, loaded: Loaded, *, path: str, environ: dict[str, str], clock: Clock, store: Callable[[LocalConfig], Store] | None = None,
-                 machine: Machine | None = None) -> None:
+                 machine: Machine | None = None, read_files: Callable[[], Loaded] | None = None) -> None:
         local = loaded.local
+        self.read_files = read_files or (lambda: load(path, environ))
         self.path, self.environ, self.clock, self.local = path, environ, clock, local
         self.state_dir = prepare_state_dir(local, environ)
         self.runtime_dir = prepare_runtime_dir(local, environ)
@@ -814,7 +815,7 @@ class Agent:
         if not self.shutting_down:
             self.machine.notify("RELOADING=1")      # until the next pass says READY=1 again
         try:
-            loaded = await self.machine.in_thread(lambda: load(self.path, self.environ), abandon_on_cancel=True)
+            loaded = await self.machine.in_thread(self.read_files, abandon_on_cancel=True)
         except ConfigError as error:
             return self._not_reloaded(error.problems)
         fixed = needs_new_agent(self.local, loaded.local)

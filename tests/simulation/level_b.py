@@ -97,7 +97,7 @@ class AgentProcess:
             loaded = Loaded(local=host.local, warnings=(), consumed_env=frozenset())
             self._agent = agent = Told.__new__(Told)
             agent.owner = self
-            agent.__init__(loaded, path="/sim/pgha.toml", environ={}, clock=host.clock, machine=self.machine,  # type: ignore[misc]
+            agent.__init__(loaded, path="/sim/pgha.toml", environ={}, clock=host.clock, machine=self.machine, read_files=lambda: loaded,  # type: ignore[misc]
                            store=lambda _: SimStore(world.store, host.name, first=next(count)))
             await agent.run()
         except BaseException as error:  # noqa: BLE001  (whatever ends it is judged here)
