@@ -1,6 +1,6 @@
 """`pgha ctl`: look at a cluster and change it. Standard library only, so that it starts at once.
 
-Results go to standard output, everything else to standard error. Exit codes: ends.py.
+Results, and what is done on which member, go to standard output; questions, warnings and refusals to standard error. Exit codes: ends.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import io
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from pgha.ctl.cluster import ROLES
 from pgha.ctl.ends import USAGE, End
@@ -32,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         settings = None
         if given.command != "version" or given.members:
-            settings = load(config_file=given.config_file, scope=_scope(given), dcs_url=given.dcs_url, environ=environment(), insecure=given.insecure)
+            scope, otherwise = _scope(given)
+            settings = load(config_file=given.config_file, scope=scope, otherwise=otherwise, dcs_url=given.dcs_url, environ=environment(), insecure=given.insecure)
         return _run(given, settings)
     except End as end:
         print("\n".join(f"pgha: {line}" for line in plain(end.text).split("\n")), file=sys.stderr)
@@ -42,12 +44,31 @@ def main(argv: Sequence[str]) -> int:
         return USAGE
 
 
-def _scope(given: argparse.Namespace) -> str | None:
-    """Which cluster, if the command line says so: in front of the command, or after it as the reference has it."""
-    named: str | None = getattr(given, "cluster", None)
-    if named and given.scope and named != given.scope:
-        raise End(USAGE, f"which cluster: {named} or --scope {given.scope}?")
-    return named or given.scope
+def _scope(given: argparse.Namespace) -> tuple[str | None, str | None]:
+    """Which cluster, if the command line says so: in front of the command, or after it as the reference has it. The second is
+    what counts only where no cluster is configured."""
+    named: str | list[str] | None = getattr(given, "cluster", None)
+    names = [named] if isinstance(named, str) else named or []
+    if given.scope and any(name != given.scope for name in names):
+        raise End(USAGE, f"which cluster: {' '.join(names)} or --scope {given.scope}?")
+    if isinstance(named, str):
+        return named, None
+    return given.scope, next(iter(names or getattr(given, "members", [])), None)
+
+
+class _Intermixed(argparse.ArgumentParser):
+    """Of one command: its options may stand in front of its arguments, behind and between them, as the reference has it."""
+
+    _inside = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._inside:
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
 
 
 def _run(given: argparse.Namespace, settings: object) -> int:
@@ -68,23 +89,25 @@ def parser() -> argparse.ArgumentParser:
         return parser
 
     top = options(argparse.ArgumentParser(prog="pgha ctl", description="Look at a cluster and change it.", allow_abbrev=False), default=None)
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Intermixed)
 
-    def command(name: str, does: str, *, form: str | None = None, forms: Sequence[str] = FORMATS, cluster: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, does: str, *, form: str | None = None, forms: Sequence[str] = FORMATS, cluster: bool = True, several: bool = False) -> argparse.ArgumentParser:
         # The common options may stand on either side of the command; -c and -d after query are its own, as the reference has them.
         parser = options(commands.add_parser(name, help=does, description=does, allow_abbrev=False), default=argparse.SUPPRESS, short=name != "query")
-        if cluster:
+        if several:
+            parser.add_argument("cluster", nargs="*", metavar="CLUSTER", help="which clusters (default: the configured one)")
+        elif cluster:
             parser.add_argument("cluster", nargs="?", metavar="CLUSTER", help="which cluster, as --scope says it, too")
         if form is not None:
             parser.add_argument("-f", "--format", default=form, choices=forms, metavar="FORMAT", help=f"{', '.join(forms)} (default: {form})")
         return parser
 
-    listing = command("list", "who leads, who follows, how far behind (in MiB)", form="table")
+    listing = command("list", "who leads, who follows, how far behind (in MiB)", form="table", several=True)
     listing.add_argument("-e", "--extended", action="store_true", help="all columns, also those in which nobody has anything")
     listing.add_argument("-t", "--timestamp", action="store_true", help="the time above the table")
     watch_options(listing)
 
-    watch_options(command("topology", "the members as a tree: who streams from whom, by the tag replicatefrom"))
+    watch_options(command("topology", "the members as a tree: who streams from whom, by the tag replicatefrom", several=True))
 
     live = command("watch", "the cluster live: its members, and what happens on them, until q or Ctrl-C", form="table", forms=("table", "json"))
     live.add_argument("--once", action="store_true", help="print it once, with the last events (json: all that are kept)")
@@ -123,12 +146,12 @@ def parser() -> argparse.ArgumentParser:
     restart.add_argument("--scheduled", metavar="WHEN", help="now, or a moment as 2026-01-31T03:00:00+01:00; conditions count then")
     flush = command("flush", "take back scheduled restarts, or the scheduled switchover", cluster=False)
     reinit = command("reinit", "let members throw their data away and copy it anew", cluster=False)
-    reinit.add_argument("members", nargs="*", metavar="MEMBER", help="which replicas (the cluster's own name may stand in front)")
+    reinit.add_argument("members", nargs="*", metavar="MEMBER", help="which replicas (the cluster's name may stand in front)")
     reinit.add_argument("--from-leader", action="store_true", help="copy the leader, and no other member")
     reinit.add_argument("--wait", action="store_true", help="until PostgreSQL runs on the copy, however long that takes")
     reinit.add_argument("--force", action="store_true", help="do not ask, and cancel what the member is doing")
     for parser in (restart, command("reload", "let agents read their configuration again", cluster=False), flush):
-        parser.add_argument("members", nargs="*", metavar="MEMBER", help="default: all (the cluster's own name may stand in front)")
+        parser.add_argument("members", nargs="*", metavar="MEMBER", help="default: all (the cluster's name may stand in front)")
         parser.add_argument("--role", "-r", choices=ROLES, default="any", help="only members that are this; primary: a leader that takes writes")
         parser.add_argument("--force", action="store_true", help="do not ask")
     flush.add_argument("target", choices=("restart", "switchover"), help="restart: the members' scheduled ones; switchover: the cluster's")
@@ -158,6 +181,6 @@ def parser() -> argparse.ArgumentParser:
                          help="what would happen if: NODE=down, dcs=down or NODE.lag=SIZE (as 20MB); several together; nothing is changed")
     explain.add_argument("--json", action="store_true", help="the whole decision as JSON")
     command("version", "of this program; with members, of theirs and PostgreSQL's", cluster=False).add_argument(
-        "members", nargs="*", metavar="MEMBER", help="whose, too (default: only this program's)")
+        "members", nargs="*", metavar="MEMBER", help="whose, too (default: only this program's; the cluster's name may stand in front)")
     return top
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from pgha.ctl.cluster import warn
 from pgha.ctl.ends import FAILED, UNKNOWN, UNREACHABLE, End, code_of
 from pgha.ctl.exchange import Answer, NoAnswer, request, tls_context
-from pgha.ctl.settings import Settings
+from pgha.ctl.settings import Rest, Settings
+
+if TYPE_CHECKING:
+    import ssl
 
 
 def ask(settings: Settings, base_url: str, method: str, path: str, *, body: Any = None, timeout_s: float = 5.0) -> Answer:
@@ -20,14 +24,31 @@ def ask(settings: Settings, base_url: str, method: str, path: str, *, body: Any 
     headers = {}
     if rest.username and method != "GET":
         headers["Authorization"] = "Basic " + base64.b64encode(f"{rest.username}:{rest.password}".encode()).decode()
-    tls = None
-    if base_url.startswith("https"):
-        tls = tls_context(cacert=rest.cacert, cert=rest.certfile, key=rest.keyfile, key_password=rest.keyfile_password, insecure=rest.insecure)
+    tls = context(rest) if base_url.startswith("https") else None
     data = None
     if body is not None:
         data = json.dumps(body).encode()
         headers["Content-Type"] = "application/json"
     return request(method, base_url + path, body=data, headers=headers, timeout_s=timeout_s, tls=tls)
+
+
+def context(rest: Rest) -> ssl.SSLContext:
+    """For agents that are asked over https. Without ctl.certfile the certificate of the node's own API is shown, as agents do
+    among themselves; whoever may not read its key goes on without. End(USAGE) names a file that does not work."""
+    cert, key, password = rest.server
+    if cert and not rest.certfile:
+        try:
+            return tls_context(cacert=rest.cacert, cert=cert, key=key, key_password=password, insecure=rest.insecure)
+        except End as end:
+            without = tls_context(cacert=rest.cacert, insecure=rest.insecure)
+            _warn_once(f"{end.text}; agents are asked without a client certificate (ctl.certfile and ctl.keyfile: one that this user may read)")
+            return without
+    return tls_context(cacert=rest.cacert, cert=rest.certfile, key=rest.keyfile, key_password=rest.keyfile_password, insecure=rest.insecure)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warn(text)
 
 
 def unheard(what: str, failure: NoAnswer) -> int:

@@ -158,15 +158,27 @@ def warn(text: str) -> None:
 
 
 def members_named(cluster: Cluster, names: list[str]) -> list[str]:
-    """The members meant, each once; the cluster's own name in front is taken for that, as the reference's commands have it.
+    """The members meant, each once: all, if none is named. End if there is none of that name."""
+    return known(cluster, without_scope(cluster, names), scope_named=names[:1] == [cluster.scope]) or list(cluster.members)
 
-    End if there is none of that name."""
-    if names and names[0] == cluster.scope and names[0] not in cluster.members:
-        names = names[1:]
-    unknown = [name for name in names if name not in cluster.members]
-    if unknown:
-        raise End(USAGE, f"no such member: {', '.join(unknown)}; there are {', '.join(cluster.members) or 'none'}")
-    return list(dict.fromkeys(names or cluster.members))
+
+def known(cluster: Cluster, names: list[str], *, scope_named: bool) -> list[str]:
+    """These members. End if one is none; that says, unless the cluster was named, that the first may have been meant for that."""
+    if unknown := [name for name in names if name not in cluster.members]:
+        other = f"; nor is {names[0]} the cluster's name, which is {cluster.scope} (another cluster: --scope {names[0]})" if not scope_named and unknown[0] == names[0] else ""
+        raise End(USAGE, f"no such member: {', '.join(unknown)}; there are {', '.join(cluster.members) or 'none'}{other}")
+    return list(dict.fromkeys(names))
+
+
+def without_scope(cluster: Cluster, names: list[str]) -> list[str]:
+    """The names of members among those after a command: the cluster's own may stand in front, as the reference's commands have
+    it. End if that is a member's, too, for one is not all."""
+    scope = cluster.scope
+    if names[:1] != [scope]:
+        return names
+    if scope in cluster.members and names[1:2] != [scope]:
+        raise End(USAGE, f"{scope} is the cluster's name, and a member's; allowed: {scope} {scope} for that member, --scope {scope} and no name for all")
+    return names[1:]
 
 
 def chosen(cluster: Cluster, names: list[str], *, role: str) -> list[str]:

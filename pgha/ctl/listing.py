@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster
+from pgha.ctl.ends import DONE, End, of_several
 from pgha.ctl.output import Column, plain, records, table
 from pgha.ctl.settings import Settings
 from pgha.ctl.watch import repeated
@@ -22,19 +24,57 @@ EXTRA = (Column("Pending restart"), Column("Pending restart reason"), Column("Sc
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
-    return repeated(given.watch, lambda: shown(clusters.read_or_ask(settings), given.format, extended=given.extended, timestamp=given.timestamp))
+    return of_each(settings, given, lambda seen: _all(seen, given.format, extended=given.extended, timestamp=given.timestamp))
+
+
+def of_each(settings: Settings, given: argparse.Namespace, look: Callable[[list[Cluster]], str]) -> int:
+    """Print what `look` makes of the clusters that are named, as often as asked. One that cannot be read is named, and costs the
+    others nothing."""
+    names = list(dict.fromkeys(given.cluster)) or [settings.scope]
+    code = DONE
+
+    def looked() -> str:
+        nonlocal code
+        seen, failures = [], []
+        for name in names:
+            try:
+                seen.append(clusters.read_or_ask(settings.of(name)))
+            except End as end:
+                failures.append(end)
+        code = of_several([DONE] * len(seen) + [end.code for end in failures])
+        text = "\n".join(dict.fromkeys(end.text for end in failures))
+        if not seen:
+            raise End(code, text)
+        if text:
+            clusters.warn(text)
+        return look(seen)
+
+    return max(repeated(given.watch, looked), code)
+
+
+def _all(seen: list[Cluster], form: str, *, extended: bool, timestamp: bool) -> str:
+    """A table each, or all rows together."""
+    if form in ("table", "pretty"):
+        return "\n".join(shown(cluster, form, extended=extended, timestamp=timestamp and cluster is seen[0]) for cluster in seen)
+    rows = [{"Cluster": cluster.scope, **row} for cluster in seen for row in member_rows(cluster)]
+    return records((Column("Cluster"), *_columns(rows, extended=extended)), rows, form)
+
+
+def _columns(rows: list[dict[str, Any]], *, extended: bool) -> tuple[Column, ...]:
+    return (*COLUMNS, *(c for c in EXTRA if extended or any(row.get(c.name) for row in rows)))
 
 
 def shown(cluster: Cluster, form: str = "table", *, extended: bool = False, timestamp: bool = False,
           rows: list[dict[str, Any]] | None = None) -> str:
     """The whole output of `list`, without the last newline. `rows`: as member_rows gives them, in another order."""
-    rows = member_rows(cluster) if rows is None else rows
-    columns = (*COLUMNS, *(c for c in EXTRA if extended or any(row.get(c.name) for row in rows)))
     if form not in ("table", "pretty"):
-        return records((Column("Cluster"), *columns), [{"Cluster": cluster.scope, **row} for row in rows], form)
-    title = plain(f"Cluster: {cluster.scope} ({cluster.system_identifier or 'initializing'})").replace("\n", "\\n")
+        return _all([cluster], form, extended=extended, timestamp=False)
+    rows = member_rows(cluster) if rows is None else rows
+    # The reference's words for an empty key and for none. An agent that is asked in the store's place may just not know it.
+    known = cluster.system_identifier or ("initializing" if "initialize" in cluster.keys else "uninitialized" if cluster.keys else "unknown")
+    title = plain(f"Cluster: {cluster.scope} ({known})").replace("\n", "\\n")
     parts = [time.strftime("%Y-%m-%d %H:%M:%S")] if timestamp else []
-    parts.append(table(columns, rows, title=title))
+    parts.append(table(_columns(rows, extended=extended), rows, title=title))
     parts += _footer(cluster.body)
     return "\n".join(parts)
 

@@ -21,7 +21,7 @@ from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster
 from pgha.ctl.ends import UNREACHABLE, End
-from pgha.ctl.exchange import NoAnswer, tls_context
+from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.output import plain
 from pgha.ctl.settings import Settings
 from pgha.ctl.store import Key, Store
@@ -195,10 +195,7 @@ class Feed:
         return f"{address.replace('http', 'ws', 1)}/pgha/events?{'&'.join(asked)}"
 
     def _tls(self, address: str) -> Any:
-        rest = self._settings.rest
-        if not address.startswith("https"):
-            return None
-        return tls_context(cacert=rest.cacert, cert=rest.certfile, key=rest.keyfile, key_password=rest.keyfile_password, insecure=rest.insecure)
+        return agents.context(self._settings.rest) if address.startswith("https") else None
 
 
 def _read(settings: Settings) -> dict[str, Key]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
-from pgha.ctl.cluster import Cluster, chosen, members_named
+from pgha.ctl.cluster import Cluster, chosen, known, without_scope
 from pgha.ctl.ends import DONE, FAILED, REFUSED, UNKNOWN, USAGE, End, of_several
 from pgha.ctl.exchange import NoAnswer
 from pgha.ctl.listing import shown
@@ -31,7 +31,7 @@ _BUSY = "already in progress"
 def run(settings: Settings, given: argparse.Namespace) -> int:
     cluster = clusters.read(settings)
     print(shown(cluster), flush=True)
-    names = _meant(settings, cluster, given)
+    names = _meant(cluster, given)
     if given.dry_run:
         from pgha.ctl import dry_run
 
@@ -46,8 +46,8 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     return of_several(list(codes.values()))
 
 
-def _meant(settings: Settings, cluster: Cluster, given: argparse.Namespace) -> list[str]:
-    asked_for = [name for name in given.members if name != settings.scope or name in cluster.members]
+def _meant(cluster: Cluster, given: argparse.Namespace) -> list[str]:
+    asked_for = without_scope(cluster, given.members)
     replicas = chosen(cluster, [], role="replica")
     if not asked_for and replicas and not given.force:
         asked_for = [name for name in choose(f"Which member do you want to reinitialize {replicas}?").replace(",", " ").split() if name]
@@ -55,7 +55,7 @@ def _meant(settings: Settings, cluster: Cluster, given: argparse.Namespace) -> l
         raise End(USAGE, f"which member? There are {', '.join(replicas) or 'no replicas'}")
     if not set(asked_for) & set(replicas):
         raise End(REFUSED, f"No replica among provided members; there are {', '.join(replicas) or 'none'}")
-    names = members_named(cluster, asked_for)
+    names = known(cluster, asked_for, scope_named=given.members[:1] == [cluster.scope])
     if cluster.leader in names:
         clusters.warn(f"{cluster.leader} is the leader, and is left out")
     return [name for name in names if name in replicas]

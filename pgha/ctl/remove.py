@@ -13,6 +13,7 @@ from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster
 from pgha.ctl.ends import DONE, FAILED, REFUSED, USAGE, End
 from pgha.ctl.listing import shown
+from pgha.ctl.output import say
 from pgha.ctl.prompt import typed
 from pgha.ctl.settings import Settings
 from pgha.ctl.store import Key, Store
@@ -29,11 +30,13 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
         raise End(FAILED, f"there is no cluster {settings.scope!r} in the store")
     cluster = clusters.understood(settings.scope, keys, whatever=True)
     print(shown(cluster, given.format), flush=True)
+    tell = say if given.format in ("table", "pretty") else clusters.warn      # what a program reads stays whole
     running = [name for name in cluster.members if keys[f"members/{name}"].lease]
     if running:
         clusters.warn(f"agents run on {', '.join(running)}: stop them first, or they write their keys again")
     if given.dry_run:
-        return _dry_run(settings, cluster, keys)
+        tell(_dry_run(settings, cluster, keys))
+        return DONE
     if typed("Please confirm the cluster name to remove") != settings.scope:
         raise End(REFUSED, "Cluster names specified do not match")
     if typed(f'You are about to remove all information in DCS for {settings.scope}, please type: "{_AWARE}"') != _AWARE:
@@ -43,14 +46,15 @@ def run(settings: Settings, given: argparse.Namespace) -> int:
     removed = store.remove(settings.root, unchanged="leader", value=keys["leader"].value if "leader" in keys else None)
     if removed is None:
         raise End(FAILED, "another leader was elected meanwhile: nothing was removed; look and try again")
-    print(f"Success: {removed} keys of cluster {settings.scope} removed; no data was touched")
+    tell(f"Success: {removed} keys of cluster {settings.scope} removed; no data was touched")
     return DONE
 
 
-def _dry_run(settings: Settings, cluster: Cluster, keys: Mapping[str, Key]) -> int:
+def _dry_run(settings: Settings, cluster: Cluster, keys: Mapping[str, Key]) -> str:
     """What is asked, and what goes."""
-    print(f"remove of cluster {settings.scope}: would be done, once three questions are answered (dry run: nothing is changed)")
-    print(f"  1. ctl  ask for the cluster's name, for \"{_AWARE}\"" + (f", and for its leader, {cluster.leader}" if cluster.leader else "; there is no leader to ask for"))
-    print(f"  2. ctl  remove {len(keys)} keys below {settings.root} in one step, if {f'{cluster.leader} still leads then' if cluster.leader else 'nobody leads then either'}")
-    print("  data stays: no directory of any node is touched", flush=True)
-    return DONE
+    lines = [f"remove of cluster {settings.scope}: would be done, once three questions are answered (dry run: nothing is changed)"]
+    leader = f", and for its leader, {cluster.leader}" if cluster.leader else "; there is no leader to ask for"
+    lines.append(f"  1. ctl  ask for the cluster's name, for \"{_AWARE}\"{leader}")
+    unchanged = f"{cluster.leader} still leads then" if cluster.leader else "nobody leads then either"
+    lines.append(f"  2. ctl  remove {len(keys)} keys below {settings.root} in one step, if {unchanged}")
+    return "\n".join([*lines, "  data stays: no directory of any node is touched"])

@@ -23,7 +23,7 @@ _VARIABLES = {
     "PGHA_SCOPE": ("scope",), "PGHA_NAMESPACE": ("namespace",), "PGHA_NAME": ("name",),
     **{f"PGHA_ETCD3_{key.upper()}": ("etcd3", key) for key in
        ("host", "hosts", "url", "protocol", "username", "password", "password_file", "cacert", "cert", "key")},
-    **{f"PGHA_RESTAPI_{key.upper()}": ("restapi", key) for key in ("listen", "connect_address", "certfile", "cafile")},
+    **{f"PGHA_RESTAPI_{key.upper()}": ("restapi", key) for key in ("listen", "connect_address", "certfile", "keyfile", "keyfile_password", "cafile")},
     **{f"PGHA_CTL_{key.upper()}": ("ctl", key) for key in ("insecure", "cacert", "certfile", "keyfile", "keyfile_password")},
     **{f"PGHA_{section.upper()}_{key.upper()}": (section, "authentication", key) for section in ("restapi", "ctl")
        for key in ("username", "password", "password_file")},
@@ -56,6 +56,7 @@ class Rest(NamedTuple):
     certfile: str = ""
     keyfile: str = ""
     keyfile_password: str = ""
+    server: tuple[str, str, str] = ("", "", "")     #: the same three of the node's own API, shown where ctl has none of its own
 
     def __repr__(self) -> str:
         return f"Rest({self.own_url!r}, username={self.username!r}, password=***)"
@@ -74,6 +75,10 @@ class Settings(NamedTuple):
         """The API of the configured node's agent, if it may be asked about this cluster; else ""."""
         return "" if self.elsewhere else self.rest.own_url
 
+    def of(self, scope: str) -> Settings:
+        """The same for another cluster in the same store and namespace."""
+        return self._replace(scope=scope, elsewhere=self.elsewhere or scope != self.scope)
+
     @property
     def root(self) -> str:
         """"/service/demo/": what all keys of the cluster begin with."""
@@ -81,8 +86,8 @@ class Settings(NamedTuple):
         return "/" + "/".join(parts) + "/"
 
 
-def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, environ: Mapping[str, str], insecure: bool = False) -> Settings:
-    """Read it all. End(USAGE) names file, key and what is wrong."""
+def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, environ: Mapping[str, str], insecure: bool = False, otherwise: str | None = None) -> Settings:
+    """Read it all. `otherwise`: the scope if neither `scope` nor the configuration says it. End(USAGE) names file, key and what is wrong."""
     raw = _Raw(*_read(config_file, environ))
     for variable, path in _VARIABLES.items():
         if environ.get(variable):
@@ -96,10 +101,11 @@ def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, env
     if not credentials[0]:
         credentials = raw.credentials("restapi", "authentication")
     rest = Rest(own_url, *credentials, insecure=insecure or raw.flag("ctl", "insecure"), cacert=raw.text("ctl", "cacert") or raw.text("restapi", "cafile"),
-                certfile=raw.text("ctl", "certfile"), keyfile=raw.text("ctl", "keyfile"), keyfile_password=raw.text("ctl", "keyfile_password"))
-    found = scope or raw.text("scope")
+                certfile=raw.text("ctl", "certfile"), keyfile=raw.text("ctl", "keyfile"), keyfile_password=raw.text("ctl", "keyfile_password"),
+                server=(raw.text("restapi", "certfile"), raw.text("restapi", "keyfile"), raw.text("restapi", "keyfile_password")))
+    found = scope or raw.text("scope") or otherwise
     if not found:
-        raise End(USAGE, f'{raw.source}: scope is not set (which cluster?); allowed: --scope NAME, scope = "NAME" or PGHA_SCOPE')
+        raise End(USAGE, f'{raw.source}: scope is not set (which cluster?); allowed: --scope NAME, scope = "NAME", PGHA_SCOPE, or the name as first argument')
     elsewhere = bool(dcs_url or environ.get("DCS_URL")) or found != (raw.text("scope") or found)
     return Settings(found, raw.text("namespace") or DEFAULT_NAMESPACE, raw.text("name"), etcd, rest, elsewhere)
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import Cluster
-from pgha.ctl.listing import member_rows, shown
+from pgha.ctl.listing import member_rows, of_each, shown
 from pgha.ctl.settings import Settings
-from pgha.ctl.watch import repeated
 
 
 def run(settings: Settings, given: argparse.Namespace) -> int:
-    return repeated(given.watch, lambda: tree(clusters.read_or_ask(settings)))
+    return of_each(settings, given, lambda seen: "\n".join(map(tree, seen)))
 
 
 def tree(cluster: Cluster) -> str:

@@ -8,7 +8,7 @@ from pgha import __version__
 from pgha.ctl import agents
 from pgha.ctl import cluster as clusters
 from pgha.ctl.cluster import members_named
-from pgha.ctl.ends import DONE, End
+from pgha.ctl.ends import DONE, End, of_several
 from pgha.ctl.output import say
 from pgha.ctl.settings import Settings
 
@@ -18,14 +18,15 @@ def run(settings: Settings | None, given: argparse.Namespace) -> int:
     if settings is None:
         return DONE
     cluster = clusters.read(settings)
-    code = DONE
+    codes = []
     for name in members_named(cluster, given.members):
         try:
             body = agents.get_json(settings, cluster.api_url(name), "/patroni")
         except End as end:
             clusters.warn(f"{name}: {end.text}")
-            code = max(code, end.code)
+            codes.append(end.code)
             continue
+        codes.append(DONE)
         number = body.get("server_version")
         postgres = f" PostgreSQL {number // 10000}.{number % 10000}" if isinstance(number, int) and number >= 100000 else ""
         own = body.get("pgha")
@@ -35,4 +36,4 @@ def run(settings: Settings | None, given: argparse.Namespace) -> int:
             theirs = body.get("patroni")
             product = f"Patroni {theirs.get('version')}" if isinstance(theirs, dict) else "a program that does not say which it is"
         say(f"{name}: {product}{postgres}")
-    return code
+    return of_several(codes)

@@ -60,7 +60,10 @@ def _show(text: str | None) -> None:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0 < seconds <= 86400:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no such number of seconds; allowed: more than 0, up to 86400, as 2 or 0.5")
     return seconds

@@ -395,6 +395,46 @@ def test_agents_are_asked_over_tls_with_a_client_certificate(world: World, start
 
 
 @pytest.mark.etcd
+@pytest.mark.parametrize("by", ["file", "environment"])
+def test_the_node_s_own_certificate_is_shown_where_ctl_has_none(world: World, start_agent: Any, certificates: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    world.load("steady")
+    server = make_context(certfile=f"{certificates}/node.crt", keyfile=f"{certificates}/node.key", cafile=f"{certificates}/ca.crt", verify_client="optional")
+    host, port = start_agent(app_of(Loop(world), access=Access(require_cert=True)), ssl_context=server)
+    raw = json.loads(world.get("members/n1"))
+    world.put("members/n1", {**raw, "api_url": f"https://{host}:{port}/patroni"}, leased=True)
+    subprocess.run(["openssl", "rsa", "-aes256", "-passout", "pass:geheim", "-in", certificates / "node.key", "-out", certificates / f"{by}.key"],
+                   check=True, capture_output=True, timeout=30)
+    own = {"cafile": f"{certificates}/ca.crt", "certfile": f"{certificates}/node.crt", "keyfile": f"{certificates}/{by}.key", "keyfile_password": "geheim"}
+    if by == "file":
+        world.extra = "[restapi]\n" + "".join(f'{key} = "{value}"\n' for key, value in own.items())
+    else:
+        for key, value in own.items():
+            monkeypatch.setenv(f"PGHA_RESTAPI_{key.upper()}", value)
+    assert world.ctl("switchover", "--force")[0] == 0
+    world.extra += f'[ctl]\ncertfile = "{certificates}/nothing.crt"\n'       # its own counts, also where it does not work
+    code, _, err = world.ctl("explain", "n1")
+    assert (code, "nothing.crt: No such file or directory" in err) == (2, True)
+
+
+@pytest.mark.etcd
+@pytest.mark.parametrize(("file", "contents"), [("missing.key", None), ("broken.key", "no key")])
+def test_a_certificate_of_the_node_that_cannot_be_used_is_done_without_and_said_once(world: World, start_agent: Any, certificates: Path, file: str, contents: str | None) -> None:
+    world.load("steady")
+    server = make_context(certfile=f"{certificates}/node.crt", keyfile=f"{certificates}/node.key", cafile=f"{certificates}/ca.crt", verify_client="optional")
+    host, port = start_agent(app_of(Loop(world), access=Access(require_cert=True)), ssl_context=server)
+    for name in ("n1", "n2"):
+        world.put(f"members/{name}", {**json.loads(world.get(f"members/{name}")), "api_url": f"https://{host}:{port}/patroni"}, leased=True)
+    if contents is not None:
+        (certificates / file).write_text(contents)
+    world.extra = f'[restapi]\ncafile = "{certificates}/ca.crt"\ncertfile = "{certificates}/node.crt"\nkeyfile = "{certificates}/{file}"\n'
+    code, out, err = world.ctl("version", "n1", "n2")
+    assert code == 0
+    assert out.count("pgha 0.1.0") == 2
+    assert err.count("agents are asked without a client certificate (ctl.certfile and ctl.keyfile: one that this user may read)\n") == len(err.splitlines()) == 1
+    assert f"{certificates}/{file}" in err
+
+
+@pytest.mark.etcd
 def test_the_store_is_read_over_tls(certificates: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from etcd_server import EtcdCluster
 

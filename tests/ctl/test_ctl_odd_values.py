@@ -48,7 +48,8 @@ def with_member(world: World, name: str, **values: Any) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "code"), [
-    (["restart", "n2", "n3", "--force"], 1), (["reload", "n2", "n3", "--force"], 1), (["reinit", "n2", "n3", "--force"], 1), (["version", "n2", "n3"], 5),
+    (["restart", "n2", "n3", "--force"], 1), (["reload", "n2", "n3", "--force"], 1), (["reinit", "n2", "n3", "--force"], 1), (["version", "n2", "n3"], 1),
+    (["restart", "n2", "--force"], 5), (["reload", "n2", "--force"], 5), (["reinit", "n2", "--force"], 5), (["version", "n2"], 5),
     (["explain", "n2"], 5), (["pause"], 0), (["watch", "--once"], 5),
 ])
 @pytest.mark.parametrize("address", ["http://☃:8008/patroni", "http://127.0.0.1:1/☃", "http://\ud800:8008/patroni", "http://a\r\nX: y:8008/patroni"])

@@ -70,6 +70,59 @@ def test_toml_holds_what_json_does(world: World) -> None:
 
 
 @pytest.mark.etcd
+@pytest.mark.parametrize(("identifier", "shown"), [(None, "uninitialized"), (b"", "initializing"), (b"7000000000000000001", "7000000000000000001")])
+def test_the_title_says_whether_the_cluster_is_initialised(world: World, identifier: bytes | None, shown: str) -> None:
+    world.load("steady")
+    world.delete("initialize")
+    if identifier is not None:
+        world.put("initialize", identifier)
+    for command in ("list", "topology"):
+        assert world.ctl(command)[1].startswith(f"+ Cluster: bench ({shown}) ")
+
+
+@pytest.fixture
+def two(world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A second cluster, beta, next to bench in its namespace; its one member carries a tag."""
+    world.load("steady")
+    raw = json.loads(world.get("members/n3"))
+    with monkeypatch.context() as other:
+        other.setattr(world, "root", f"/{world.namespace}/beta/")
+        world.put("initialize", b"7000000000000000001")
+        world.put("members/x1", {**raw, "tags": {"zone": "b"}}, leased=True)
+    return world
+
+
+@pytest.mark.etcd
+def test_several_clusters_have_a_table_each_and_their_rows_together(two: World) -> None:
+    single = two.ctl("list")[1]
+    code, out, err = two.ctl("list", "bench", "beta", "-t")
+    assert (code, err) == (0, "")
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n", out)
+    assert out[20:].startswith(single + "+ Cluster: beta (7000000000000000001) ")
+    assert out.count("| x1 ") == out.count("Tags") == 1
+    code, out, err = two.ctl("topology", "beta", "-k", "bench", "beta")
+    assert (code, err) == (0, "")
+    assert [line.split("(")[0].strip() for line in out.splitlines() if "Cluster:" in line] == ["+ Cluster: beta", "+ Cluster: bench"]
+    rows = json.loads(two.ctl("list", "-f", "json", "bench", "beta")[1])
+    assert [(row["Cluster"], row["Member"]) for row in rows] == [("bench", "n1"), ("bench", "n2"), ("bench", "n3"), ("beta", "x1")]
+    assert rows[:3] == json.loads(two.ctl("list", "-f", "json")[1])
+    assert rows[3:] == json.loads(two.ctl("list", "-f", "json", "beta")[1])
+    assert tomllib.loads(two.ctl("list", "-f", "toml", "bench", "beta")[1])["members"] == rows
+    tsv = two.ctl("list", "-f", "tsv", "bench", "beta")[1].splitlines()
+    assert len(tsv) == 5
+    assert len({line.count("\t") for line in tsv}) == 1
+
+
+@pytest.mark.etcd
+def test_a_cluster_that_is_not_there_costs_the_others_nothing(two: World) -> None:
+    code, out, err = two.ctl("list", "gone", "beta", "-f", "json")
+    assert (code, err) == (1, "pgha: there is no cluster 'gone' in the store\n")
+    assert [row["Member"] for row in json.loads(out)] == ["x1"]
+    code, out, err = two.ctl("topology", "gone", "lost")
+    assert (code, out, err) == (1, "", "pgha: there is no cluster 'gone' in the store\npgha: there is no cluster 'lost' in the store\n")
+
+
+@pytest.mark.etcd
 def test_history_has_a_row_for_each_timeline_that_ended(world: World) -> None:
     world.load("steady")
     world.put("history", [[1, 67108864, "no recovery target specified", "2026-01-01T10:00:00+00:00", "n2"], [2, 67109000, "x\ty"], [3, 7]])
@@ -304,8 +357,10 @@ def test_options_may_stand_on_both_sides_and_the_environment_fills_in(world: Wor
     ("scope = 'a'", ["list", "-f", "yaml"], "invalid choice"),
     ("scope = 'a'", ["history", "-f", "yaml"], "invalid choice"),
     ("scope = 'a'", ["show-config", "-f", "table"], "invalid choice: 'table' (choose from 'toml', 'json')"),
-    ("scope = 'a'", ["list", "-w", "soon"], "invalid"),
-    ("scope = 'a'", ["list", "-w", "0"], "invalid"),
+    ("scope = 'a'", ["list", "-w", "soon"], "argument -w/--watch: 'soon' is no such number of seconds; allowed: more than 0, up to 86400, as 2 or 0.5"),
+    ("scope = 'a'", ["list", "-w", "0"], "argument -w/--watch: '0' is no such number of seconds; allowed: more than 0"),
+    ("scope = 'a'", ["topology", "-w", "nan"], "argument -w/--watch: 'nan' is no such number of seconds"),
+    ("scope = 'a'", ["list", "a", "b", "--scope", "a"], "which cluster: a b or --scope a?"),
     ("scope = 'a'", ["list", "-W", "-w", "5"], "not allowed with argument"),
     ("scope = 'a'", ["lis"], "invalid choice"),
 ])

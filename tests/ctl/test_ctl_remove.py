@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import threading
 
 import pytest
@@ -68,7 +69,13 @@ def test_any_other_word_removes_nothing(world: World, monkeypatch: pytest.Monkey
 def test_without_a_leader_two_questions_are_asked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.load("steady")
     world.delete("leader")
-    assert remove(world, monkeypatch, "bench\nYes I am aware\n", "-f", "json")[0] == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    code, out, err = world.ctl("remove", "--dry-run", "-f", "json")
+    assert (code, [row["Member"] for row in json.loads(out)]) == (0, ["n1", "n2", "n3"])
+    assert "pgha: remove of cluster bench: would be done, once three questions are answered" in err
+    code, out, err = remove(world, monkeypatch, "bench\nYes I am aware\n", "-f", "json")
+    assert (code, [row["Member"] for row in json.loads(out)]) == (0, ["n1", "n2", "n3"])      # nothing but JSON
+    assert "keys of cluster bench removed; no data was touched\n" in err
     assert keys(world) == set()
 
 
