@@ -34,7 +34,7 @@ from pgha.model.lock import LicenceState
 from pgha.model.observation import Observation, Operation
 from pgha.rest.health import leader_position
 from pgha.rest.published import Published
-from pgha.rest.routes import is_secret, redact
+from pgha.rest.redaction import is_secret, redact
 
 #: of a text, a list of reasons, changed keys, members: no more is told
 LONGEST_TEXT = 500

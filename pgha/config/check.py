@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,18 @@ def _on_this_machine(local: LocalConfig) -> Iterator[str]:
             file = getattr(getattr(local, section), key)
             if file and not os.access(file, os.R_OK):
                 yield f"{section}.{key}: {file} cannot be read by this user on this machine"
+    users = postgres.authentication
+    for name, user in (("superuser", users.superuser), ("replication", users.replication), *((("rewind", users.rewind),) if users.rewind is not users.superuser else ())):
+        for key in ("sslkey", "sslcert", "sslrootcert", "sslcrl", "sslcrldir"):
+            file = getattr(user, key)
+            if file and file != "system" and not os.access(file, os.R_OK):
+                yield f"postgresql.authentication.{name}.{key}: {file} cannot be read by this user on this machine"
+            elif key == "sslkey" and file and (mode := _too_open(Path(file))):
+                yield f"postgresql.authentication.{name}.sslkey: {file} has mode {mode:04o}, with which libpq does not use it; allowed: 0600, or 0640 of root's"
+
+
+def _too_open(file: Path) -> int:
+    """The mode of a key that libpq refuses for it (chapter 34.19.2); 0 if it does not."""
+    found = file.stat()
+    mode = stat.S_IMODE(found.st_mode)
+    return mode if mode & (0o037 if found.st_uid == 0 else 0o077) else 0

@@ -195,12 +195,29 @@ def _private_keys(local: LocalConfig, report: Report) -> None:
                 report.warn(path, f"{file} is readable by everybody; allowed: chmod o= {file}")
         except OSError:
             continue
+    for name in ("superuser", "replication", "rewind"):
+        user: PostgresUser = getattr(users, name)
+        try:
+            if user.sslkey and not user.sslpassword and _has_a_passphrase(user.sslkey):     # OpenSSL would ask the agent's terminal for it
+                report.warn(("postgresql", "authentication", name, "sslkey"), f"{user.sslkey} has a passphrase, which nobody will give; allowed: a key without one that only the agent's user can read")
+        except OSError:
+            continue
 
 
 def _holds_a_key(file: str) -> bool:
     """A certificate alone may be read by everybody; its file may hold the key, too."""
+    return b"PRIVATE KEY-----" in _beginning(file)
+
+
+def _has_a_passphrase(file: str) -> bool:
+    """In either of PEM's ways: PKCS #8, and the older one with headers."""
+    text = _beginning(file)
+    return b"-----BEGIN ENCRYPTED PRIVATE KEY-----" in text or b"Proc-Type: 4,ENCRYPTED" in text
+
+
+def _beginning(file: str) -> bytes:
     with open(file, "rb") as f:  # noqa: PTH123  (as above)
-        return b"PRIVATE KEY-----" in f.read(1 << 20)
+        return f.read(1 << 20)
 
 
 def secret_paths(raw: dict[str, Any]) -> list[Path]:

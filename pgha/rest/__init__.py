@@ -7,6 +7,8 @@ server.py     exact health requests from prebuilt bytes, the rest by h11; listen
 wire.py       requests and responses as values and bytes
 routes.py     which answer for which path (reading); requests.py: for what changes something
 health.py     which status and why (pure); bodies.py, metrics.py: what is in the answers
+pages.py      the long answers: made once, given out one at a time; redaction.py: what nobody is shown
+parked.py     who waits in a handler, and how many may
 stream.py     GET /pgha/events: who follows what happens (WebSocket, or a page)
 published.py  the frozen value of one pass, and the board that it hangs on
 access.py     who may change something; tls.py: certificates

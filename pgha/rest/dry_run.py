@@ -17,6 +17,7 @@ from pgha.foresee.dry_run import DryRun
 from pgha.model.decision import Memory, Reason
 from pgha.model.observation import Observation
 from pgha.rest.published import Published
+from pgha.rest.redaction import redact
 from pgha.rest.requests import (
     Requests,
     Wrong,
@@ -59,7 +60,7 @@ async def _answer(request: Request, published: Published, requests: Requests, *,
             judged = dry_run.reinitialize(seen, memory, reinitialize_options(object_of(request, required=False)))
         case _:
             judged = await _move(command, request, published, requests, seen, wall_s=wall_s)
-    return json_response(msgspec.to_builtins(judged))
+    return json_response(redact(msgspec.to_builtins(judged)))
 
 
 def _asked(command: Any, published: Published, check: Any) -> Any:

@@ -13,18 +13,18 @@ What changes something is in requests.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
-import trio
 
-from pgha.clock import Clock, Deadline, Instant, holder_age_s, remaining_s
-from pgha.log import scrub
+from pgha.clock import Clock, Deadline, Instant, remaining_s
 from pgha.rest import dry_run, etcd_v2, health
 from pgha.rest.access import SAFE_METHODS, Access
-from pgha.rest.bodies import cluster_body, history_body, patroni_body
+from pgha.rest.bodies import patroni_body
 from pgha.rest.health import HealthFacts, Verdict
 from pgha.rest.metrics import metrics_text
+from pgha.rest.pages import Pages
+from pgha.rest.parked import Parked
 from pgha.rest.published import Board, Published
 from pgha.rest.refusals import Refusals
 from pgha.rest.requests import Changes, Requests
@@ -50,7 +50,6 @@ VOTE_WAIT_S = 2.0
 FRESH_S = 1.0
 #: a position that is no older than this when it is asked for is not looked at anew (observe/postgres.py: POSITION_AGE_S)
 _POSITION_AGE_S = 0.25
-_SECRET_KEYS = ("passw", "secret", "token", "private")
 
 
 class _Kept(NamedTuple):
@@ -76,6 +75,9 @@ class App:
         self.headers = dict(headers or {})
         self.refusals = Refusals()
         self.changes = Changes(board, requests, wall_s=clock.wall_s)
+        self.pages = Pages(board)
+        # Strangers who wait for the one take nothing from those who wait for the other.
+        self._votes, self._looks, self._rehearsals = Parked(board), Parked(board), Parked(board)
         self._kept: dict[bytes, _Kept] = {}
         self._kept_of: Published | None = None
         self._body = b""
@@ -136,6 +138,11 @@ class App:
 
     # --- everything --------------------------------------------------------------------------------------------------
 
+    def has_places(self, number: int) -> None:
+        """See server.Application. A quarter of them is for those who wait here, half of it for votes: they decide elections."""
+        self._votes.at_most = max(1, number // 8)
+        self._looks.at_most = self._rehearsals.at_most = max(1, number // 16)
+
     def refuses(self, request: Request) -> Response | None:
         """See server.Application."""
         if request.method in SAFE_METHODS:
@@ -157,17 +164,14 @@ class App:
             response = await self._read(request, name)
             return _without_body(response) if request.method == "OPTIONS" else response
         if dry_run.is_one(request):
-            return await dry_run.answer(request, await self._fresh(), self.requests, now=self.clock.now(), wall_s=self.clock.wall_s())
+            return await dry_run.answer(request, await self._fresh(self._rehearsals), self.requests, now=self.clock.now(), wall_s=self.clock.wall_s())
         return await self.changes.handle(request, name)
 
-    async def _fresh(self) -> Published:
+    async def _fresh(self, parked: Parked) -> Published:
         """A pass that was begun after the question, and that knows PostgreSQL's position, if the loop makes one within a moment."""
-        asked, published = self.clock.now(), self.board.current()
+        asked = self.clock.now()
         self.requests.wake("observation asked", -1)
-        with trio.move_on_after(FRESH_S):
-            while not _is_fresh(published, asked):
-                published = await self.board.wait_changed(published)
-        return self.board.current()
+        return await parked.until(lambda published: _is_fresh(published, asked), at_most_s=FRESH_S)
 
     def upgrade(self, request: Request) -> Response | Upgraded | None:
         """See server.Application."""
@@ -179,58 +183,41 @@ class App:
         published = self.board.current()
         facts = published.health_at(self.clock.now())
         match name:
-            case "cluster":
-                return json_response(cluster_body(published))
-            case "history":
-                return json_response(history_body(published))
-            case "config":
-                config = published.view.config if published.view else None
-                return json_response(config) if config is not None else text_response(502, "there is no configuration in the store")
-            case "failsafe":
-                members = published.view.failsafe if published.view else {}
-                return json_response(members) if members else text_response(502, "failsafe mode is off")
+            case "cluster" | "history" | "config" | "failsafe":
+                return await self.pages.page(name)
             case "metrics":
-                text = metrics_text(published, facts, self.clock.now())
-                return Response(status=200, body=text.encode(), content_type=METRICS)
+                async with self.pages.turn() as published:
+                    now = self.clock.now()
+                    return Response(status=200, body=metrics_text(published, published.health_at(now), now).encode(), content_type=METRICS)
             case "pgha":
-                return await self._own(request, published)
+                return await self._own(request)
             case "v2":
                 return etcd_v2.answer(request, published, facts)
             case _:
                 self.quick(b"GET /", keep_alive=False)      # makes the body of this publication
                 return self._health_response(request.path, name, request.query, facts, published)
 
-    async def _own(self, request: Request, published: Published) -> Response:
+    async def _own(self, request: Request) -> Response:
         parts = [part for part in request.path.split("/") if part]
         match parts[1:2]:
             case ["decision"]:
-                age_s = round(holder_age_s(published.at, self.clock.now()), 3)
-                return json_response({"node": published.node.name, "scope": published.node.scope, "age_s": age_s, **published.decision})
+                return await self.pages.aged("decision", self.clock.now)
             case ["events"] if self.readers is not None and len(parts) == 2:
-                return self.readers.page(request)
+                async with self.pages.turn():
+                    return self.readers.page(request)
             case ["vote"]:
-                return await self._vote(request, published)
+                return await self._vote(request)
             case ["observation"]:
-                return await self._observation(request, published)
+                if "fresh" in request.query:        # of a pass that was begun after the question
+                    await self._fresh(self._looks)
+                return await self.pages.aged("observation", self.clock.now)
             case _:
                 return quoting_response(404, "not known: " + request.path)
 
-    async def _observation(self, request: Request, published: Published) -> Response:
-        """The last pass, as `pgha replay` and `ctl explain --if` run it again, and how old it is. `fresh`: of a pass that
-        was begun after the question."""
-        if "fresh" in request.query:
-            published = await self._fresh()
-        seen = published.observation
-        if seen is None:
-            return text_response(503, "no pass yet")
-        shown = msgspec.structs.replace(seen, settings=msgspec.structs.replace(seen.settings, dynamic_config=_without_secrets(seen.settings.dynamic_config)))
-        recorded = {"observation": shown, **({"memory": published.memory} if published.memory is not None else {})}
-        age_s = round(holder_age_s(published.at, self.clock.now()), 3)
-        return json_response({**redact(msgspec.to_builtins(recorded)), "age_s": age_s})
-
-    async def _vote(self, request: Request, published: Published) -> Response:
+    async def _vote(self, request: Request) -> Response:
         """This node's position for the election after `epoch`. `wait` (seconds, at most 2): how long to wait for one
-        that is final for this epoch; whoever waits saves a question."""
+        that is final for this epoch; whoever waits saves a question. Never behind the long answers."""
+        published = self.board.current()
         try:
             epoch = int(request.query.get("epoch", "-1")[:24])
             wait_s = min(float(request.query.get("wait", "0")), VOTE_WAIT_S)
@@ -241,10 +228,7 @@ class App:
         elif published.vote.epoch < epoch:
             self.requests.wake("vote asked", epoch)
         if wait_s > 0:
-            with trio.move_on_after(wait_s):
-                while published.vote.epoch < epoch:
-                    published = await self.board.wait_changed(published)
-            published = self.board.current()
+            published = await self._votes.until(lambda published: published.vote.epoch >= epoch, at_most_s=wait_s)
         health_now = published.health
         return json_response({
             "name": published.node.name, **msgspec.to_builtins(published.vote), "state": health_now.state, "role": health_now.role,
@@ -263,7 +247,7 @@ def _first(path: str) -> str:
 
 def _without_body(response: Response) -> Response:
     """OPTIONS has the status and nothing else, as load balancers use it."""
-    return msgspec.structs.replace(response, body=b"")
+    return msgspec.structs.replace(response, body=b"", tail=b"")
 
 
 def _because(verdict: Verdict) -> tuple[tuple[str, str], ...]:
@@ -278,25 +262,3 @@ def _is_fresh(published: Published, asked: Instant) -> bool:
         return False
     row_at = seen.postgres.row_at
     return row_at is None or seen.postgres.answer != "sql" or remaining_s(row_at.plus_s(_POSITION_AGE_S), asked) >= 0
-
-
-def _without_secrets(text: bytes) -> bytes:
-    """JSON that travels as bytes, which `redact` cannot look into."""
-    try:
-        return msgspec.json.encode(redact(msgspec.json.decode(text))) if text else b""
-    except (ValueError, RecursionError):
-        return b""
-
-
-def is_secret(key: str) -> bool:
-    """Does what stands under this key look like a secret?"""
-    return any(word in key.lower() for word in _SECRET_KEYS)
-
-
-def redact(value: Any) -> Any:
-    """Plain values without anything that looks like a secret: by key, and inside connection strings."""
-    if isinstance(value, dict):
-        return {str(k): "***" if is_secret(str(k)) and v else redact(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [redact(item) for item in value]
-    return scrub(value) if isinstance(value, str) else value

@@ -6,6 +6,7 @@ its bytes are already there: no task, no parser, one send. Everything else gets 
 Rules of this file:
 * Nothing a client does ends anything but its own connection.
 * Every wait for a client has a deadline, and who is waited for can be evicted for a newcomer.
+* Who is at work cannot; so an application that lets questions wait bounds how many (`has_places`; parked.py).
 * Whatever blocks is not in the accept loop; whatever takes long lets others run in between: the renewer is one of them.
 * What clients may make us keep is bounded for all of them together.
 """
@@ -42,12 +43,18 @@ _CHUNKS = 32
 _SAFE = frozenset({b"GET", b"HEAD", b"OPTIONS"})
 #: a longer answer goes out beside its head, not copied behind it: many may be given the same one
 SEPARATELY_BYTES = 16 << 10
+#: … and a client is given so much of it at a time: the others get their turn, and TLS keeps no whole copy for each
+_GIVEN_BYTES = 64 << 10
 #: the same defect, with its traceback, is logged again after this time
 _DEFECT_AGAIN_S = 60.0
 
 
 class Application(Protocol):
     """What the server serves."""
+
+    def has_places(self, number: int) -> None:
+        """So many requests may be at work at once, those that wait in `handle` among them: told before the first."""
+        ...
 
     def quick(self, key: bytes, *, keep_alive: bool) -> bytes | None:
         """The whole answer to an exact request (b"GET /primary"), or None if it must be handled. Never blocks."""
@@ -114,6 +121,7 @@ class _Server:
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.at_most = min(listen.limits.connections, max(8, files // 2)) if files != resource.RLIM_INFINITY else listen.limits.connections
         self.app = app
+        app.has_places(self.at_most)
         self.nursery = nursery
         self.count = 0
         #: a dict keeps its order: the first has waited longest
@@ -347,6 +355,8 @@ class _Server:
             elif len(response.body) > SEPARATELY_BYTES:
                 await self._send(connection, self._head_bytes(response, keep_alive=keep_alive))
                 await self._send(connection, response.body)
+                if response.tail:
+                    await self._send(connection, response.tail)
             else:
                 await self._send(connection, self._bytes(response, keep_alive=keep_alive))
         except h11.RemoteProtocolError as error:
@@ -431,12 +441,14 @@ class _Server:
         return head_bytes(response, self.listen.headers, keep_alive=keep_alive)
 
     def _bytes(self, response: Response, *, keep_alive: bool) -> bytes:
-        return self._head_bytes(response, keep_alive=keep_alive) + response.body
+        return self._head_bytes(response, keep_alive=keep_alive) + response.content
 
     async def _send(self, connection: _Connection, data: bytes) -> None:
         self._waits_for(connection)
+        view = memoryview(data)
         with trio.move_on_after(self.limits.write_s) as bound:
-            await connection.stream.send_all(data)
+            for start in range(0, len(view), _GIVEN_BYTES):
+                await connection.stream.send_all(view[start:start + _GIVEN_BYTES])
         self.waiting.pop(connection, None)
         if bound.cancelled_caught:
             raise trio.BrokenResourceError("the client does not read")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -48,6 +49,23 @@ def test_programs_that_are_not_there_are_named(tmp_path):
     for key, program in (("callbacks.on_start", "/no/vip.sh"), ("pre_promote", "/no such/thing"), ("walg.command", "no-such-program-here")):
         assert f"warning: {file}: postgresql.{key}: {program} cannot be run by this user on this machine" in said
     assert "on_stop" not in said
+
+
+def test_files_of_tls_that_libpq_cannot_use_are_named(tmp_path):
+    key = tmp_path / "key"
+    key.touch()
+    users = {"superuser": {"sslrootcert": "system"}, "replication": {"username": "r", "sslkey": str(key), "sslcert": "/no/cert", "sslrootcert": "/no/ca"}}
+    file = write(tmp_path / "pgha.toml", changed("postgresql.authentication", users))
+    at = f"warning: {file}: postgresql.authentication.replication"
+    unread = [f"{at}.{name}: {path} cannot be read by this user on this machine" for name, path in (("sslcert", "/no/cert"), ("sslrootcert", "/no/ca"))]
+
+    def said(mode):
+        key.chmod(mode)
+        return [line for line in check(file, {})[1].splitlines() if "postgresql.authentication" in line]
+
+    assert said(0o600) == unread
+    assert said(0o620) == [f"{at}.sslkey: {key} has mode 0620, with which libpq does not use it; allowed: 0600, or 0640 of root's", *unread]
+    assert (said(0o640) == unread) == (os.getuid() == 0)
 
 
 def test_every_mistake_is_counted(tmp_path):

@@ -233,6 +233,24 @@ def test_a_file_with_passwords_that_everybody_may_read_is_warned_of(tmp_path):
     assert load(path, {}).warnings == ()
 
 
+@pytest.mark.parametrize(("text", "passphrase"), [
+    ("-----BEGIN ENCRYPTED PRIVATE KEY-----\nx\n", True), ("-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: x\n", True),
+    ("-----BEGIN PRIVATE KEY-----\nx\n", False), ("", False),
+])
+def test_a_key_with_a_passphrase_that_nobody_gives_is_warned_of(tmp_path, text, passphrase):
+    key = tmp_path / "key"
+    key.write_text(text)
+    key.chmod(0o600)
+    for user in ("superuser", "replication"):
+        raw = changed(f"postgresql.authentication.{user}.sslkey", str(key))
+        said = f"{tmp_path}/pgha.toml: postgresql.authentication.{user}.sslkey: {key} has a passphrase, which nobody will give; allowed: a key without one"
+        assert [warning.startswith(said) for warning in loaded(tmp_path, raw).warnings] == [True] * passphrase
+    raw = changed("postgresql.authentication.superuser", {"sslkey": str(key), "sslpassword": PASSWORDS["sslpassword"]}, changed("postgresql.authentication.rewind.username", "r"))
+    assert loaded(tmp_path, raw).warnings == ()
+    key.unlink()
+    assert loaded(tmp_path, raw).warnings == ()
+
+
 def test_parameters_of_the_cluster_are_ignored_in_a_nodes_file_and_said_so(tmp_path):
     result = loaded(tmp_path, changed("postgresql.parameters", {"Max_Connections": 200, "shared_buffers": "1GB"}))
     (warning,) = result.warnings

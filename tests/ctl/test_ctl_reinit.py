@@ -37,6 +37,8 @@ class Agent(App):
         del key, keep_alive
         return None
 
+    def has_places(self, number: int) -> None: ...
+
     def refuses(self, request: Request) -> Response | None:
         del request
         return None

@@ -68,7 +68,7 @@ async def _all_answers(board: Board) -> None:
         response = await app.handle(Request(method="GET", path=path, query=dict(part.split("=") for part in query.split("&") if part)))
         assert response.status in (200, 502, 503), (target, response)
         if response.content_type == "application/json" and response.body:
-            json.loads(response.body, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+            json.loads(response.content, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 @pytest.mark.parametrize("key", sorted(SAMPLES))

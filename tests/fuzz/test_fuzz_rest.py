@@ -178,6 +178,8 @@ def test_a_defect_in_a_health_check_ends_nothing_and_fills_no_log(caplog: pytest
         def quick(self, key: bytes, *, keep_alive: bool) -> bytes | None:
             raise ZeroDivisionError(key)
 
+        def has_places(self, number: int) -> None: ...
+
         def refuses(self, request: Request) -> None:
             return None
 

@@ -33,8 +33,8 @@ from pgha.model.request import Reinitialisation, ReinitialisationEnd, ScheduledR
 from pgha.replay import Pass
 from pgha.rest.access import Access, resolve_allowlist
 from pgha.rest.published import Board, nothing_yet
+from pgha.rest.redaction import redact
 from pgha.rest.requests import Answer
-from pgha.rest.routes import redact
 from pgha.rest.stream import Readers
 from pgha.rest.wire import Request
 
@@ -191,7 +191,7 @@ def test_the_last_decision_with_its_reasons_is_shown() -> None:
         reasons = (Reason(rule="promotion.caught_up", holds=False, because="lag 46.7 MiB, limit 1.0 MiB"),)
         app, _, _, clock = app_for(published(primary=False, reasons=reasons))
         clock.go_on(3)
-        body = json.loads((await get(app, "/pgha/decision")).body)
+        body = json.loads((await get(app, "/pgha/decision")).content)
         assert body["node"] == "n2"
         assert body["age_s"] == 3.0
         assert body["reasons"] == [{"rule": "promotion.caught_up", "holds": False, "because": "lag 46.7 MiB, limit 1.0 MiB"}]
@@ -203,7 +203,7 @@ def test_the_last_decision_with_its_reasons_is_shown() -> None:
 def test_an_unreadable_key_is_named_in_the_decision() -> None:
     async def main() -> None:
         app, *_ = app_for(published(members__n3=b"{broken", status=b"nonsense"))
-        body = json.loads((await get(app, "/pgha/decision")).body)
+        body = json.loads((await get(app, "/pgha/decision")).content)
         assert {p.partition(":")[0] for p in body["problems"]} == {"members/n3", "status"}
         cluster = json.loads((await get(app, "/cluster")).body)
         assert [m["name"] for m in cluster["members"]] == ["n1", "n2", "n3"]
@@ -244,9 +244,28 @@ def test_an_observation_serialises_without_secrets() -> None:
         app, *_ = app_for(published(primary=False, row=row, config=config))
         response = await get(app, "/pgha/observation")
         assert response.status == 200
-        assert b"geheim" not in response.body
-        assert json.loads(response.body)["observation"]["dcs"]["view"]["config"]["ttl"] == 30
+        assert b"geheim" not in response.content
+        assert json.loads(response.content)["observation"]["dcs"]["view"]["config"]["ttl"] == 30
         assert redact({"api_token": "x", "a": ["postgres://u:pw@h/db"]}) == {"api_token": "***", "a": ["postgres://u:***@h/db"]}
+
+    run(main)
+
+
+def test_commands_are_shown_to_nobody_and_what_is_shown_can_be_replayed() -> None:
+    async def main() -> None:
+        row = msgspec.structs.replace(replica_row(), restore_command="KEY=geheim fetch %f %p", primary_conninfo="host=a password=geheim",
+                                      pending_restart={"archive_command": ("KEY=geheim", "x"), "max_connections": ("100", "200")})
+        config = {"postgresql": {"recovery_conf": {"restore_command": "geheim"}, "parameters": {"archive_command": "geheim"}}, "standby_cluster": {"restore_command": "geheim"}}
+        reasons = (Reason(rule="x", holds=False, because="cannot connect with host=a password=geheim"),)
+        app, *_ = app_for(published(primary=False, row=row, config=config, reasons=reasons))
+        observation, decision = await get(app, "/pgha/observation"), await get(app, "/pgha/decision")
+        for response in (observation, decision, await get(app, "/metrics"), await get(app, "/history"), await get(app, "/cluster")):
+            assert b"geheim" not in response.content
+        assert json.loads(decision.content)["reasons"][0]["because"] == "cannot connect with host=a password=***"
+        shown = msgspec.json.decode(observation.content, type=Pass).observation.postgres.row
+        assert shown is not None
+        assert (shown.restore_command, shown.primary_conninfo) == ("***", "host=a password=***")       # that there is one decides something
+        assert shown.pending_restart == {"archive_command": ("***", "***"), "max_connections": ("100", "200")}
 
     run(main)
 
@@ -280,7 +299,7 @@ def test_a_released_or_expired_lock_has_no_leader(lock: dict[str, Any] | None, s
 def test_what_is_published_of_a_pass_can_be_replayed() -> None:
     async def main() -> None:
         app, *_ = app_for(replaced(published(primary=False), memory=Memory(start_failures=2)))
-        recorded = msgspec.json.decode((await get(app, "/pgha/observation")).body, type=Pass)
+        recorded = msgspec.json.decode((await get(app, "/pgha/observation")).content, type=Pass)
         assert recorded.memory.start_failures == 2
         assert recorded.observation == published(primary=False).observation
 

@@ -143,7 +143,7 @@ def test_a_fresh_observation_waits_for_a_pass_of_now() -> None:
         answers: list[Any] = []
 
         async def ask() -> None:
-            answers.append(json.loads((await app.handle(Request(method="GET", path="/pgha/observation", query={"fresh": "1"}))).body))
+            answers.append(json.loads((await app.handle(Request(method="GET", path="/pgha/observation", query={"fresh": "1"}))).content))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ask)
@@ -152,7 +152,7 @@ def test_a_fresh_observation_waits_for_a_pass_of_now() -> None:
             seen = replaced(value.observation, now=clock.now(), number=7, postgres=replaced(value.observation.postgres, row_at=clock.now()))
             app.board.publish(replaced(value, at=clock.now(), observation=seen))
         assert (answers[0]["observation"]["number"], answers[0]["age_s"]) == (7, 0.0)
-        stale = json.loads((await app.handle(Request(method="GET", path="/pgha/observation"))).body)
+        stale = json.loads((await app.handle(Request(method="GET", path="/pgha/observation"))).content)
         assert stale["observation"]["number"] == 7
 
     run(main)
@@ -163,7 +163,7 @@ def test_an_observation_shows_no_secret_of_the_shared_configuration() -> None:
         value = published()
         settings = replaced(value.observation.settings, dynamic_config=b'{"ttl":30,"standby_cluster":{"password":"geheim"}}')
         app, _ = app_and_inbox(replaced(value, observation=replaced(value.observation, settings=settings)))
-        body = (await app.handle(Request(method="GET", path="/pgha/observation"))).body
+        body = (await app.handle(Request(method="GET", path="/pgha/observation"))).content
         import base64
 
         shown = base64.b64decode(json.loads(body)["observation"]["settings"]["dynamic_config"])

@@ -41,6 +41,8 @@ class Slow:
     def quick(self, key: bytes, *, keep_alive: bool) -> bytes | None:
         return b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n" if key == b"GET /quick" else None
 
+    def has_places(self, number: int) -> None: ...
+
     def refuses(self, request: Request) -> Response | None:
         return None
 
