@@ -30,6 +30,7 @@ from pgha.act.callbacks import EVENTS, Callbacks
 from pgha.act.context import Context
 from pgha.act.wanted import STARTED_WITH, Wanted
 from pgha.announce import Announcer, member_value
+from pgha.as_started import as_started
 from pgha.chronicle import Chronicle
 from pgha.clock import Clock, Deadline, Instant, SystemClock, candidate_age_s, remaining_s
 from pgha.config.check import programs_not_there
@@ -821,14 +822,20 @@ class Agent:
         fixed = needs_new_agent(self.local, loaded.local)
         if fixed:
             return self._not_reloaded([f"these keys need another start of the agent: {', '.join(fixed)}"])
-        self.local, self.provenance.sources = loaded.local, loaded.sources
+        self.local, kept = as_started(self.local, loaded.local)
+        self.provenance.sources = loaded.sources
         _set_up_log(self.local)
+        for problem in kept:
+            log.error("reload", problem=problem)
+        for warning in loaded.warnings:
+            log.warning("configuration", problem=warning)
         self.effective = effective(self.local, self.dynamic if self.dynamic is not None else normalised(dict(self.local.bootstrap.dcs)),
                                    patroni_member_present=self._config_revision % 2 == 1)
         self._applied = ()      # differs from anything: written and reloaded in the next pass
         self.wake()
-        await self.surface.reload(self.local)
-        self._take_access(self.surface.access)
+        if self._nursery is not None:
+            self._nursery.start_soon(self._warn_of_programs, self.local)
+        await self.surface.reload(self.local, self._take_access)
         log.info("configuration reloaded")
         return ()
 
@@ -842,6 +849,11 @@ class Agent:
         """Who may change something, from the next request on."""
         if self._app is not None:
             self._app.access = access
+
+    async def _warn_of_programs(self, local: LocalConfig) -> None:
+        """A task of its own: where they lie may hang."""
+        for warning in await self.machine.in_thread(lambda: list(programs_not_there(local)), abandon_on_cancel=True):
+            log.warning("configuration", problem=warning)
 
     # --- the end -------------------------------------------------------------------------------------------------------
 

@@ -204,6 +204,7 @@ class Writer(logging.Handler):
             self._lines.task_done()
 
 
+_own_levels: set[str] = set()     # loggers that the last set_up has given a level of their own
 _writers: list[Writer] = []     # one a process: a reload goes on with it
 
 
@@ -224,6 +225,9 @@ def set_up(*, level: str = "INFO", form: str = "plain", loggers: dict[str, str] 
     journal = stream is None and journal_listens(os.environ)
     formatter = JsonFormatter(static) if form == "json" else PlainFormatter(timed=not journal)
     handler.setFormatter(JournalFormatter(formatter) if journal else formatter)
+    for name in _own_levels:
+        logging.getLogger(name).setLevel(logging.NOTSET)
+    _own_levels.clear()
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
@@ -231,3 +235,4 @@ def set_up(*, level: str = "INFO", form: str = "plain", loggers: dict[str, str] 
         logging.getLogger(noisy).setLevel(logging.WARNING)
     for name, wanted in (loggers or {}).items():
         logging.getLogger(name).setLevel(wanted)
+        _own_levels.add(name)

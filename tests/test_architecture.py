@@ -62,6 +62,7 @@ LOOSE = {
     "pgha.events": COMMON | {"pgha.model"},
     "pgha.chronicle": COMMON | {"pgha.model", "pgha.rest", "pgha.events"},
     "pgha.systemd": set[str](),
+    "pgha.as_started": COMMON | {"pgha.config"},
     "pgha.reread": set[str](),
     "pgha.surface": COMMON | {"pgha.model", "pgha.config", "pgha.dcs", "pgha.machine", "pgha.rest"},
     "pgha.machine": COMMON | {"pgha.postgres", "pgha.lock", "pgha.rest", "pgha.systemd"},

@@ -35,6 +35,8 @@ def main(argv: Sequence[str]) -> int:
         if given.command != "version" or given.members:
             scope, otherwise = _scope(given)
             settings = load(config_file=given.config_file, scope=scope, otherwise=otherwise, dcs_url=given.dcs_url, environ=environment(), insecure=given.insecure)
+            for warning in settings.warnings:
+                print(f"pgha: warning: {plain(warning)}", file=sys.stderr)
         return _run(given, settings)
     except End as end:
         print("\n".join(f"pgha: {line}" for line in plain(end.text).split("\n")), file=sys.stderr)

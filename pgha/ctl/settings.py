@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tomllib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -28,6 +29,11 @@ _VARIABLES = {
     **{f"PGHA_{section.upper()}_{key.upper()}": (section, "authentication", key) for section in ("restapi", "ctl")
        for key in ("username", "password", "password_file")},
 }
+#: what stands in the file itself and is secret
+_SECRETS = (("etcd3", "password"), *((section, "authentication", "password") for section in ("restapi", "ctl")),
+            ("ctl", "keyfile_password"), ("restapi", "keyfile_password"))
+#: private keys; without one of its own, a certificate's file may hold it
+_KEYS = (("ctl", "keyfile"), ("ctl", "certfile")), (("restapi", "keyfile"), ("restapi", "certfile")), (("etcd3", "key"), ("etcd3", "cert"))
 _EXCLUSIVE = {"host": ("hosts", "url"), "hosts": ("host", "url"), "url": ("host", "hosts"), "password": ("password_file",), "password_file": ("password",)}
 
 
@@ -63,12 +69,15 @@ class Rest(NamedTuple):
 
 
 class Settings(NamedTuple):
+    """`warnings`: of passwords and keys that everybody can read."""
+
     scope: str
     namespace: str
     name: str
     etcd: Etcd
     rest: Rest
     elsewhere: bool = False      #: the command line (or DCS_URL) names another store, or another cluster than the configured node's
+    warnings: tuple[str, ...] = ()
 
     @property
     def own_agent(self) -> str:
@@ -88,7 +97,8 @@ class Settings(NamedTuple):
 
 def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, environ: Mapping[str, str], insecure: bool = False, otherwise: str | None = None) -> Settings:
     """Read it all. `otherwise`: the scope if neither `scope` nor the configuration says it. End(USAGE) names file, key and what is wrong."""
-    raw = _Raw(*_read(config_file, environ))
+    tables, source, exposed = _read(config_file, environ)
+    raw = _Raw(tables, source, exposed)
     for variable, path in _VARIABLES.items():
         if environ.get(variable):
             raw.put(path, environ[variable], variable)
@@ -107,7 +117,20 @@ def load(*, config_file: str | None, scope: str | None, dcs_url: str | None, env
     if not found:
         raise End(USAGE, f'{raw.source}: scope is not set (which cluster?); allowed: --scope NAME, scope = "NAME", PGHA_SCOPE, or the name as first argument')
     elsewhere = bool(dcs_url or environ.get("DCS_URL")) or found != (raw.text("scope") or found)
-    return Settings(found, raw.text("namespace") or DEFAULT_NAMESPACE, raw.text("name"), etcd, rest, elsewhere)
+    return Settings(found, raw.text("namespace") or DEFAULT_NAMESPACE, raw.text("name"), etcd, rest, elsewhere, (*raw.exposed, *_exposed_keys(raw)))
+
+
+def _exposed_keys(raw: _Raw) -> list[str]:
+    """Whoever reads a key file can be who it is for. Whether it is there at all is said by whoever uses it."""
+    found = []
+    for own, with_certificate in _KEYS:
+        file = raw.text(*own) or raw.text(*with_certificate)
+        try:
+            if file and os.stat(file).st_mode & stat.S_IROTH and b"PRIVATE KEY-----" in _contents(file)[0]:  # noqa: PTH116  (as above)
+                found.append(raw.readable_by_everybody(own, file))
+        except OSError:
+            continue
+    return found
 
 
 def _etcd(raw: _Raw, dcs_url: str | None) -> Etcd:
@@ -137,27 +160,40 @@ def _split_url(url: str) -> tuple[str, list[str]]:
     return scheme, rest.partition("/")[0].rpartition("@")[2].split(",")
 
 
-def _read(config_file: str | None, environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
-    """The file's tables, and its name for messages."""
+def _read(config_file: str | None, environ: Mapping[str, str]) -> tuple[dict[str, Any], str, list[str]]:
+    """The file's tables, its name for messages, and warnings of secrets in it that everybody can read."""
     if environ.get("PGHA_CONFIGURATION"):
-        return _parse(environ["PGHA_CONFIGURATION"].encode(), "environment PGHA_CONFIGURATION"), "environment PGHA_CONFIGURATION"
+        return _parse(environ["PGHA_CONFIGURATION"].encode(), "environment PGHA_CONFIGURATION"), "environment PGHA_CONFIGURATION", []
     named = config_file or environ.get("PGHACTL_CONFIG_FILE")
     path = named or next((p for p in map(os.path.expanduser, DEFAULT_FILES) if os.path.isfile(p)), None)  # noqa: PTH113  (pathlib takes 10 ms to load)
     if path is None:
-        return {}, "no configuration file (-c)"
+        return {}, "no configuration file (-c)", []
     raw: dict[str, Any] = {}
+    exposed: list[str] = []
     try:
         files = sorted(f"{path}/{f}" for f in os.listdir(path) if f.endswith(".toml")) if os.path.isdir(path) else [path]  # noqa: PTH112, PTH208  (as above)
         for file in files:
-            _merge(raw, _parse(_contents(file), file))
+            content, mode = _contents(file)
+            table = _parse(content, file)
+            secrets = ", ".join(".".join(key) for key in _SECRETS if _has(table, key)) if mode & stat.S_IROTH else ""
+            if secrets:
+                exposed.append(f"{file}: is readable by everybody (mode {stat.S_IMODE(mode):04o}) and holds {secrets}; allowed: chmod o= {file}, or password_file")
+            _merge(raw, table)
     except OSError as error:
         raise End(USAGE, f"{path}: cannot be read: {error.strerror or error}") from None
-    return raw, path
+    return raw, path, exposed
 
 
-def _contents(file: str) -> bytes:
+def _contents(file: str) -> tuple[bytes, int]:
+    """And the file's mode."""
     with open(file, "rb") as opened:  # noqa: PTH123  (as above)
-        return opened.read()
+        return opened.read(), os.fstat(opened.fileno()).st_mode
+
+
+def _has(table: Any, path: tuple[str, ...]) -> bool:
+    for part in path:
+        table = table.get(part) if isinstance(table, dict) else None
+    return table is not None
 
 
 def _parse(content: bytes, source: str) -> dict[str, Any]:
@@ -178,9 +214,10 @@ def _merge(into: dict[str, Any], table: dict[str, Any]) -> None:
 class _Raw:
     """The tables, read by path with their types checked."""
 
-    def __init__(self, tables: dict[str, Any], source: str) -> None:
+    def __init__(self, tables: dict[str, Any], source: str, exposed: list[str]) -> None:
         self.tables = tables
         self.source = source
+        self.exposed = exposed      # warnings, more of them as files are read
         self._from: dict[tuple[str, ...], str] = {}
 
     def put(self, path: tuple[str, ...], value: str, source: str) -> None:
@@ -242,13 +279,22 @@ class _Raw:
         file = self.text(*path, "password_file")
         if file and not password:
             try:
-                password = _contents(file).decode().rstrip("\r\n")
+                content, mode = _contents(file)
+                password = content.decode().rstrip("\r\n")
             except (OSError, UnicodeDecodeError) as error:
                 raise self._wrong((*path, "password_file"), f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+            if mode & stat.S_IROTH:
+                self.exposed.append(self.readable_by_everybody((*path, "password_file"), file))
         return self.text(*path, "username"), password
 
+    def readable_by_everybody(self, path: tuple[str, ...], file: str) -> str:
+        return self._at(path, f"{file} is readable by everybody; allowed: chmod o= {file}")
+
     def _wrong(self, path: tuple[str, ...], why: str) -> End:
-        return End(USAGE, f"{self._from.get(path, self.source)}: {'.'.join(path)}: {why}")
+        return End(USAGE, self._at(path, why))
+
+    def _at(self, path: tuple[str, ...], what: str) -> str:
+        return f"{self._from.get(path, self.source)}: {'.'.join(path)}: {what}"
 
 
 def environment() -> Mapping[str, str]:

@@ -218,6 +218,10 @@ class Endpoint:
         self._transport = transport
         self._urls: dict[tuple[str, str], httpx.URL] = {}
 
+    def connect_by(self, transport: httpx.AsyncHTTPTransport) -> None:
+        """From the next request on. What the former still answers is its own."""
+        self._transport = transport
+
     async def post(self, path: str, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> Answer:
         """POST and read the whole answer. Raises NoAnswer."""
         lines = Lines(await self._send(path, body, headers))

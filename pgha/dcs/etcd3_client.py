@@ -67,8 +67,8 @@ class Etcd3Client:
             raise ConfigError("etcd3: no endpoint is given")
         if ssl_context is None and any(url.startswith("https:") for url in endpoints):
             ssl_context = ssl.create_default_context()
-        self._transport = open_transport(ssl_context)
-        self.endpoints = [Endpoint(url, self._transport, look_up=look_up) for url in endpoints]
+        self._transports = [open_transport(ssl_context)]        # the last one is asked; what the others have open may still be used
+        self.endpoints = [Endpoint(url, self._transports[-1], look_up=look_up) for url in endpoints]
         self.preferred = random.randrange(len(endpoints)) if first_endpoint is None else first_endpoint
         self._credentials = _login_body(username, password)
         self._token: str | None = None  # "" when the store says that it wants none
@@ -133,8 +133,15 @@ class Etcd3Client:
                     nursery.start_soon(ask, endpoint)
         return answers
 
+    def trust(self, ssl_context: ssl.SSLContext) -> None:
+        """Connections from now on are made with this. Open answers (a watch) go on: a reload is no reason to interrupt anything."""
+        self._transports.append(open_transport(ssl_context))
+        for endpoint in self.endpoints:
+            endpoint.connect_by(self._transports[-1])
+
     async def aclose(self) -> None:
-        await self._transport.aclose()
+        for transport in self._transports:
+            await transport.aclose()
 
     # one endpoint
 

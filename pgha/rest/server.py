@@ -251,9 +251,10 @@ class _Server:
         if connection.unsent:
             await self._send(connection, connection.unsent)
             return
-        if self.listen.tls is not None:
+        context = self.listen.tls.context if self.listen.tls is not None else None
+        if context is not None:
             assert isinstance(connection.stream, trio.SocketStream)
-            tls = trio.SSLStream(connection.stream, self.listen.tls.context, server_side=True, https_compatible=True)
+            tls = trio.SSLStream(connection.stream, context, server_side=True, https_compatible=True)
             connection.stream = tls
             with trio.move_on_after(self.limits.handshake_s) as bound:
                 await self._handshake(tls, connection.peer)
@@ -262,6 +263,8 @@ class _Server:
             connection.client_cert = bool(tls.getpeercert())
         wait_s = self.limits.head_s
         while await self._one_request(connection, wait_s):
+            if self.listen.tls is not None and self.listen.tls.context is not context:
+                return      # a reload: it shows its certificate anew, to the authorities of today
             wait_s = self.limits.idle_s
             self._waits_for(connection)
 

@@ -170,3 +170,13 @@ def test_a_log_that_nobody_reads_delays_nobody():
 def test_a_standard_error_that_is_closed_ends_nobody():
     script = "import os\nfrom pgha.log import Log, set_up\nset_up(max_lines=10)\nos.close(2)\nfor _ in range(20): Log('a').info('a')\nprint('on')"
     assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=30, env={"PYTHONPATH": str(ROOT)}, check=True).stdout == "on\n"
+
+
+def test_a_logger_that_is_named_no_more_is_as_the_others_again():
+    """A reload: DEBUG for one logger was meant for a while."""
+    set_up(stream=io.StringIO(), loggers={"pgha.rest": "DEBUG", "httpx": "DEBUG"})
+    assert (logging.getLogger("pgha.rest").level, logging.getLogger("httpx").level) == (logging.DEBUG, logging.DEBUG)
+    set_up(stream=io.StringIO(), loggers={"pgha.dcs": "ERROR"})
+    assert (logging.getLogger("pgha.rest").level, logging.getLogger("httpx").level) == (logging.NOTSET, logging.WARNING)
+    set_up(stream=io.StringIO())
+    assert logging.getLogger("pgha.dcs").level == logging.NOTSET

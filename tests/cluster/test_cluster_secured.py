@@ -5,8 +5,10 @@ import json
 import re
 import signal
 import subprocess
+import tomllib
 
 import pytest
+import tomli_w
 from patronictl import PatroniCtl
 from secured import DOORS, ETCD_PASSWORD, KEY_PASSPHRASE, REST_PASSWORD, LockedBed, Spy
 
@@ -164,6 +166,40 @@ def test_patronictl_has_the_same_keys(locked):
     out = with_keys(password="hush-guess")("reload", bed.settings.scope, target.name, "--force")
     assert f"Failed: reload for member {target.name}, status code=401, (not authenticated)" in out
     assert f"Reload request received for member {target.name}" in patronictl("reload", bed.settings.scope, target.name, "--force")
+
+
+def test_what_needs_another_start_is_not_half_taken(locked):
+    """TLS away, other ports for the API and for PostgreSQL: all of it stays as it is, in what is published, asked for and looked at."""
+    bed, _ = locked
+    leader = bed.wait_healthy(30)
+
+    def published():
+        ((_, value, _),) = bed.etcd.get(bed.key(f"members/{leader.name}"))
+        return json.loads(value)
+
+    addresses = {key: published()[key] for key in ("api_url", "conn_url")}
+    before = leader.config_path.read_text()
+    raw = tomllib.loads(before)
+    for key in ("certfile", "keyfile", "keyfile_password", "cafile", "verify_client", "ciphers"):
+        raw["restapi"].pop(key, None)
+    for section in ("restapi", "postgresql"):
+        for key in raw[section].keys() & {"listen", "connect_address"}:
+            host, _, port = raw[section][key].rpartition(":")
+            raw[section][key] = f"{host}:{int(port) + 1}"
+    try:
+        leader.config_path.write_text(tomli_w.dumps(raw))
+        leader.signal_agent(signal.SIGHUP)
+        for key in ("restapi.listen", "restapi.certfile", "postgresql.listen"):
+            bed.wait(lambda key=key: f"{key}: the change takes effect at the agent's next start" in leader.log_path.read_text(), 10, f"{key} is named")
+        written = leader.ask("SELECT pg_switch_wal() - '0/0'")
+        bed.wait(lambda: published()["xlog_location"] >= int(written), 20, "its PostgreSQL is still looked at")
+        assert {key: published()[key] for key in addresses} == addresses
+        assert leader.request("POST", "/reload", source="127.0.0.2").status == 202
+        assert (leader.request("POST", "/reload", certificate="", source="127.0.0.2") or (403,))[0] in ((202,) if leader.name == "n3" else (403,))
+    finally:
+        leader.config_path.write_text(before)
+        leader.signal_agent(signal.SIGHUP)
+    assert bed.wait_healthy(30) is leader
 
 
 def test_certificates_and_passwords_change_while_it_runs(locked):

@@ -505,8 +505,11 @@ def test_a_login_is_used_and_a_wrong_password_named(tmp_path: Path, capsys: pyte
         secret.write_text("geheim\n")
         head = f'scope = "bench"\n[etcd3]\nhosts = "{member.url.removeprefix("http://")}"\nusername = "root"\n'
         file.write_text(f'{head}password_file = "{secret}"\n')
+        secret.chmod(0o644)
         assert main(["-c", str(file), "list"]) == 1
-        assert "there is no cluster 'bench'" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert "there is no cluster 'bench'" in err
+        assert err.startswith(f"pgha: warning: {file}: etcd3.password_file: {secret} is readable by everybody")
         file.write_text(f'{head}password = "wrong-secret"\n')
         assert main(["-c", str(file), "list"]) == 2
         err = capsys.readouterr().err

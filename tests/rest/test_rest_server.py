@@ -16,8 +16,8 @@ from rest_world import app_for, ask, body_of, published, serving, status_of, tal
 
 from pgha.errors import ConfigError
 from pgha.rest.requests import Answer
-from pgha.rest.server import Limits, Listen, open_sockets
-from pgha.rest.tls import make_context, server_headers
+from pgha.rest.server import Limits, Listen, open_sockets, serve
+from pgha.rest.tls import Tls, make_context, server_headers
 from pgha.rest.wire import Request, Response, exact_request, split_target
 
 HEALTHY = b"GET /primary HTTP/1.0\r\n\r\n"
@@ -448,6 +448,33 @@ def test_tls_with_optional_client_certificates(certificates: Path) -> None:
             await talk(address, b"")                                                               # a handshake that never comes
             assert trio.current_time() - began < 2
             assert status_of(await talk_tls(address, certificates, HEALTHY)) == 200
+
+    run(main)
+
+
+def test_a_connection_from_before_a_reload_ends_after_its_next_request(certificates: Path) -> None:
+    """Its client certificate was looked at by the authorities of then."""
+    def context(verify_client: str) -> ssl.SSLContext:
+        return make_context(certfile=str(certificates / "server.crt"), keyfile=str(certificates / "server.key"), cafile=str(certificates / "ca.crt"),
+                            verify_client=verify_client)
+
+    async def main() -> None:
+        app, *_ = app_for(published())
+        tls = Tls(context("none"))
+        request = b"GET /primary HTTP/1.1\r\nHost: x\r\n\r\n"
+        async with trio.open_nursery() as nursery:
+            (address,) = await nursery.start(serve, Listen(addresses=[("127.0.0.1", 0)], tls=tls), app)
+            stream = await trio.open_ssl_over_tcp_stream(*address, ssl_context=ssl.create_default_context(cafile=str(certificates / "ca.crt")), https_compatible=True)
+            with trio.fail_after(10):
+                for _ in range(2):
+                    await stream.send_all(request)
+                    assert status_of(bytes(await stream.receive_some())) == 200
+                await trio.testing.wait_all_tasks_blocked(0.05)     # it waits for the next one
+                tls.context = context("optional")
+                await stream.send_all(request)
+                assert [int(part[:3]) for part in (await until_closed(stream)).split(b"HTTP/1.1 ")[1:]] == [200]
+            await trio.aclose_forcefully(stream)
+            nursery.cancel_scope.cancel()
 
     run(main)
 
