@@ -811,7 +811,7 @@ class Agent:
         except OSError as error:
             log.warning("configuration could not be cached", why=f"{error.filename}: {error.strerror}")
 
-    async def _read_again(self) -> tuple[str, ...]:
+    async def _read_again(self, by_signal: bool) -> tuple[str, ...]:  # noqa: FBT001  (Reread's word)
         """See Reread. In a thread, since the disk may hang."""
         if not self.shutting_down:
             self.machine.notify("RELOADING=1")      # until the next pass says READY=1 again
@@ -831,8 +831,9 @@ class Agent:
             log.warning("configuration", problem=warning)
         self.effective = effective(self.local, self.dynamic if self.dynamic is not None else normalised(dict(self.local.bootstrap.dcs)),
                                    patroni_member_present=self._config_revision % 2 == 1)
-        self._applied = ()      # differs from anything: written and reloaded in the next pass
-        self.wake()
+        if by_signal:
+            self._applied = ()      # differs from anything: written and reloaded in the next pass. (A request asks for that itself.)
+            self.wake()
         if self._nursery is not None:
             self._nursery.start_soon(self._warn_of_programs, self.local)
         await self.surface.reload(self.local, self._take_access)

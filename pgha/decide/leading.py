@@ -14,6 +14,7 @@ from pgha.decide.common import (
     fence_in_s,
     own_history,
     reason,
+    reload_is_asked,
     stop_timeout_s,
     view_of,
 )
@@ -311,7 +312,7 @@ def _timestamp(wall_s: float) -> str:
 
 def operator_requests(o: Observation, *, as_primary: bool, synchronous_names: str | None = None) -> list[Action]:
     """What configuration and operators ask of the running server: one operation a pass."""
-    actions: list[Action] = [ApplyConfiguration()] if o.settings.configuration_changed else []
+    actions: list[Action] = [ApplyConfiguration()] if o.settings.configuration_changed and not reload_is_asked(o) else []
     for request in o.requests:
         if request.kind == "reload":
             actions += [ApplyConfiguration(force=True), AnswerRequest(id=request.id, status=202, text="reload scheduled")]

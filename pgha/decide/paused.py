@@ -13,7 +13,7 @@ Rules of this file:
 from __future__ import annotations
 
 from pgha.decide import failsafe, restart
-from pgha.decide.common import leader_member, may_write, reason, source_of, view_of
+from pgha.decide.common import leader_member, may_write, reason, reload_is_asked, source_of, view_of
 from pgha.decide.slots import own_slot_name
 from pgha.decide.standing import (
     Standing,
@@ -191,7 +191,7 @@ def _readopt(o: Observation, memory: Memory, now: Standing, *, to: str) -> Decis
 
 def _requests(o: Observation) -> tuple[Action, ...]:
     """What operators and the configuration ask of a node that does not lead: a restart is in recovery."""
-    actions: list[Action] = [ApplyConfiguration()] if o.settings.configuration_changed and o.postgres.alive else []
+    actions: list[Action] = [ApplyConfiguration()] if o.settings.configuration_changed and o.postgres.alive and not reload_is_asked(o) else []
     leader = leader_member(o, view_of(o).leader) if o.dcs.view is not None else None
     upstream = source_of(leader) if leader is not None and leader.host and leader.name != o.me.name else None
     for request in o.requests:

@@ -126,7 +126,7 @@ def test_the_agent_takes_nothing_of_such_a_change_and_warns_as_at_its_start(tmp_
         published = (agent._api_url(), agent._conn_url(), agent.wanted.local_conninfo(), agent.settings.watchdog_required)
         write(restapi=f'certfile = "/c"\n[restapi.authentication]\nusername = "u"\npassword_file = "{secret}"', postgresql='listen = "127.0.0.1:5433"',
               more='[watchdog]\nmode = "required"\n[tags]\nnofailover = true')
-        assert await agent._read_again() == ()
+        assert await agent._read_again(True) == ()
         assert (agent._api_url(), agent._conn_url(), agent.wanted.local_conninfo(), agent.settings.watchdog_required) == published
         assert agent.settings.tags.raw == {"nofailover": True}
         assert [(r.getMessage(), r.facts["problem"].partition(":")[0]) for r in said.records if hasattr(r, "facts") and "problem" in r.facts] == [

@@ -67,6 +67,8 @@ ROWS = [
     row("somebody is initialising", dcs__view__initialize="", does=""),
     row("configuration has changed", settings__configuration_changed=True, does="ApplyConfiguration"),
     row("a restart was asked for", requests=(Request(id=3, kind="restart", at=ago(1)),), does="Restart"),
+    row("a reload was asked for, and the configuration has changed: one reload", settings__configuration_changed=True, requests=(Request(id=3, kind="reload", at=ago(1)),),
+        does="ApplyConfiguration AnswerRequest"),
     row("a reload was asked for", requests=(Request(id=3, kind="reload", at=ago(1)),), does="ApplyConfiguration AnswerRequest"),
     row("the primary allows more than this standby can", **CRAMPED, refuses="cramped.has_room", says="PostgreSQL has paused replay: max_connections 100, the primary's 200", does="Restart"),
     row("replay is paused by hand", postgres__row__replay_paused=True, does=""),
