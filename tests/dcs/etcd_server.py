@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import ssl
 import subprocess
 import tempfile
@@ -15,13 +14,9 @@ import urllib.request
 from pathlib import Path
 from typing import Self
 
+from free_ports import free_port
+
 START_S = 20.0
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class EtcdServer:

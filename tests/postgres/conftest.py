@@ -12,7 +12,6 @@ import pickle
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 import pytest
 from _pytest.reports import TestReport
 from _pytest.runner import SetupState, runtestprotocol
+from free_ports import free_port
 
 BIN = Path(os.environ.get("PGHA_TEST_PG_BIN", "/usr/lib/postgresql/15/bin"))
 PR_SET_CHILD_SUBREAPER = 36
@@ -164,12 +164,6 @@ def template(config) -> Path:
                     "wal_keep_size = 64MB\n")
         making.rename(path)
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 class Node:
