@@ -154,14 +154,18 @@ async def _screen(settings: Settings, kinds: str, ended: _Ended) -> None:
             await news.wait()
 
     async def keys() -> None:
-        while os.isatty(0):
+        if not os.isatty(0):
+            return
+        while True:
             await trio.lowlevel.wait_readable(0)
             try:
                 pressed = os.read(0, 100)
             except OSError:
+                pressed = b""
+            if not pressed:     # a terminal that has hung up says that it ends (Ctrl-D is a key here)
                 gone()
                 return
-            if not pressed or b"q" in pressed.lower():
+            if b"q" in pressed.lower():
                 nursery.cancel_scope.cancel()
                 return
             if b"\x0c" in pressed:              # Ctrl-L
