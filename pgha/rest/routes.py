@@ -109,7 +109,7 @@ class App:
         except ValueError:
             return None
         name = _first(path)
-        if name in _GET and name != "patroni":
+        if name in _GET and (name != "patroni" or _is_mixed(published)):
             return None
         facts = published.health
         held = msgspec.structs.replace(facts, lock_held=published.licence_until is not None, loop_alive=True)
@@ -193,6 +193,11 @@ class App:
                 return await self._own(request)
             case "v2":
                 return etcd_v2.answer(request, published, facts)
+            case "patroni" if _is_mixed(published):
+                # A Patroni leader judges by this answer whether it may switch over to this node: a position of its last look, up
+                # to a loop_wait ago, is a lag that there is not.
+                published = await self._fresh(self._looks)
+                return json_response(patroni_body(published, published.health_at(self.clock.now())))
             case _:
                 self.quick(b"GET /", keep_alive=False)      # makes the body of this publication
                 return self._health_response(request.path, name, request.query, facts, published)
@@ -253,6 +258,10 @@ def _without_body(response: Response) -> Response:
 def _because(verdict: Verdict) -> tuple[tuple[str, str], ...]:
     """The reason travels in a header: the body and the status are the reference's."""
     return (("X-Pgha-Because", verdict.why),) if verdict.why else ()
+
+
+def _is_mixed(published: Published) -> bool:
+    return published.view is not None and published.view.is_mixed
 
 
 def _is_fresh(published: Published, asked: Instant) -> bool:

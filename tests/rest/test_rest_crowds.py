@@ -211,3 +211,28 @@ def test_many_who_wait_for_a_pass_are_all_answered_by_it() -> None:
         assert len({id(answer.body) for answer in answers}) == 1
 
     run(main)
+
+
+def test_a_patroni_leader_is_told_a_position_of_now() -> None:
+    """It judges by GET /patroni whether a member may take over: its own answers are of now, too."""
+    async def main() -> None:
+        app, board, inbox, clock = app_with_all()       # of a cluster of Patroni's
+        app.has_places(512)
+        clock.go_on(8.0)
+        assert app.quick(b"GET /patroni", keep_alive=False) is None
+        answers: list[Response] = []
+
+        async def look() -> None:
+            answers.append(await app.handle(Request(method="GET", path="/patroni", query={})))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            await trio.testing.wait_all_tasks_blocked()
+            assert (answers, inbox.woken) == ([], [("observation asked", -1)])
+            value: Any = published(primary=False)
+            row = replaced(value.observation.postgres.row, received_lsn=0x9000000, replayed_lsn=0x9000000)
+            board.publish(replaced(published(primary=False, row=row), at=NOW.plus_s(8.0), observation=replaced(
+                value.observation, now=NOW.plus_s(8.0), postgres=replaced(value.observation.postgres, row=row, row_at=NOW.plus_s(8.0)))))
+        assert json.loads(answers[0].content)["xlog"]["received_location"] == 0x9000000
+
+    run(main)
