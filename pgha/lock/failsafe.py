@@ -153,7 +153,7 @@ class Rounds:
         missing = {name: why for name, why in asked.items() if why}
         # Whoever came meanwhile was not asked, and may be listed by now: the loop says so before it writes the list.
         asked_all = self._order is not None and self._order.members.keys() <= asked.keys()
-        extended = not missing and asked_all and self._renewer.extend(begun)
+        extended = not missing and asked_all and not self._is_over(begun) and self._renewer.extend(begun)
         if missing and not self._is_over(begun) and self.missing.keys() != missing.keys():
             log.warning("failsafe: not every member agrees that this node leads on", **{f"member_{name}": why for name, why in missing.items()})
         self.missing = {} if self._is_over(begun) and not extended else missing      # nobody was asked to the end
@@ -161,9 +161,14 @@ class Rounds:
             self._wake_loop()
 
     def _is_over(self, begun: Round) -> bool:
-        """The licence was renewed or lost meanwhile: nothing is left to be asked."""
-        licence = self._renewer.licence
-        return licence.state is not LicenceState.HELD or licence.epoch != begun.epoch or licence.sequence > begun.sequence
+        """The licence was renewed or lost meanwhile: nothing is left to be asked.
+
+        A renewal that was sent before the round began has a lower sequence; that the store has answered shows in the limit.
+        """
+        licence, limit = self._renewer.licence, self._limit()
+        if limit is None or licence.epoch != begun.epoch or licence.sequence > begun.sequence:
+            return True
+        return remaining_s(limit, self._clock.now()) > round_s(licence.ttl_s)
 
     async def _persuade(self, name: str, url: str, begun: Round, asked: dict[str, str]) -> None:
         """Ask until it accepts; the round bounds it. `asked`: what it said last, "" once it has accepted."""

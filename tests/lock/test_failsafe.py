@@ -12,7 +12,7 @@ from lock_world import Node, TrioClock, delete, others_record, run, write
 from msgspec.structs import replace
 
 from pgha.clock import remaining_s
-from pgha.dcs.keys import LOCK
+from pgha.dcs.keys import LOCK, parse_lock
 from pgha.dcs.memory import MemoryWorld
 from pgha.lock.failsafe import HttpAsker, Rounds, post_s, round_s
 from pgha.lock.promise import Promises, Receiver
@@ -251,6 +251,35 @@ def test_who_was_silent_is_forgotten_when_the_store_is_back():
         await trio.sleep(5)
         assert node.licence.state is LicenceState.HELD
         assert node.rounds.missing == {}
+    story(steps)
+
+
+def test_a_round_that_is_under_way_when_the_store_answers_gives_nothing_more():
+    """Else the agent said "continue to run because failsafe mode is enabled" once more, between two words of the store."""
+    async def steps(node: Leader) -> None:
+        node.members.takes_s = {"b": 0.1, "c": 0.1}
+        node.store.link(up=False)
+        while not node.licence.by_failsafe:
+            await trio.sleep(0.01)
+        given = node.licence.sequence
+        through = node.store.transact
+
+        async def slow(**request):
+            """The first renewal of after the silence is answered just after the next round has begun."""
+            asked = len(node.members.asked)
+            while parse_lock(request["puts"][0].value).sequence > given and len(node.members.asked) == asked:
+                await trio.sleep(0.001)
+            return await through(**request)
+        node.store.transact = slow
+        node.store.link(up=True)
+        while node.licence.by_failsafe:
+            await trio.sleep(0.01)
+        node.store.transact = through
+        assert node.licence.sequence < node.members.asked[-1][1]["pgha"]["sequence"], "the round began after the renewal was sent"
+        sequence, heard = node.licence.sequence, len(node.history)
+        await trio.sleep(5)
+        assert node.licence.sequence > sequence
+        assert not any(licence.by_failsafe for _, licence in node.history[heard:])
     story(steps)
 
 
