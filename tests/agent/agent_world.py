@@ -1,4 +1,4 @@
-"""Virtual time, and a store in memory that counts what is written to it."""
+"""Virtual time, a store in memory that counts what is written to it, and a node's configuration from its parts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,39 @@ import trio
 from trio.testing import MockClock
 
 from pgha.clock import Instant
+from pgha.config.load import load
+from pgha.config.local import LocalConfig
 from pgha.dcs import Compare, Delete, Outcome, Put
 from pgha.dcs.keys import Keys
 from pgha.dcs.memory import MemoryStore, MemoryWorld
 
 KEYS = Keys("service", "demo")
+
+FILE = """
+scope = "s"
+name = "n1"
+[restapi]
+listen = "127.0.0.1:8008"
+{restapi}
+[etcd3]
+{etcd3}
+[postgresql]
+{postgresql}
+data_dir = "{data_dir}"
+[postgresql.authentication.replication]
+username = "r"
+{more}
+"""
+ETCD3, POSTGRESQL = 'hosts = ["10.0.0.1", "10.0.0.2"]', 'listen = "127.0.0.1:5432"'
+
+
+def text(*, restapi: str = "", etcd3: str = ETCD3, postgresql: str = POSTGRESQL, more: str = "", data_dir: str = "/d") -> str:
+    """The least file that starts a node, with more lines in its sections."""
+    return FILE.format(restapi=restapi, etcd3=etcd3, postgresql=postgresql, more=more, data_dir=data_dir)
+
+
+def local(written: str) -> LocalConfig:
+    return load("", {"PGHA_CONFIGURATION": written}).local
 
 
 class TrioClock:

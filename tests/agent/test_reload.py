@@ -8,39 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agent_world import TrioClock, run
+from agent_world import ETCD3, POSTGRESQL, TrioClock, local, run, text
 
 from pgha.agent import Agent
 from pgha.as_started import as_started
 from pgha.config.load import load
-from pgha.config.local import LocalConfig
 from pgha.dcs.memory import MemoryStore, MemoryWorld
-
-FILE = """
-scope = "s"
-name = "n1"
-[restapi]
-listen = "127.0.0.1:8008"
-{restapi}
-[etcd3]
-{etcd3}
-[postgresql]
-{postgresql}
-data_dir = "{data_dir}"
-[postgresql.authentication.replication]
-username = "r"
-{more}
-"""
-ETCD3, POSTGRESQL = 'hosts = ["10.0.0.1", "10.0.0.2"]', 'listen = "127.0.0.1:5432"'
-
-
-def text(*, restapi: str = "", etcd3: str = ETCD3, postgresql: str = POSTGRESQL, more: str = "", data_dir: str = "/d") -> str:
-    return FILE.format(restapi=restapi, etcd3=etcd3, postgresql=postgresql, more=more, data_dir=data_dir)
-
-
-def local(written: str) -> LocalConfig:
-    return load("", {"PGHA_CONFIGURATION": written}).local
-
 
 TLS = 'certfile = "/c.crt"\nkeyfile = "/c.key"\ncafile = "/ca.crt"\nverify_client = "optional"'
 

@@ -8,6 +8,7 @@ import threading
 from functools import partial
 from pathlib import Path
 
+import agent_world
 import pytest
 import trio
 import trio.testing
@@ -15,7 +16,6 @@ from msgspec.structs import replace
 from trio.testing import MockClock
 
 from pgha.config.addresses import Address
-from pgha.config.load import load
 from pgha.config.local import LocalConfig
 from pgha.dcs.etcd3 import Etcd3Store
 from pgha.errors import ConfigError, PostgresUnreachable
@@ -27,25 +27,9 @@ from pgha.rest.tls import make_context
 from pgha.rest.wire import Request
 from pgha.surface import ASK_AGAIN_S, ASK_ANEW_S, Surface
 
-MINIMAL = """
-scope = "s"
-name = "n1"
-[restapi]
-listen = "127.0.0.1:8008"
-{restapi}
-[etcd3]
-host = "127.0.0.1"
-{etcd3}
-[postgresql]
-listen = "127.0.0.1"
-data_dir = "/d"
-[postgresql.authentication.replication]
-username = "r"
-"""
-
 
 def local(restapi: str = "", etcd3: str = "", more: str = "") -> LocalConfig:
-    return load("", {"PGHA_CONFIGURATION": MINIMAL.format(restapi=restapi, etcd3=etcd3) + more}).local
+    return agent_world.local(agent_world.text(restapi=restapi, etcd3=f'host = "127.0.0.1"\n{etcd3}', more=more))
 
 
 class View:
