@@ -152,7 +152,7 @@ class Agent:
         self.machine = machine = machine or LocalMachine(data_dir, bin_dir)
         self.me = Identity(name=local.name, node_id=node_id(self.state_dir), incarnation=machine.token())
         self.keys = Keys(local.namespace, local.scope)
-        self.surface = Surface(local)
+        self.surface = Surface(local, in_thread=machine.in_thread)
         make_store = store or self.surface.open_store
         self.store, renewer_store = make_store(local), make_store(local)
         cached = _cached_config(data_dir)
@@ -225,6 +225,7 @@ class Agent:
         self._checkpoint_pending = False
         self._applied: Any = None
         self._apply_again_at: Instant | None = None     # writing the configuration has failed
+        self._owes_reload = False       # PostgreSQL is to read its files again in any case: others than ours may have changed, as certificates
         self._before_limit: tuple[PostgresFacts, float] | None = None   # what was known, and the limit, when the hang timeout changed
         self._said: tuple[str, ...] = ()
         self._summary = ""          # what was said last
@@ -684,12 +685,12 @@ class Agent:
         else:
             assert not isinstance(action, LongAction), action
             if isinstance(action, ApplyConfiguration):
-                if self._applied == ():
-                    action = replace(action, force=True)       # SIGHUP: PostgreSQL reads its files again in any case, as certificates
+                self._owes_reload = self._owes_reload or self._applied == ()
+                action = replace(action, force=self._owes_reload)
                 self._applied, self._apply_again_at = self._to_apply(), self.clock.now().plus_s(APPLY_AGAIN_S)
             await self.actor.quick(action, deadline_s)
             if isinstance(action, ApplyConfiguration):
-                self._apply_again_at = None
+                self._apply_again_at, self._owes_reload = None, False
 
     def _begin(self, action: LongAction) -> None:
         assert self._operation is None, (self._operation, action)
@@ -811,7 +812,7 @@ class Agent:
         except OSError as error:
             log.warning("configuration could not be cached", why=f"{error.filename}: {error.strerror}")
 
-    async def _read_again(self, by_signal: bool) -> tuple[str, ...]:  # noqa: FBT001  (Reread's word)
+    async def _read_again(self) -> tuple[str, ...]:
         """See Reread. In a thread, since the disk may hang."""
         if not self.shutting_down:
             self.machine.notify("RELOADING=1")      # until the next pass says READY=1 again
@@ -831,9 +832,8 @@ class Agent:
             log.warning("configuration", problem=warning)
         self.effective = effective(self.local, self.dynamic if self.dynamic is not None else normalised(dict(self.local.bootstrap.dcs)),
                                    patroni_member_present=self._config_revision % 2 == 1)
-        if by_signal:
-            self._applied = ()      # differs from anything: written and reloaded in the next pass. (A request asks for that itself.)
-            self.wake()
+        self._applied = ()      # differs from anything: written and reloaded in the next pass that can
+        self.wake()
         if self._nursery is not None:
             self._nursery.start_soon(self._warn_of_programs, self.local)
         await self.surface.reload(self.local, self._take_access)

@@ -16,21 +16,18 @@ import trio
 class _Turn:
     def __init__(self) -> None:
         self.asked, self.done = trio.Event(), trio.Event()
-        self.by_signal = False
         self.problems: tuple[str, ...] = ()
 
 
 class Reread:
-    """`read`: reads and takes the files; what is wrong with them, which then changes nothing; () if they are in force. It is
-    told whether a signal has asked: then nobody else sees to it that PostgreSQL reads its files again in any case."""
+    """`read`: reads and takes the files; what is wrong with them, which then changes nothing; () if they are in force."""
 
-    def __init__(self, read: Callable[[bool], Awaitable[tuple[str, ...]]]) -> None:
+    def __init__(self, read: Callable[[], Awaitable[tuple[str, ...]]]) -> None:
         self._read = read
         self._next = _Turn()
 
     def ask(self) -> None:
         """A signal wants it: nobody waits."""
-        self._next.by_signal = True
         self._next.asked.set()
 
     async def outcome(self) -> tuple[str, ...]:
@@ -46,5 +43,5 @@ class Reread:
         while True:
             await self._next.asked.wait()
             turn, self._next = self._next, _Turn()
-            turn.problems = await self._read(turn.by_signal)
+            turn.problems = await self._read()
             turn.done.set()

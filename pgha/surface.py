@@ -3,7 +3,8 @@
 All of it comes from the node's own configuration: certificates, keys, user names, passwords, allowlist. `reload` takes
 it anew while the agent runs (SIGHUP): what new connections need is replaced, one by one, and what cannot be read is
 named and changes nothing, so that a half-written certificate never takes the API away. (What only another start can
-change is as it was already: as_started.)
+change is as it was already: as_started.) A context that is in use is never touched, but replaced: OpenSSL takes a
+certificate before it sees that the key does not fit. And files are read in a thread: their disk may hang.
 
 `restapi.allowlist_include_members` adds the addresses of the members' api_urls; names are resolved, again and again,
 beside the agent's work (`keep_members`), and a name server that is silent leaves what was known.
@@ -12,6 +13,7 @@ beside the agent's work (`keep_members`), and a name server that is silent leave
 from __future__ import annotations
 
 import base64
+import hashlib
 import ipaddress
 import math
 import ssl
@@ -19,7 +21,7 @@ from collections.abc import Awaitable, Callable, Collection
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import trio
@@ -35,7 +37,7 @@ from pgha.machine import Machine
 from pgha.model.cluster import ClusterView
 from pgha.rest.access import Access, Names, Network
 from pgha.rest.listen import Listen
-from pgha.rest.tls import Tls, load_certificate, make_context, server_headers
+from pgha.rest.tls import Tls, load_certificate, make_context, server_headers, why
 
 log = Log("pgha.surface")
 
@@ -54,14 +56,25 @@ class Published(Protocol):
     def view(self) -> ClusterView | None: ...
 
 
+class _Contexts(NamedTuple):
+    """What a reload has read: None is not wanted, or not to be had (`problems`: what that is, and why)."""
+
+    rest: ssl.SSLContext | None
+    peers: ssl.SSLContext | None
+    etcd: ssl.SSLContext | None
+    etcd_files: bytes
+    problems: list[tuple[str, str]]
+
+
 class Surface:
     """`access`, `tls`: of this node's REST API, replaced by `reload`. Raises ConfigError for files that cannot be used."""
 
-    def __init__(self, local: LocalConfig) -> None:
+    def __init__(self, local: LocalConfig, *, in_thread: Callable[..., Awaitable[Any]] = trio.to_thread.run_sync) -> None:
         self._local = local
+        self._in_thread = in_thread
         self._peers = _peer_context(local)
         self._etcd_tls: ssl.SSLContext | None = None
-        self._etcd_authorities = b""
+        self._etcd_files = b""       # what they held
         self._stores: list[Etcd3Store] = []
         self._listed: tuple[Network, ...] | None = None     # what the allowlist names
         self._listed_names, self._member_names = Names("restapi.allowlist"), Names("a member's api_url")
@@ -77,14 +90,15 @@ class Surface:
         """One connection to the store; each caller has its own. All present the same certificate."""
         etcd = local.etcd3
         if self._etcd_tls is None and any(url.startswith("https:") for url in etcd.endpoints):
-            self._etcd_tls, self._etcd_authorities = _etcd_context(local), _authorities(local)
+            self._etcd_files = _digest(local)
+            self._etcd_tls = _etcd_context(local)
         store = Etcd3Store(etcd.endpoints, username=etcd.username or None, password=etcd.password.reveal() or None, ssl_context=self._etcd_tls)
         self._stores.append(store)
         return store
 
     def peers(self, machine: Machine) -> Callable[[], AbstractAsyncContextManager[Any]]:
         """HTTP clients for other members: their certificates are not verified, as among the reference's agents (compatibility spec 3.6)."""
-        return partial(machine.http, self._peers)
+        return lambda: machine.http(self._peers)
 
     def authorization(self) -> str:
         """The header's value for what changes something at a peer: `ctl.authentication`, else this node's own; "" for none."""
@@ -131,8 +145,8 @@ class Surface:
         known: frozenset[str] = frozenset()
         published = now()
         while True:
-            view, local = published.view, self._local
-            if local.restapi.allowlist_include_members and view is not None:
+            view = published.view
+            if self._local.restapi.allowlist_include_members and view is not None:
                 hosts = frozenset(host for member in view.members.values() if (host := _host(member.api_url)))
                 # A view without members is one that tells nothing: whoever was a member stays allowed until others are.
                 if hosts and (hosts != known or trio.current_time() >= self._ask_members_at):
@@ -140,8 +154,8 @@ class Surface:
                     self._ask_members_at = _again_at(self._member_names, hosts)
                     self._allow()
                     take(self.access)
-            if local.restapi.allowlist and trio.current_time() >= self._ask_listed_at:
-                await self._take_listed(local)
+            if self._local.restapi.allowlist and trio.current_time() >= self._ask_listed_at:
+                await self._take_listed(self._local)
                 take(self.access)
             published = await changed(published)
 
@@ -149,41 +163,50 @@ class Surface:
 
     async def reload(self, local: LocalConfig, take: Callable[[Access], None] = lambda _: None) -> None:
         """Take what `local` says from now on. What cannot be read is logged, and the former goes on. `take`: as above."""
-        before, self._local = self._local, local
-        if self.tls is not None and local.restapi.tls:
-            try:
-                self.tls.context = _rest_context(local)
-            except ConfigError as error:
-                log.error("certificate not reloaded", problem=str(error))
-        self._reload_client(lambda: _present_to_peers(self._peers, local))
-        self._reload_client(lambda: self._reload_etcd(before, local))
+        self._local = local
         for store in self._stores:
             store.credentials(local.etcd3.username or None, local.etcd3.password.reveal() or None)
-        # A password that was changed counts now, a list once its names are known: a name server may take its time.
+        # A password that was changed counts now, a certificate once its disk has answered, a list once its names are known.
+        self._take_credentials()
+        take(self.access)
+        found: _Contexts = await self._in_thread(partial(self._read_files, local), abandon_on_cancel=True)
+        if self._local is not local:
+            return              # another reload has come meanwhile, and takes it all
+        for what, problem in found.problems:
+            log.error(what, problem=problem)
+        await self._take_contexts(found)
         self._take_credentials()
         take(self.access)
         self._ask_members_at = 0.0
         await self._take_listed(local)
         take(self.access)
 
-    def _reload_etcd(self, before: LocalConfig, local: LocalConfig) -> None:
-        """A certificate is loaded into the context that is there. Other authorities need another one, since none forgets anything."""
-        if self._etcd_tls is None:
-            return
-        authorities = _authorities(local)
-        if authorities == self._etcd_authorities and (local.etcd3.cert or not before.etcd3.cert):
-            _present_to_etcd(self._etcd_tls, local)
-            return
-        self._etcd_tls, self._etcd_authorities = _etcd_context(local), authorities
-        for store in self._stores:
-            store.trust(self._etcd_tls)
+    def _read_files(self, local: LocalConfig) -> _Contexts:
+        """In a thread. Whether the listener has TLS, and the store, was settled at the start."""
+        problems: list[tuple[str, str]] = []
 
-    @staticmethod
-    def _reload_client(load: Callable[[], None]) -> None:
-        try:
-            load()
-        except ConfigError as error:
-            log.error("client certificate not reloaded", problem=str(error))
+        def made(what: str, make: Callable[[], ssl.SSLContext], *, wanted: bool = True) -> ssl.SSLContext | None:
+            try:
+                return make() if wanted else None
+            except ConfigError as error:
+                problems.append((what, str(error)))
+                return None
+
+        rest = made("certificate not reloaded", partial(_rest_context, local), wanted=self.tls is not None and local.restapi.tls)
+        peers = made("client certificate not reloaded", partial(_peer_context, local))
+        # Before the context is made: should the files change in between, the next reload makes another one.
+        files = _digest(local) if self._etcd_tls is not None else b""
+        etcd = made("client certificate not reloaded", partial(_etcd_context, local), wanted=files != self._etcd_files)
+        return _Contexts(rest, peers, etcd, files, problems)
+
+    async def _take_contexts(self, found: _Contexts) -> None:
+        if self.tls is not None and found.rest is not None:
+            self.tls.context = found.rest
+        self._peers = found.peers or self._peers
+        if found.etcd is not None:
+            self._etcd_tls, self._etcd_files = found.etcd, found.etcd_files
+            for store in self._stores:
+                await store.connect_with(found.etcd)
 
 
 def _again_at(names: Names, items: Collection[str]) -> float:
@@ -209,49 +232,40 @@ def _host(api_url: str) -> str:
 
 
 def _peer_context(local: LocalConfig) -> ssl.SSLContext:
-    """Also where there is no certificate to show yet: a reload may bring one."""
+    """Shows `ctl.certfile`, or `restapi.certfile` in its place; also there where there is none to show."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    _present_to_peers(context, local)
-    return context
-
-
-def _present_to_peers(context: ssl.SSLContext, local: LocalConfig) -> None:
-    """`ctl.certfile`, or `restapi.certfile` in its place."""
     section, given = ("ctl", local.ctl) if local.ctl.certfile else ("restapi", local.restapi)
     if given.certfile:
         load_certificate(context, certfile=given.certfile, keyfile=given.keyfile, keyfile_password=given.keyfile_password.reveal(), section=section)
-
-
-def _etcd_context(local: LocalConfig) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=local.etcd3.cacert or None)
-    except OSError as error:
-        raise _no_cacert(local, error) from error
-    _present_to_etcd(context, local)
     return context
 
 
-def _present_to_etcd(context: ssl.SSLContext, local: LocalConfig) -> None:
+def _etcd_context(local: LocalConfig) -> ssl.SSLContext:
     etcd = local.etcd3
+    try:
+        context = ssl.create_default_context(cafile=etcd.cacert or None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"etcd3.cacert: cannot use {etcd.cacert}: {why(error)}") from error
     try:
         if etcd.cert:
             context.load_cert_chain(etcd.cert, etcd.key or None, password="")
-    except OSError as error:
-        raise ConfigError(f"etcd3: cert or key cannot be used: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"etcd3: cert or key cannot be used: {why(error)}") from error
+    return context
 
 
-def _authorities(local: LocalConfig) -> bytes:
-    """Of etcd, as they stand in the file; empty: the system's."""
-    try:
-        return Path(local.etcd3.cacert).read_bytes() if local.etcd3.cacert else b""
-    except OSError as error:
-        raise _no_cacert(local, error) from error
-
-
-def _no_cacert(local: LocalConfig, error: OSError) -> ConfigError:
-    return ConfigError(f"etcd3.cacert: cannot use {local.etcd3.cacert}: {error.strerror or error}")
+def _digest(local: LocalConfig) -> bytes:
+    """Of what etcd's three files hold. One that cannot be read is named by whoever uses it."""
+    digest = hashlib.sha256()
+    for path in (local.etcd3.cacert, local.etcd3.cert, local.etcd3.key):
+        try:
+            content = Path(path).read_bytes() if path else b""
+        except (OSError, ValueError):
+            content = b"?"
+        digest.update(b"%d:" % len(content) + content)
+    return digest.digest()
 
 
 def _rest_context(local: LocalConfig) -> ssl.SSLContext:

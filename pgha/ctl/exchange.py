@@ -109,8 +109,8 @@ def tls_context(*, cacert: str = "", cert: str = "", key: str = "", key_password
         context = ssl.create_default_context(cafile=cacert or None)
         if cert:
             context.load_cert_chain(cert, key or None, password=key_password)
-    except OSError as error:
-        raise End(USAGE, f"TLS: cannot use {', '.join(f for f in (cacert, cert, key) if f)}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:      # ValueError: a password that is too long for OpenSSL
+        raise End(USAGE, f"TLS: cannot use {', '.join(f for f in (cacert, cert, key) if f)}: {getattr(error, 'strerror', '') or error}") from None
     if insecure:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

@@ -96,9 +96,11 @@ class HostAddresses:
 class Lines:
     """The body of an answer, whole or line by line as it comes. One task at a time."""
 
-    def __init__(self, response: httpx.Response) -> None:
+    def __init__(self, response: httpx.Response, connections: Connections) -> None:
         self.status = response.status_code
         self._response = response
+        self._connections = connections
+        self._is_over = False
         assert isinstance(response.stream, httpx.AsyncByteStream)
         self._chunks = response.stream.__aiter__()
         self._rest = bytearray()
@@ -164,6 +166,9 @@ class Lines:
                 pass  # it had ended before
         with trio.CancelScope(shield=True):  # closing a socket does not wait
             await self._response.aclose()
+        if not self._is_over:
+            self._is_over = True
+            await self._connections.is_over()
 
 
 class _Body(httpx.AsyncByteStream):
@@ -197,10 +202,55 @@ class _HandshakeCloser:
                 await self._stream.aclose()
 
 
+class Connections:
+    """Those that are made with one TLS context. None: plain only (making the default context takes 20 ms).
+
+    A reload brings another context, and no reason to interrupt anything: from then on these are closed with the last of
+    the answers that are still open, such as a watch."""
+
+    def __init__(self, ssl_context: ssl.SSLContext | None) -> None:
+        self._transport = httpx.AsyncHTTPTransport(
+            verify=ssl_context or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), trust_env=False,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=KEEPALIVE_EXPIRY_S))
+        self._open = 0
+        self._retired = False
+        self.closed = False
+
+    async def send(self, request: httpx.Request) -> httpx.Response:
+        """Whoever gets a response says `is_over` when it is closed."""
+        self._open += 1
+        response: httpx.Response | None = None
+        try:
+            response = await self._transport.handle_async_request(request)
+        finally:
+            if response is None:
+                await self.is_over()
+        return response
+
+    async def is_over(self) -> None:
+        """One answer less is open."""
+        self._open -= 1
+        await self._close_if_unused()
+
+    async def retire(self) -> None:
+        """No new request comes any more (but those that are just about to be sent)."""
+        self._retired = True
+        await self._close_if_unused()
+
+    async def _close_if_unused(self) -> None:
+        if self._retired and self._open == 0:
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        self.closed = True
+        with trio.CancelScope(shield=True):  # closing sockets does not wait
+            await self._transport.aclose()
+
+
 class Endpoint:
     """One server of the store, by its configured URL. `name` is that URL without credentials or path."""
 
-    def __init__(self, url: str, transport: httpx.AsyncHTTPTransport, *, look_up: LookUp = look_up_addresses) -> None:
+    def __init__(self, url: str, connections: Connections, *, look_up: LookUp = look_up_addresses) -> None:
         parts = urlsplit(url)
         if parts.username is not None or parts.password is not None:
             raise ConfigError("an endpoint's URL must not contain credentials: say username and password instead")
@@ -215,16 +265,16 @@ class Endpoint:
         self._addresses = HostAddresses(self._host, self._port, look_up)
         self._first = 0  # which of the addresses answered last
         self._host_header = (b"Host", parts.netloc.encode())
-        self._transport = transport
+        self._connections = connections
         self._urls: dict[tuple[str, str], httpx.URL] = {}
 
-    def connect_by(self, transport: httpx.AsyncHTTPTransport) -> None:
-        """From the next request on. What the former still answers is its own."""
-        self._transport = transport
+    def connect_by(self, connections: Connections) -> None:
+        """From the next request on. What comes over the former is theirs."""
+        self._connections = connections
 
     async def post(self, path: str, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> Answer:
         """POST and read the whole answer. Raises NoAnswer."""
-        lines = Lines(await self._send(path, body, headers))
+        lines = await self._send(path, body, headers)
         try:
             return Answer(lines.status, await lines.all())
         finally:
@@ -232,9 +282,9 @@ class Endpoint:
 
     async def stream(self, path: str, body: bytes, headers: Sequence[tuple[bytes, bytes]] = ()) -> Lines:
         """POST and leave the answer open. Raises NoAnswer. The caller closes it."""
-        return Lines(await self._send(path, body, headers))
+        return await self._send(path, body, headers)
 
-    async def _send(self, path: str, body: bytes, headers: Sequence[tuple[bytes, bytes]]) -> httpx.Response:
+    async def _send(self, path: str, body: bytes, headers: Sequence[tuple[bytes, bytes]]) -> Lines:
         try:
             addresses = await self._addresses.get()
             for n in range(len(addresses)):
@@ -242,14 +292,15 @@ class Endpoint:
                 request = httpx.Request(
                     "POST", self._url(addresses[turn], path), stream=_Body(body), extensions=self._extensions(),
                     headers=[self._host_header, (b"Content-Length", b"%d" % len(body)), *headers])
+                connections = self._connections
                 try:
-                    response = await self._transport.handle_async_request(request)
+                    response = await connections.send(request)
                 except httpx.ConnectError:
                     if n + 1 == len(addresses):
                         raise
                 else:
                     self._first = turn
-                    return response
+                    return Lines(response, connections)
         except httpx.HTTPError as error:
             self._addresses.doubt()
             raise NoAnswer(reason(error)) from error
@@ -271,15 +322,6 @@ class Endpoint:
                 self._urls.clear()
             url = self._urls[address, path] = httpx.URL(f"{self._scheme}://{host}:{self._port}{path}")
         return url
-
-
-def open_transport(ssl_context: ssl.SSLContext | None) -> httpx.AsyncHTTPTransport:
-    """Connections for HTTP/1.1 over plain TCP or TLS. None: plain only (making the default context takes 20 ms)."""
-    return httpx.AsyncHTTPTransport(
-        verify=ssl_context or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
-        trust_env=False,
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=16, keepalive_expiry=KEEPALIVE_EXPIRY_S),
-    )
 
 
 def reason(error: BaseException) -> str:

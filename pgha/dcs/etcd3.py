@@ -69,9 +69,9 @@ class Etcd3Store:
         """Log in as this user from the next login on: whoever changed the password has made the former token worthless."""
         self._client.credentials(username, password)
 
-    def trust(self, ssl_context: ssl.SSLContext) -> None:
+    async def connect_with(self, ssl_context: ssl.SSLContext) -> None:
         """Every request from now on goes over connections made with this; a watch goes on with the one that it has."""
-        self._client.trust(ssl_context)
+        await self._client.connect_with(ssl_context)
 
     @property
     def generation(self) -> Generation:

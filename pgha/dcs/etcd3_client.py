@@ -21,7 +21,7 @@ from typing import NamedTuple, NoReturn, Protocol, TypeVar
 import trio
 
 from pgha.dcs import etcd3_json as wire
-from pgha.dcs.endpoints import Endpoint, LookUp, NoAnswer, open_transport
+from pgha.dcs.endpoints import Connections, Endpoint, LookUp, NoAnswer
 from pgha.dcs.etcd3_json import Header, Meaning, encode
 from pgha.errors import Compacted, ConfigError, DcsRefused, DcsUnreachable, LeaseLost
 from pgha.log import Log
@@ -67,8 +67,8 @@ class Etcd3Client:
             raise ConfigError("etcd3: no endpoint is given")
         if ssl_context is None and any(url.startswith("https:") for url in endpoints):
             ssl_context = ssl.create_default_context()
-        self._transports = [open_transport(ssl_context)]        # the last one is asked; what the others have open may still be used
-        self.endpoints = [Endpoint(url, self._transports[-1], look_up=look_up) for url in endpoints]
+        self._connections = [Connections(ssl_context)]      # new requests go over the last; the others are there until their answers end
+        self.endpoints = [Endpoint(url, self._connections[-1], look_up=look_up) for url in endpoints]
         self.preferred = random.randrange(len(endpoints)) if first_endpoint is None else first_endpoint
         self._credentials = _login_body(username, password)
         self._token: str | None = None  # "" when the store says that it wants none
@@ -133,15 +133,18 @@ class Etcd3Client:
                     nursery.start_soon(ask, endpoint)
         return answers
 
-    def trust(self, ssl_context: ssl.SSLContext) -> None:
-        """Connections from now on are made with this. Open answers (a watch) go on: a reload is no reason to interrupt anything."""
-        self._transports.append(open_transport(ssl_context))
+    async def connect_with(self, ssl_context: ssl.SSLContext) -> None:
+        """Connections from now on are made with this. Open answers (a watch) go on."""
+        former, new = self._connections[-1], Connections(ssl_context)
+        self._connections.append(new)
         for endpoint in self.endpoints:
-            endpoint.connect_by(self._transports[-1])
+            endpoint.connect_by(new)
+        await former.retire()
+        self._connections = [each for each in self._connections if not each.closed]
 
     async def aclose(self) -> None:
-        for transport in self._transports:
-            await transport.aclose()
+        for connections in self._connections:
+            await connections.aclose()
 
     # one endpoint
 

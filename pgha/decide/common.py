@@ -101,8 +101,3 @@ def mib(size_bytes: int) -> str:
     if abs(size_bytes) < 1024 * 1024:
         return f"{size_bytes / 1024:.1f} KiB"
     return f"{size_bytes / 1024 / 1024:.1f} MiB"
-
-
-def reload_is_asked(o: Observation) -> bool:
-    """Then what has changed is written with it: one reload, not two."""
-    return any(request.kind == "reload" for request in o.requests)

@@ -14,7 +14,6 @@ from pgha.decide.common import (
     fence_in_s,
     own_history,
     reason,
-    reload_is_asked,
     stop_timeout_s,
     view_of,
 )
@@ -22,7 +21,6 @@ from pgha.decide.schedule import Due
 from pgha.decide.standing import left_s, licence_left, licensed
 from pgha.model.action import (
     Action,
-    AnswerRequest,
     ApplyConfiguration,
     Demote,
     PrePromote,
@@ -312,11 +310,9 @@ def _timestamp(wall_s: float) -> str:
 
 def operator_requests(o: Observation, *, as_primary: bool, synchronous_names: str | None = None) -> list[Action]:
     """What configuration and operators ask of the running server: one operation a pass."""
-    actions: list[Action] = [ApplyConfiguration()] if o.settings.configuration_changed and not reload_is_asked(o) else []
+    actions: list[Action] = [ApplyConfiguration()] if o.settings.configuration_changed else []
     for request in o.requests:
-        if request.kind == "reload":
-            actions += [ApplyConfiguration(force=True), AnswerRequest(id=request.id, status=202, text="reload scheduled")]
-        elif request.kind == "restart":
+        if request.kind == "restart":
             timeout_s = float(request.options.get("timeout_s") or o.settings.primary_start_timeout_s or 300.0)
             actions.append(Restart(as_primary=as_primary, timeout_s=timeout_s, before_stop_s=o.settings.before_stop_s, request_id=request.id, synchronous_names=synchronous_names))
             break

@@ -13,7 +13,7 @@ Rules of this file:
 from __future__ import annotations
 
 from pgha.decide import failsafe, restart
-from pgha.decide.common import leader_member, may_write, reason, reload_is_asked, source_of, view_of
+from pgha.decide.common import leader_member, may_write, reason, source_of, view_of
 from pgha.decide.slots import own_slot_name
 from pgha.decide.standing import (
     Standing,
@@ -26,7 +26,6 @@ from pgha.decide.standing import (
 from pgha.model.action import (
     AcquireLock,
     Action,
-    AnswerRequest,
     ApplyConfiguration,
     ReadCluster,
     ReleaseLock,
@@ -191,14 +190,11 @@ def _readopt(o: Observation, memory: Memory, now: Standing, *, to: str) -> Decis
 
 def _requests(o: Observation) -> tuple[Action, ...]:
     """What operators and the configuration ask of a node that does not lead: a restart is in recovery."""
-    actions: list[Action] = [ApplyConfiguration()] if o.settings.configuration_changed and o.postgres.alive and not reload_is_asked(o) else []
+    actions: list[Action] = [ApplyConfiguration()] if o.settings.configuration_changed and o.postgres.alive else []
     leader = leader_member(o, view_of(o).leader) if o.dcs.view is not None else None
     upstream = source_of(leader) if leader is not None and leader.host and leader.name != o.me.name else None
     for request in o.requests:
-        if request.kind == "reload":
-            actions += [ApplyConfiguration(force=True)] if o.postgres.alive else []
-            actions.append(AnswerRequest(id=request.id, status=202, text="reload scheduled"))
-        elif request.kind == "restart" and o.directory.state == "valid":
+        if request.kind == "restart" and o.directory.state == "valid":
             timeout_s = float(request.options.get("timeout_s") or o.settings.primary_start_timeout_s or 300.0)
             actions.append(Restart(as_primary=False, timeout_s=timeout_s, before_stop_s=o.settings.before_stop_s, request_id=request.id, upstream=upstream, slot_name=own_slot_name(o) if upstream else ""))
             break

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from pgha.clock import Instant
 
-Kind = Literal["restart", "cancel_restart", "reload", "reinitialize", "switchover", "failover"]
+Kind = Literal["restart", "cancel_restart", "reinitialize", "switchover", "failover"]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

@@ -83,6 +83,7 @@ class Names:
     def __init__(self, what: str) -> None:
         self._what = what
         self._known: dict[str, tuple[Network, ...]] = {}
+        self._turns = 0
         self.unresolved: frozenset[str] = frozenset()
 
     async def networks(self, items: Sequence[str], *, deadline_s: float = 5.0) -> tuple[Network, ...]:
@@ -94,26 +95,27 @@ class Names:
                 found.append(ipaddress.ip_network(item, strict=False))
             except ValueError:
                 names.append(item)
-        self._known = {name: known for name, known in self._known.items() if name in names}
-        failed: set[str] = set()
+        self._turns += 1
+        turn, answers = self._turns, dict[str, tuple[Network, ...]]()
         async with trio.open_nursery() as nursery:
             for name in names:
-                nursery.start_soon(self._resolve, name, deadline_s, failed)
+                nursery.start_soon(self._resolve, name, deadline_s, answers)
+        failed = frozenset(names) - answers.keys()
         for name in sorted(failed - self.unresolved):
             log.warning("a name cannot be resolved", of=self._what, name=name[:300], allows="what it meant last" if name in self._known else "nobody")
-        self.unresolved = frozenset(failed)
-        return (*found, *(network for name in names for network in self._known.get(name, ())))
+        known = {name: networks for name in names if (networks := answers.get(name) or self._known.get(name))}
+        if turn == self._turns:     # else others have been asked for meanwhile, and these are of no interest any more
+            self._known, self.unresolved = known, failed
+        return (*found, *(network for networks in known.values() for network in networks))
 
-    async def _resolve(self, name: str, deadline_s: float, failed: set[str]) -> None:
-        failed.add(name)
+    async def _resolve(self, name: str, deadline_s: float, answers: dict[str, tuple[Network, ...]]) -> None:
         with trio.move_on_after(deadline_s):
             try:
                 # Threads of their own: those that others share would be used up while the name server is silent.
-                answers = await trio.to_thread.run_sync(partial(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM), abandon_on_cancel=True, limiter=_RESOLVERS)
+                found = await trio.to_thread.run_sync(partial(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM), abandon_on_cancel=True, limiter=_RESOLVERS)
             except (OSError, UnicodeError):     # UnicodeError: no name at all, by Python's own codec
                 return
-            self._known[name] = tuple(ipaddress.ip_network(str(address[0]).partition("%")[0]) for *_, address in answers)
-            failed.discard(name)
+            answers[name] = tuple(ipaddress.ip_network(str(address[0]).partition("%")[0]) for *_, address in found)
 
 
 _RESOLVERS = trio.CapacityLimiter(8)

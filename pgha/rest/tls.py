@@ -23,8 +23,8 @@ def make_context(*, certfile: str, keyfile: str = "", keyfile_password: str = ""
     if cafile:
         try:
             context.load_verify_locations(cafile)
-        except OSError as error:
-            raise ConfigError(f"restapi.cafile: cannot use {cafile}: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"restapi.cafile: cannot use {cafile}: {why(error)}") from error
     elif verify_client != "none":
         raise ConfigError(f"restapi.verify_client: {verify_client!r} needs restapi.cafile")
     if ciphers:
@@ -40,11 +40,16 @@ def make_context(*, certfile: str, keyfile: str = "", keyfile_password: str = ""
 
 
 def load_certificate(context: ssl.SSLContext, *, certfile: str, keyfile: str = "", keyfile_password: str = "", section: str = "restapi") -> None:
-    """Load (or load again, on a reload: new connections use it) certificate and key of that section. ConfigError names the file."""
+    """Load certificate and key of that section. ConfigError names the file; the context is then good for nothing, for OpenSSL may
+    have taken the certificate before it saw that the key does not fit."""
     try:
         context.load_cert_chain(certfile, keyfile or None, password=keyfile_password)
-    except OSError as error:
-        raise ConfigError(f"{section}.certfile: cannot use {certfile}{f' with {keyfile}' if keyfile else ''}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:      # ValueError: a password that is too long for OpenSSL
+        raise ConfigError(f"{section}.certfile: cannot use {certfile}{f' with {keyfile}' if keyfile else ''}: {why(error)}") from error
+
+
+def why(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else "") or str(error)
 
 
 def server_headers(tokens: str, *, version: str, compatible: str) -> dict[str, str]:

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 from agent_world import ETCD3, POSTGRESQL, TrioClock, local, run, text
 
-from pgha.agent import Agent
+from pgha.agent import APPLY_AGAIN_S, Agent
 from pgha.as_started import as_started
 from pgha.config.load import load
 from pgha.dcs.memory import MemoryStore, MemoryWorld
+from pgha.errors import PostgresUnreachable
+from pgha.model.action import ApplyConfiguration
 
 TLS = 'certfile = "/c.crt"\nkeyfile = "/c.key"\ncafile = "/ca.crt"\nverify_client = "optional"'
 
@@ -99,11 +102,45 @@ def test_the_agent_takes_nothing_of_such_a_change_and_warns_as_at_its_start(tmp_
         published = (agent._api_url(), agent._conn_url(), agent.wanted.local_conninfo(), agent.settings.watchdog_required)
         write(restapi=f'certfile = "/c"\n[restapi.authentication]\nusername = "u"\npassword_file = "{secret}"', postgresql='listen = "127.0.0.1:5433"',
               more='[watchdog]\nmode = "required"\n[tags]\nnofailover = true')
-        assert await agent._read_again(True) == ()
+        assert await agent._read_again() == ()
         assert (agent._api_url(), agent._conn_url(), agent.wanted.local_conninfo(), agent.settings.watchdog_required) == published
         assert agent.settings.tags.raw == {"nofailover": True}
         assert [(r.getMessage(), r.facts["problem"].partition(":")[0]) for r in said.records if hasattr(r, "facts") and "problem" in r.facts] == [
             ("reload", "restapi.certfile"), ("reload", "postgresql.listen"), ("reload", "watchdog"), ("configuration", str(file))]
         assert f"{secret} is readable by everybody" in said.records[-2].facts["problem"]      # type: ignore[attr-defined]
+
+    run(main)
+
+
+def test_a_reload_that_could_not_be_given_to_postgresql_is_given_again(tmp_path: Path, on_tmpfs: Path) -> None:
+    """Also when nothing of ours has changed: its certificate may have. And whatever the node was doing when it was asked for."""
+    file = tmp_path / "pgha.toml"
+    file.write_text(text(data_dir=str(tmp_path / "data"), more=f'[pgha]\nruntime_dir = "{on_tmpfs}"'))
+
+    async def main() -> None:
+        agent = Agent(load(file, {}), path=str(file), environ={}, clock=TrioClock(), store=lambda _: MemoryStore(MemoryWorld()))
+        agent._applied = agent._to_apply()
+        fails, applied = True, list[bool]()
+
+        async def quick(action: ApplyConfiguration, _deadline_s: float) -> None:
+            applied.append(action.force)
+            if fails:
+                raise PostgresUnreachable("not now")
+
+        agent.actor.quick = quick       # type: ignore[method-assign,assignment]
+        assert not agent._settings_now().configuration_changed
+        assert await agent._read_again() == ()
+        assert agent._settings_now().configuration_changed
+        with pytest.raises(PostgresUnreachable):
+            await agent._quick(ApplyConfiguration())
+        assert not agent._settings_now().configuration_changed, "not at once"
+        await trio.sleep(APPLY_AGAIN_S)
+        assert agent._settings_now().configuration_changed
+        fails = False
+        await agent._quick(ApplyConfiguration())
+        await trio.sleep(APPLY_AGAIN_S)
+        assert not agent._settings_now().configuration_changed
+        await agent._quick(ApplyConfiguration())        # because a parameter has changed
+        assert applied == [True, True, False]
 
     run(main)

@@ -12,11 +12,9 @@ from pgha.reread import Reread
 class Files:
     def __init__(self) -> None:
         self.state, self.readings, self.reading = "first", 0, 0
-        self.by_signal: list[bool] = []
         self.goes_on = trio.Event()
 
-    async def read(self, by_signal: bool) -> tuple[str, ...]:
-        self.by_signal.append(by_signal)
+    async def read(self) -> tuple[str, ...]:
         self.readings, self.reading = self.readings + 1, self.reading + 1
         assert self.reading == 1, "one at a time"
         found = self.state
@@ -49,8 +47,7 @@ def test_who_asks_during_a_reading_is_served_by_the_next_together_with_others():
                 files.goes_on.set()
             nursery.cancel_scope.cancel()
         assert sorted(heard) == [("a", "first"), ("b", "second"), ("c", "second")]
-        assert files.readings == 2
-        assert files.by_signal == [False, True], "the second for all who asked meanwhile, the signal among them"
+        assert files.readings == 2, "the second for all who asked meanwhile, a signal among them"
 
     trio.run(main)
 
@@ -77,7 +74,7 @@ def test_who_stops_waiting_does_not_end_the_reading():
 
 
 def test_a_reading_that_fails_unexpectedly_is_not_swallowed():
-    async def fails(_by_signal: bool) -> tuple[str, ...]:
+    async def fails() -> tuple[str, ...]:
         raise KeyError("a fault of ours")
 
     async def main() -> None:

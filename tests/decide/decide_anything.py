@@ -162,7 +162,7 @@ MOMENTS = ("x", "2030-01-01", "2030-01-01T00:00:00Z", "2027-01-15T07:59:59.5+00:
 
 def _requests(chance: Random) -> tuple[Request, ...]:
     options = ({}, {"timeout_s": 5.0}, {"timeout_s": None}, {"role": "replica"}, {"postgres_version": "x"}, {"restart_pending": True}, {"schedule": "x"}, {"force": True})
-    return tuple(Request(id=n, kind=chance.choice(("restart", "cancel_restart", "reload", "reinitialize", "switchover", "failover")), at=_instant(chance), options=chance.choice(options))
+    return tuple(Request(id=n, kind=chance.choice(("restart", "cancel_restart", "reinitialize", "switchover", "failover")), at=_instant(chance), options=chance.choice(options))
                  for n in range(chance.randrange(1, 3)))
 
 

@@ -498,6 +498,7 @@ class AgentProcess:
         self.shutting_down = self.finished = False
         self.requests: dict[int, OperatorRequest] = {}
         self._request_number = 0
+        self._reload_asked = False
         self._operation: Operation | None = None
         self._operation_scope: kernel.CancelScope | None = None
         self._operation_number = 0
@@ -770,7 +771,8 @@ class AgentProcess:
             written_names=WrittenNames(told=self.wanted.names_told, names=self.wanted.names), operation=self._operation, ended=self._ended, requests=tuple(self.requests.values()), shutting_down=self.shutting_down)
 
     def _settings_now(self) -> Settings:
-        return not_looked_since(self._settings_cached(), self._before_limit, self.postgres.facts)
+        settings = not_looked_since(self._settings_cached(), self._before_limit, self.postgres.facts)
+        return replace(settings, configuration_changed=True) if self._reload_asked else settings
 
     def _settings_cached(self) -> Settings:
         if self.dynamic is None:
@@ -905,6 +907,8 @@ class AgentProcess:
             self.wake()
         else:
             assert not isinstance(action, LongAction), action
+            if isinstance(action, ApplyConfiguration):
+                action, self._reload_asked = replace(action, force=self._reload_asked), False
             await self.actor.quick(action, deadline_s)
             if isinstance(action, ApplyConfiguration):
                 self.wanted.write_running()
@@ -1014,7 +1018,10 @@ class AgentProcess:
     # --- operators -----------------------------------------------------------------------------------------------------------
 
     def request(self, kind: Any, **options: Any) -> None:
-        if len(self.requests) < 16 and not (kind == "restart" and any(r.kind == "restart" for r in self.requests.values())):
+        if kind == "reload":
+            self._reload_asked = True
+            self.wake()
+        elif len(self.requests) < 16 and not (kind == "restart" and any(r.kind == "restart" for r in self.requests.values())):
             self._request_number += 1
             self.requests[self._request_number] = OperatorRequest(id=self._request_number, kind=kind, at=self.clock.now(), options=options)
             self.wake()
