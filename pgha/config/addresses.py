@@ -84,6 +84,8 @@ def split(value: Any, default_port: int) -> tuple[tuple[str, ...], int]:
     """Hosts and port of "host[,host…][:port]". Raises Wrong."""
     if not isinstance(value, str):
         raise Wrong(f"is {type_name(value)}, not text")
+    if "://" in value:
+        raise Wrong(f"is {shown(value)}, a URL")
     *hosts, last = (part.strip() for part in value.split(","))
     port = default_port
     match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*):([^:\]]*)", last)

@@ -24,10 +24,11 @@ from typing import Any
 
 from msgspec import Struct
 
-from pgha.config import gucs, slots
+from pgha.config import gucs, slots, values
 from pgha.config.cluster import BASEBACKUP, ClusterConfig, ClusterPostgresql, unsupported
 from pgha.config.local import CLUSTER_WIDE, INITDB, Etcd3, LocalConfig, PostgresUser, no_sslpassword
 from pgha.config.patroni_file import PatroniFile, leaves
+from pgha.config.programs import command
 from pgha.config.schema import Field, Path, Section, dotted, fields, is_chosen, nearest
 from pgha.config.values import Kind, Wrong, boolean, plain, shown, type_name
 
@@ -95,7 +96,21 @@ PARAMETER_DEFAULTS: dict[str, Any] = {
     "track_commit_timestamp": "off", "wal_log_hints": "on", "hot_standby": "on",
 }
 #: Keys that name tables beside them.
-METHODS: frozenset[Path] = frozenset({("postgresql", "create_replica_methods"), ("bootstrap", "method")})
+METHODS: frozenset[Path] = frozenset({("postgresql", "create_replica_methods"), ("bootstrap", "dcs", "postgresql", "create_replica_methods"), ("bootstrap", "method")})
+#: Numbers of the cluster's configuration in which Patroni takes no unit: what it runs with where one has one.
+WITHOUT_UNIT: dict[str, int] = {"maximum_lag_on_failover": 1048576, "maximum_lag_on_syncnode": -1, "primary_start_timeout": 300, "primary_stop_timeout": 0}
+#: Switches that are on for Patroni with any text that is not empty, whatever it says.
+ON_BY_ANY_TEXT: frozenset[Path] = frozenset({
+    *(("tags", name) for name in ("nofailover", "nosync", "noloadbalance", "clonefrom")),
+    *((*at, name) for at in (("postgresql",), ("bootstrap", "dcs", "postgresql"))
+      for name in ("use_pg_rewind", "remove_data_directory_on_rewind_failure", "remove_data_directory_on_diverged_timelines", "use_unix_socket")),
+})
+#: Of keys that exclude one another, Patroni takes the first that is given.
+FIRST_COUNTS: dict[str, tuple[str, ...]] = {"etcd": ("url", "hosts", "host"), "etcd3": ("url", "hosts", "host")}
+#: Keys whose empty text is no value to Patroni either, beside all paths and commands.
+EMPTY_IS_NONE: frozenset[Path] = frozenset({("log", "dateformat")})
+#: Names of levels that Python has twice.
+SAME_LEVEL = {"WARN": "WARNING", "FATAL": "CRITICAL"}
 _TIMING = ("ttl", "loop_wait", "retry_timeout")
 ETCD_V2 = ("etcd: Patroni used etcd's v2 API, pgha uses v3, which does not see the keys that v2 wrote: "
            "before pgha takes this cluster over, let Patroni itself use etcd3")
@@ -164,14 +179,16 @@ class _Converter:
             known = names.get(name) or names.get(RENAMED.get(name, ""))
             if known is None:
                 self._unknown(kind, value, here, to, raw)
-            elif value is None:
+            elif value is None or (value == "" and known.key is not None and known.key.kind.allowed in _PATHS_AND_COMMANDS):
                 self._line(Fate.DROPPED, here, why="is empty")
             elif known.section is not None:
                 self._inner_section(known.section, value, here, (*to, known.name))
             elif here == ("bootstrap", "dcs") and isinstance(value, dict):
                 self._open(value, here, here)
                 self._cluster(value, here)
-            elif other := self._given_with(kind, known, name, raw):
+            elif other := _taken_instead(here, raw):
+                self._all_lines(Fate.DROPPED, here, value, f"is given together with {other}, which Patroni takes in its place")
+            elif name not in _order(path) and (other := self._given_with(kind, known, name, raw)):
                 self._all_lines(Fate.MISSING, here, value, f"is given together with {other}; allowed: one of them")
             else:
                 self._key(kind, known, value, here, (*to, known.name))
@@ -204,8 +221,10 @@ class _Converter:
     def _unknown(self, kind: type[Section], value: Any, here: Path, to: Path, raw: dict[str, Any]) -> None:
         """A key that the schema has no place for."""
         name = here[-1]
-        if value in (None, {}, []):
+        if value in (None, {}, []) or (value == "" and here in EMPTY_IS_NONE):
             self._line(Fate.DROPPED, here, why="is empty")
+        elif here == ("postgresql", "name"):
+            self._name(value, here)
         elif here in DROPPED:
             self._all_lines(Fate.DROPPED, here, value, DROPPED[here])
         elif (*to, name) in OFF_IS_HERE and _off(value):
@@ -222,6 +241,15 @@ class _Converter:
             close = nearest(name, [known.name for known in fields(kind)])
             self._all_lines(Fate.MISSING, here, value, "unknown key" + (f"; did you mean {close}?" if close else ""))
 
+    def _name(self, value: Any, here: Path) -> None:
+        """The member's, at a place where Patroni looks for it if there is none at the top."""
+        if self._source.raw.get("name"):
+            self._all_lines(Fate.DROPPED, here, value, "name is given at the top, which Patroni takes in its place")
+        else:
+            (known,) = (known for known in fields(LocalConfig) if known.name == "name")
+            assert known.key is not None
+            self._judged(known.key.kind, value, here, ("name",))
+
     # --- one key -----------------------------------------------------------------------------------------------------
 
     def _key(self, kind: type[Section], known: Field, value: Any, path: Path, to: Path) -> None:
@@ -236,8 +264,12 @@ class _Converter:
         elif reading.shape == "table" and isinstance(value, dict) and value:
             for name, item in value.items():
                 self._item(reading, name, item, (*path, name), (*to, name))
-        elif to in METHODS and self._names_no_table(reading, value, path):
-            self._all_lines(Fate.MISSING, path, value, "names a method that has no table with a command beside it; allowed: names of such tables, and what pgha itself can")
+        elif to in METHODS and (names := self._without_table(reading, value, path)):
+            self._all_lines(Fate.MISSING, path, value, f"names {names}, without a table of that name with a command in it; allowed: names of such tables, and what pgha itself can")
+        elif kind is ClusterConfig and known.name in WITHOUT_UNIT and _has_unit(reading, value):
+            self._carry(path, to, value, WITHOUT_UNIT[known.name], "has a unit, with which Patroni takes its default instead", show=True)
+        elif to in ON_BY_ANY_TEXT and isinstance(value, str) and value and _off(value):
+            self._carry(path, to, value, True, "is text, which Patroni takes for true whatever it says", show=True)
         elif without := self._without_effect(path, to):
             self._all_lines(Fate.DROPPED, path, value, f"has no effect without {without}")
         else:
@@ -246,7 +278,7 @@ class _Converter:
     def _judged(self, reading: Kind, value: Any, path: Path, to: Path, *, name: str | None = None) -> None:
         """Carried if `reading` takes it, or takes what it plainly means; `name`: as an item of a table (None: for itself)."""
         faults = []
-        for candidate, why in _spellings(value, secret=reading.secret):
+        for candidate, why in _spellings(value, secret=reading.secret, path=to):
             try:
                 if fault := _not_for_toml(candidate):
                     raise Wrong(fault)
@@ -254,7 +286,7 @@ class _Converter:
             except Wrong as wrong:
                 faults.append(f"{_quotes_nothing(wrong.what)}; allowed: {reading.allowed}")
                 continue
-            self._carry(path, to, value, candidate, why)
+            self._carry(path, to, value, candidate, why, show=why in _SHOWN)
             return
         self._all_lines(Fate.MISSING, path, value, faults[0])
 
@@ -281,6 +313,8 @@ class _Converter:
             self._all_lines(Fate.DROPPED, path, value, "is the same on all nodes; " + _AS_THERE)
         elif table == "parameters" and shared and (fault := gucs.problem(name, value)):
             self._carry(path, to, value, PARAMETER_DEFAULTS[lower], f"{_quotes_nothing(fault)}; Patroni uses this instead", show=True)
+        elif to in ON_BY_ANY_TEXT and isinstance(value, str) and value and _off(value):
+            self._carry(path, to, value, True, "is text, which Patroni takes for true whatever it says", show=True)
         elif table == "loggers" and lower.split(".")[0] == "patroni":
             self._line(Fate.DROPPED, path, why="names a part of Patroni")
         elif table == "recovery_conf" and (lower.startswith("recovery_target") or lower in ("primary_conninfo", "primary_slot_name", "standby_mode")):
@@ -292,19 +326,27 @@ class _Converter:
         users = self._source.raw["postgresql"]["authentication"]
         return no_sslpassword(to[-2], superuser_rewinds=not users.get("rewind"))
 
-    def _names_no_table(self, reading: Kind, value: Any, path: Path) -> bool:
-        """Is there a method without a command of its own? (What cannot be read is `_judged`.)"""
+    def _without_table(self, reading: Kind, value: Any, path: Path) -> str:
+        """The methods without a command of their own; "": all have one. (What cannot be read is `_judged`.)"""
         names: Any = ()
-        for candidate, _ in _spellings(value, secret=False):
+        for candidate, _ in _spellings(value, secret=False, path=path):
             try:
                 names = reading.parse(candidate)
                 break
             except Wrong:
                 continue
-        section = self._source.raw.get(path[0])
-        beside = section if isinstance(section, dict) else {}
-        tables = {name for name, table in beside.items() if isinstance(table, dict) and "command" in table}
-        return not {names} <= tables | {INITDB} if isinstance(names, str) else not set(names) <= tables | {BASEBACKUP}
+        # A node's own table and the cluster's are one to Patroni, and here.
+        places = (("bootstrap",),) if isinstance(names, str) else (("postgresql",), ("bootstrap", "dcs", "postgresql"))
+        tables = {name for place in places for name, table in self._table(place).items() if isinstance(table, dict) and "command" in table}
+        own = {names} - {INITDB} if isinstance(names, str) else set(names) - {BASEBACKUP}
+        return ", ".join(sorted(own - tables))
+
+    def _table(self, path: Path) -> dict[str, Any]:
+        """What stands there in the file; empty if it is no table."""
+        table: Any = self._source.raw
+        for part in path:
+            table = table.get(part) if isinstance(table, dict) else None
+        return table if isinstance(table, dict) else {}
 
     def _without_effect(self, path: Path, to: Path) -> str:
         """What this key needs to mean anything, to Patroni as well, and has not got; or ""."""
@@ -321,7 +363,10 @@ class _Converter:
 
     def _cluster(self, raw: dict[str, Any], at: Path) -> None:
         timing = {name: raw[name] for name in _TIMING if raw.get(name) is not None}
-        self._timing(timing, at)
+        unusable = {name: value for name, value in timing.items() if not _is_whole(value)}
+        for name, value in unusable.items():
+            self._all_lines(Fate.MISSING, (*at, name), value, "is no whole number of seconds, so that Patroni takes nothing of this table; allowed: a number")
+        self._timing({name: value for name, value in timing.items() if name not in unusable}, at)
         self._section(ClusterConfig, {name: value for name, value in raw.items() if name not in timing}, at, at)
 
     def _timing(self, given: dict[str, Any], at: Path) -> None:
@@ -336,7 +381,9 @@ class _Converter:
             if value == whole and not beside:
                 self._carry((*at, name), (*at, name), value, value)
             else:
-                why = "; ".join(_quotes_nothing(problem).removeprefix("/config: ") for problem in problems) or "plain seconds"
+                own = [problem.removeprefix("/config: ") for problem in problems if problem.startswith(f"/config: {name}: ")] or [
+                    problem.removeprefix("/config: ") for problem in problems if "used instead" in problem]
+                why = "; ".join(map(_quotes_nothing, own)) or "plain seconds"
                 self._carry((*at, name), (*at, name), value, whole, f"{f'with {beside} beside it, ' if beside else ''}as Patroni takes it ({why})", show=value != whole)
         for name, seconds in implied.items():
             self._set((*at, name), seconds)
@@ -350,7 +397,7 @@ def _is_method(here: Path, raw: dict[str, Any]) -> bool:
 
 def _quotes_nothing(what: str) -> str:
     """What is wrong with a value, without the value: `shown` has put it into quotes."""
-    return re.sub(r'".*"', '"…"', what)
+    return re.sub(r'"(?:[^"\\]|\\.)*"', '"…"', what)
 
 
 def _off(value: Any) -> bool:
@@ -360,13 +407,62 @@ def _off(value: Any) -> bool:
         return False
 
 
-def _spellings(value: Any, *, secret: bool) -> Iterator[tuple[Any, str]]:
+_PATHS_AND_COMMANDS = frozenset({values.path().allowed, command().allowed})
+_EVERY_ADDRESS, _BRACKETS, _LEVEL = "no host is every address", "an IPv6 address stands in brackets", "the same level"
+#: Whys of values that are put in place of others, and may be shown: addresses and levels.
+_SHOWN = frozenset({_EVERY_ADDRESS, _BRACKETS, _LEVEL})
+
+
+def _spellings(value: Any, *, secret: bool, path: Path) -> Iterator[tuple[Any, str]]:
     """`value`, and what it plainly means where the schema is stricter than Patroni: with why that is the same."""
     yield value, ""
     if type(value) in (int, float):
-        yield str(value), "a number to YAML; Patroni, too, takes its digits for the text"
-    elif isinstance(value, str) and value.endswith("\n") and not secret:
+        yield str(value), "a number to YAML, perhaps not as it was typed (0123 is 83); Patroni, too, takes the number's digits for the text"
+    elif not isinstance(value, str):
+        return
+    elif path[-1] in ("listen", "connect_address") and ":" in value:
+        yield from _address(value, listens=path[-1] == "listen")
+    elif path[0] == "log" and value.upper() in SAME_LEVEL:
+        yield SAME_LEVEL[value.upper()], _LEVEL
+    elif value.endswith("\n") and not secret:
         yield value.rstrip("\n"), "without the line's end"
+
+
+def _address(value: str, *, listens: bool) -> Iterator[tuple[str, str]]:
+    """Hosts and port as Patroni takes them apart: the port is what follows the last colon."""
+    hosts, _, port = value.rpartition(":")
+    if listens and not hosts:
+        yield f"*:{port}", _EVERY_ADDRESS
+    parts = [part.strip() for part in hosts.split(",")]
+    if any(":" in part for part in parts):
+        yield ",".join(f"[{part}]" if ":" in part and not part.startswith("[") else part for part in parts) + f":{port}", _BRACKETS
+
+
+def _is_whole(value: Any) -> bool:
+    """Does Patroni's int() take it?"""
+    return (type(value) in (int, float) and math.isfinite(value)) or (isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d{1,15}\s*", value) is not None)
+
+
+def _has_unit(reading: Kind, value: Any) -> bool:
+    """Is it a number with a unit, as the schema takes it?"""
+    if not isinstance(value, str) or not value.strip()[-1:].isalpha():
+        return False
+    try:
+        reading.parse(value)
+    except Wrong:
+        return False
+    return True
+
+
+def _order(section: Path) -> tuple[str, ...]:
+    return FIRST_COUNTS.get(section[0], ()) if len(section) == 1 else ()
+
+
+def _taken_instead(here: Path, raw: dict[str, Any]) -> str:
+    """The key of this table that Patroni takes, and not this one, or ""."""
+    order = _order(here[:-1])
+    before = order[:order.index(here[-1])] if here[-1] in order else ()
+    return next((other for other in before if raw.get(other) is not None), "")
 
 
 def _not_for_toml(value: Any) -> str:

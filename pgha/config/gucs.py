@@ -66,7 +66,7 @@ def problem(name: str, value: Any) -> str:
             size(16 << 20).parse(f"{value}MB" if str(value).strip().isdigit() else value)
         elif lower == "wal_level":
             allowed = "replica or logical"
-            if value not in ("replica", "logical"):
+            if not isinstance(value, str) or value.lower() not in ("replica", "logical"):      # as PostgreSQL reads it
                 raise Wrong(f"is {shown(value)}")
         elif lower == "hot_standby":
             allowed = "on, or leave it out"

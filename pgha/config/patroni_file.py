@@ -219,9 +219,10 @@ def variable_path(name: str) -> Path | None:
 
 
 def _with_variables(raw: dict[str, Any], environ: Mapping[str, str]) -> PatroniFile:
-    file = PatroniFile(raw=raw, variables={}, replaced={}, unknown=tuple(printable(name) for name in sorted(environ) if _meant(name) and variable_path(name) is None))
+    file = PatroniFile(raw=raw, variables={}, replaced={}, unknown=tuple(printable(name) for name in sorted(environ)
+                                                                                  if _meant(name) and environ[name] and variable_path(name) is None))
     for name in sorted(environ):
-        path = variable_path(name) if _meant(name) else None
+        path = variable_path(name) if _meant(name) and environ[name] else None       # an empty one says nothing
         if path is not None:
             _put(file, path, _variable(name, environ[name], path[-1]), name)
     return file

@@ -108,7 +108,10 @@ def _postgresql(local: LocalConfig, report: Report) -> Postgresql:
             report.warn(("postgresql", "parameters", name), f"is the same on all nodes, so it is ignored here; allowed: {remedy}")
     if "create_replica_methods" in postgres.given:
         _, unknown = known_methods(postgres)
+        of_all = local.bootstrap.dcs.get("postgresql")      # either layer may have the table
         for name in unknown:
+            if isinstance(of_all, dict) and isinstance(of_all.get(name), dict) and "command" in of_all[name]:
+                continue
             report.problem(("postgresql", "create_replica_methods"), f"names {shown(name)}; allowed: basebackup, and names that have a table with a command, here [postgresql.{name}]")
         for name in postgres.methods:
             if name not in postgres.create_replica_methods:

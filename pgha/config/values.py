@@ -95,7 +95,7 @@ def shown(value: Any) -> str:
         case int() | float():
             return str(value)
         case str():
-            text = printable(scrub(value))
+            text = printable(scrub(value).replace("\\", "\\\\").replace('"', '\\"'))
             if "@" in text:
                 text = "***@" + text.rpartition("@")[2]
             return f'"{text[:80]}…"' if len(text) > 80 else f'"{text}"'

@@ -194,8 +194,8 @@ def at(path, value, base=SUPPORTED):
 
 KEYS = [
     # key, its value, its line
-    ("scope", 12, "changed scope: a number to YAML; Patroni, too, takes its digits for the text"),
-    ("postgresql.authentication.rewind.password", 12, "changed postgresql.authentication.rewind.password: a number to YAML; Patroni, too, takes its digits for the text"),
+    ("scope", 12, "changed scope: a number to YAML, perhaps not as it was typed (0123 is 83); Patroni, too, takes the number's digits for the text"),
+    ("postgresql.authentication.rewind.password", 12, "changed postgresql.authentication.rewind.password: a number to YAML, perhaps not as it was typed (0123 is 83); Patroni, too, takes the number's digits for the text"),
     ("postgresql.authentication.rewind.password", True, "missing postgresql.authentication.rewind.password: is a boolean, not text; allowed: text"),
     ("postgresql.authentication.rewind.password", "hush-a\n", "missing postgresql.authentication.rewind.password: contains a line break or a NUL; allowed: text"),
     ("postgresql.authentication.superuser.sslpassword", "hush-1", "carried postgresql.authentication.superuser.sslpassword"),
@@ -211,8 +211,8 @@ KEYS = [
     ("postgresql.callbacks.on_stop", "/x --password 'hush-1 2", "missing postgresql.callbacks.on_stop: has a quote that is not closed; allowed: a command: a program and its arguments"),
     ("postgresql.before_stop", "/x y", "carried postgresql.before_stop"),
     ("postgresql.create_replica_methods", [], "missing postgresql.create_replica_methods: names no method; allowed: a list of basebackup and names of tables beside it that have a command, in the order in which they are tried"),
-    ("postgresql.create_replica_methods", ["walg", "basebackup"], "missing postgresql.create_replica_methods: names a method that has no table with a command beside it; allowed: names of such tables, and what pgha itself can"),
-    ("bootstrap.method", "walg", "missing bootstrap.method: names a method that has no table with a command beside it; allowed: names of such tables, and what pgha itself can"),
+    ("postgresql.create_replica_methods", ["walg", "basebackup"], "missing postgresql.create_replica_methods: names walg, without a table of that name with a command in it; allowed: names of such tables, and what pgha itself can"),
+    ("bootstrap.method", "walg", "missing bootstrap.method: names walg, without a table of that name with a command in it; allowed: names of such tables, and what pgha itself can"),
     ("bootstrap.method", "initdb", "carried bootstrap.method"),
     ("bootstrap.dcs.postgresql.create_replica_methods", ["basebackup"], "carried bootstrap.dcs.postgresql.create_replica_methods"),
     ("postgresql.custom_conf", "/x", "carried postgresql.custom_conf"),
@@ -229,9 +229,37 @@ KEYS = [
     ("etcd.hosts", "a,b", "missing etcd.hosts: etcd3 is given, too; allowed: the one that is used"),
     ("etcd3.srv", "example.org", "missing etcd3.srv: not supported yet by this version; allowed: host, hosts or url"),
     ("etcd3.use_proxies", "off", "dropped etcd3.use_proxies: off is what pgha does"),
-    ("etcd3.url", "https://u:hush-url@h:1", "missing etcd3.url: is given together with hosts; allowed: one of them"),
+    ("etcd3.url", "https://u:hush-url@h:1", "missing etcd3.url: has credentials in it; they belong into username and password; allowed: http://host:port or https://host:port"),
     ("bootstrap.dcs.ttl", 10, "changed bootstrap.dcs.ttl → 20: "),
     ("bootstrap.dcs.ttl", "30", "changed bootstrap.dcs.ttl → 30: as Patroni takes it (plain seconds)"),
+    ("bootstrap.dcs.ttl", "40s", "missing bootstrap.dcs.ttl: is no whole number of seconds, so that Patroni takes nothing of this table; allowed: a number"),
+    ("bootstrap.dcs.loop_wait", "${HUSH}", "missing bootstrap.dcs.loop_wait: is no whole number of seconds, so that Patroni takes nothing of this table; allowed: a number"),
+    ("bootstrap.dcs.loop_wait", 0, "changed bootstrap.dcs.loop_wait → 1: "),
+    ("bootstrap.dcs.maximum_lag_on_failover", "16MB", "changed bootstrap.dcs.maximum_lag_on_failover → 1048576: has a unit, with which Patroni takes its default instead"),
+    ("bootstrap.dcs.master_stop_timeout", "30s", "changed bootstrap.dcs.master_stop_timeout → bootstrap.dcs.primary_stop_timeout = 0: has a unit, with which Patroni takes its default instead; its present name"),
+    ("bootstrap.dcs.primary_start_timeout", "600", "carried bootstrap.dcs.primary_start_timeout"),
+    ("bootstrap.dcs.member_slots_ttl", "30min", "carried bootstrap.dcs.member_slots_ttl"),
+    ("bootstrap.dcs.postgresql.use_pg_rewind", "off", "changed bootstrap.dcs.postgresql.use_pg_rewind → true: is text, which Patroni takes for true whatever it says"),
+    ("bootstrap.dcs.postgresql.use_slots", "off", "carried bootstrap.dcs.postgresql.use_slots"),
+    ("tags.nofailover", "false", "changed tags.nofailover → true: is text, which Patroni takes for true whatever it says"),
+    ("tags.nofailover", "true", "carried tags.nofailover"),
+    ("tags.noloadbalance", False, "carried tags.noloadbalance"),
+    ("tags.nostream", "false", "carried tags.nostream"),
+    ("bootstrap.dcs.postgresql.parameters.wal_level", "LOGICAL", "carried bootstrap.dcs.postgresql.parameters.wal_level"),
+    ("bootstrap.dcs.postgresql.create_replica_methods", ["wal_g"], "missing bootstrap.dcs.postgresql.create_replica_methods: names wal_g, without a table of that name with a command in it; allowed: names of such tables, and what pgha itself can"),
+    ("etcd3.host", "a", "dropped etcd3.host: is given together with hosts, which Patroni takes in its place"),
+    ("restapi.listen", ":8008", 'changed restapi.listen → "*:8008": no host is every address'),
+    ("postgresql.listen", "*, ::1:5432", 'changed postgresql.listen → "*,[::1]:5432": an IPv6 address stands in brackets'),
+    ("postgresql.connect_address", "fd00::7:5432", 'changed postgresql.connect_address → "[fd00::7]:5432": an IPv6 address stands in brackets'),
+    ("postgresql.name", "hush-1", "dropped postgresql.name: name is given at the top, which Patroni takes in its place"),
+    ("etcd3.hosts", ["${HUSH}:2379"], 'missing etcd3.hosts: is "…", in which "…" is no host; allowed: a list of host:port (port 2379 if not given), as ["10.0.0.1:2379"]'),
+    ("etcd3.hosts", ["http://hush:2379"], 'missing etcd3.hosts: is "…", a URL; allowed: a list of host:port (port 2379 if not given), as ["10.0.0.1:2379"]'),
+    ("etcd3.protocol", 'hush "quoted" \\" hush', 'missing etcd3.protocol: is "…"; allowed: one of http, https'),
+    ("postgresql.callbacks.on_start", "", "dropped postgresql.callbacks.on_start: is empty"),
+    ("postgresql.bin_dir", "", "dropped postgresql.bin_dir: is empty"),
+    ("log.dateformat", "", "dropped log.dateformat: is empty"),
+    ("log.level", "warn", 'changed log.level → "WARNING": the same level'),
+    ("log.loggers.urllib3", "FATAL", 'changed log.loggers.urllib3 → "CRITICAL": the same level'),
     ("bootstrap.dcs.standby_cluster", {"host": "h"}, None),
     ("bootstrap.dcs.slots", {}, "carried bootstrap.dcs.slots"),
     ("bootstrap.dcs.slots.a", None, "changed bootstrap.dcs.slots.a → a table: an empty slot is a physical one"),
@@ -265,6 +293,27 @@ def test_one_key(path, value, expected):
         assert line(text, path).startswith(expected)
         if not expected.endswith(" "):
             assert line(text, path) == expected
+
+
+def test_the_node_s_and_the_cluster_s_tables_of_methods_are_one():
+    raw = changed("bootstrap.dcs.postgresql.pgbackrest", {"command": "/x"})
+    raw["postgresql"]["create_replica_methods"] = ["pgbackrest", "basebackup"]
+    result = converted(raw)
+    assert "carried  postgresql.create_replica_methods" in [str(line) for line in result.lines]
+    load("-", {"PGHA_CONFIGURATION": tomli_w.dumps(result.raw)})
+
+
+def test_a_name_beside_postgresql_s_own_keys():
+    raw = changed("postgresql.name", "n7")
+    del raw["name"]
+    result = converted(raw)
+    assert "changed  postgresql.name → name: its place here" not in [str(line) for line in result.lines]
+    assert (result.raw["name"], [str(line) for line in result.lines if line.key == "postgresql.name"]) == ("n7", ["carried  postgresql.name → name"])
+
+
+def test_of_hosts_and_host_the_one_counts_that_patroni_takes():
+    raw = changed("etcd3", {"host": "10.0.0.9:2379", "hosts": "10.0.0.1,10.0.0.2"})
+    assert converted(raw).raw["etcd3"] == {"hosts": "10.0.0.1,10.0.0.2"}
 
 
 def test_the_sslpassword_of_a_superuser_who_rewinds():
