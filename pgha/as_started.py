@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from pgha.config.local import Ctl, Etcd3, LocalConfig, Watchdog
+from pgha.config.local import Etcd3, LocalConfig, Watchdog
 
 
 class _Fixed(NamedTuple):
@@ -45,9 +45,6 @@ _FIXED = (
     _Fixed("postgresql.pgpass", "postgresql", ("pgpass",)),
     _Fixed("watchdog", "watchdog", _attributes(Watchdog)),
     _Fixed("pgha.guard", "pgha", ("guard",)),
-    # A context that has a certificate cannot be made to forget it.
-    _Fixed("ctl.certfile", "ctl", tuple(name for name in _attributes(Ctl) if name in ("certfile", "keyfile", "keyfile_password")),
-           lambda old, new: bool(old.ctl.certfile) and not new.ctl.certfile and not new.restapi.certfile),
 )
 
 

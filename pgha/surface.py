@@ -45,6 +45,8 @@ log = Log("pgha.surface")
 ASK_AGAIN_S = 10.0
 #: Names that have one are asked for again after this time: they may mean another machine by now.
 ASK_ANEW_S = 45.0
+#: A disk that has not given certificates and keys within this time hangs: the former go on.
+FILES_S = 5.0
 #: Connections that the kernel keeps where `restapi.request_queue_size` is 0.
 DEFAULT_BACKLOG = 128
 
@@ -119,11 +121,13 @@ class Surface:
         return Listen(addresses=[(host, rest.listen.port) for host in rest.listen.hosts], headers=self._headers,
                       backlog=rest.request_queue_size or DEFAULT_BACKLOG, tls=self.tls)
 
-    def _take_credentials(self) -> None:
-        """User and password; and a certificate where the listener asks for one, whatever the configuration says meanwhile."""
+    def _take_credentials(self, *, removal: bool = True) -> None:
+        """User and password; and a certificate where the listener asks for one, whatever the configuration says meanwhile.
+        Not `removal`: a password that is no longer asked for still is."""
         given = self._local.restapi.authentication
-        self.access = replace(self.access, username=given.username, password=given.password.reveal(),
-                              require_cert=self.tls is not None and self.tls.context.verify_mode is not ssl.CERT_NONE)
+        self.access = replace(self.access, require_cert=self.tls is not None and self.tls.context.verify_mode is not ssl.CERT_NONE)
+        if given.username or removal:
+            self.access = replace(self.access, username=given.username, password=given.password.reveal())
 
     async def _take_listed(self, local: LocalConfig) -> None:
         """The addresses of local's allowlist, unless a reload has brought another while the name server was asked."""
@@ -166,20 +170,34 @@ class Surface:
         self._local = local
         for store in self._stores:
             store.credentials(local.etcd3.username or None, local.etcd3.password.reveal() or None)
-        # A password that was changed counts now, a certificate once its disk has answered, a list once its names are known.
-        self._take_credentials()
+        # A password that was changed counts now, a certificate once its disk has answered, a list once its names are known. What
+        # is no longer asked for goes last: what is to stand in its place must be there first.
+        self._take_credentials(removal=False)
         take(self.access)
-        found: _Contexts = await self._in_thread(partial(self._read_files, local), abandon_on_cancel=True)
+        found: _Contexts | None = None
+        with trio.move_on_after(FILES_S):
+            found = await self._in_thread(partial(self._read_files, local), abandon_on_cancel=True)
         if self._local is not local:
             return              # another reload has come meanwhile, and takes it all
-        for what, problem in found.problems:
-            log.error(what, problem=problem)
-        await self._take_contexts(found)
-        self._take_credentials()
+        if found is None:
+            log.error("certificates not reloaded", problem=f"their files could not be read within {FILES_S:g} s")
+        else:
+            for what, problem in found.problems:
+                log.error(what, problem=problem)
+            await self._take_contexts(found)
+        self._take_credentials(removal=False)
         take(self.access)
         self._ask_members_at = 0.0
-        await self._take_listed(local)
+        rest = local.restapi
+        as_wanted = self.tls is None or not rest.tls or (found is not None and found.rest is not None)
+        if as_wanted or rest.allowlist or rest.allowlist_include_members:
+            await self._take_listed(local)
+        if self._local is local:
+            self._take_credentials(removal=as_wanted)
         take(self.access)
+        if not as_wanted and ((self.access.username and not rest.authentication.username) or (
+                self.access.networks is not None and not rest.allowlist and not rest.allowlist_include_members)):
+            log.error("the REST API still asks for what it asked for before", problem="without its new certificate it may be open to everybody")
 
     def _read_files(self, local: LocalConfig) -> _Contexts:
         """In a thread. Whether the listener has TLS, and the store, was settled at the start."""

@@ -105,8 +105,8 @@ ON_BY_ANY_TEXT: frozenset[Path] = frozenset({
     *((*at, name) for at in (("postgresql",), ("bootstrap", "dcs", "postgresql"))
       for name in ("use_pg_rewind", "remove_data_directory_on_rewind_failure", "remove_data_directory_on_diverged_timelines", "use_unix_socket")),
 })
-#: Of keys that exclude one another, Patroni takes the first that is given.
-FIRST_COUNTS: dict[str, tuple[str, ...]] = {"etcd": ("url", "hosts", "host"), "etcd3": ("url", "hosts", "host")}
+#: What Patroni takes in the place of etcd's `host`, if it is given. (Of url and hosts together it takes something of both.)
+BEFORE_HOST = ("hosts", "url")
 #: Keys whose empty text is no value to Patroni either, beside all paths and commands.
 EMPTY_IS_NONE: frozenset[Path] = frozenset({("log", "dateformat")})
 #: Names of levels that Python has twice.
@@ -188,7 +188,7 @@ class _Converter:
                 self._cluster(value, here)
             elif other := _taken_instead(here, raw):
                 self._all_lines(Fate.DROPPED, here, value, f"is given together with {other}, which Patroni takes in its place")
-            elif name not in _order(path) and (other := self._given_with(kind, known, name, raw)):
+            elif other := self._given_with(kind, known, name, raw):
                 self._all_lines(Fate.MISSING, here, value, f"is given together with {other}; allowed: one of them")
             else:
                 self._key(kind, known, value, here, (*to, known.name))
@@ -214,7 +214,7 @@ class _Converter:
         for earlier, value in raw.items():
             if earlier == name:
                 break
-            if earlier in rivals and value is not None:
+            if earlier in rivals and value is not None and not (kind is Etcd3 and _taken_instead(("etcd3", earlier), raw)):
                 return earlier
         return ""
 
@@ -264,8 +264,8 @@ class _Converter:
         elif reading.shape == "table" and isinstance(value, dict) and value:
             for name, item in value.items():
                 self._item(reading, name, item, (*path, name), (*to, name))
-        elif to in METHODS and (names := self._without_table(reading, value, path)):
-            self._all_lines(Fate.MISSING, path, value, f"names {names}, without a table of that name with a command in it; allowed: names of such tables, and what pgha itself can")
+        elif to in METHODS and (one := self._without_table(reading, value, path)):
+            self._all_lines(Fate.MISSING, path, value, f"names {one} that has no table with a command in it; allowed: names of such tables, and what pgha itself can")
         elif kind is ClusterConfig and known.name in WITHOUT_UNIT and _has_unit(reading, value):
             self._carry(path, to, value, WITHOUT_UNIT[known.name], "has a unit, with which Patroni takes its default instead", show=True)
         elif to in ON_BY_ANY_TEXT and isinstance(value, str) and value and _off(value):
@@ -327,7 +327,7 @@ class _Converter:
         return no_sslpassword(to[-2], superuser_rewinds=not users.get("rewind"))
 
     def _without_table(self, reading: Kind, value: Any, path: Path) -> str:
-        """The methods without a command of their own; "": all have one. (What cannot be read is `_judged`.)"""
+        """Which method has no command of its own, by its place; "": all have one. (What cannot be read is `_judged`.)"""
         names: Any = ()
         for candidate, _ in _spellings(value, secret=False, path=path):
             try:
@@ -338,8 +338,9 @@ class _Converter:
         # A node's own table and the cluster's are one to Patroni, and here.
         places = (("bootstrap",),) if isinstance(names, str) else (("postgresql",), ("bootstrap", "dcs", "postgresql"))
         tables = {name for place in places for name, table in self._table(place).items() if isinstance(table, dict) and "command" in table}
-        own = {names} - {INITDB} if isinstance(names, str) else set(names) - {BASEBACKUP}
-        return ", ".join(sorted(own - tables))
+        if isinstance(names, str):
+            return "" if names in tables | {INITDB} else "a method"
+        return next((f"a method (number {n})" for n, name in enumerate(names, 1) if name not in tables | {BASEBACKUP}), "")
 
     def _table(self, path: Path) -> dict[str, Any]:
         """What stands there in the file; empty if it is no table."""
@@ -365,7 +366,7 @@ class _Converter:
         timing = {name: raw[name] for name in _TIMING if raw.get(name) is not None}
         unusable = {name: value for name, value in timing.items() if not _is_whole(value)}
         for name, value in unusable.items():
-            self._all_lines(Fate.MISSING, (*at, name), value, "is no whole number of seconds, so that Patroni takes nothing of this table; allowed: a number")
+            self._all_lines(Fate.MISSING, (*at, name), value, "is no whole number of seconds, so that Patroni takes neither the timings nor postgresql of this table; allowed: a number")
         self._timing({name: value for name, value in timing.items() if name not in unusable}, at)
         self._section(ClusterConfig, {name: value for name, value in raw.items() if name not in timing}, at, at)
 
@@ -421,17 +422,18 @@ def _spellings(value: Any, *, secret: bool, path: Path) -> Iterator[tuple[Any, s
     elif not isinstance(value, str):
         return
     elif path[-1] in ("listen", "connect_address") and ":" in value:
-        yield from _address(value, listens=path[-1] == "listen")
+        yield from _address(value, everywhere=path == ("restapi", "listen"))
     elif path[0] == "log" and value.upper() in SAME_LEVEL:
         yield SAME_LEVEL[value.upper()], _LEVEL
     elif value.endswith("\n") and not secret:
         yield value.rstrip("\n"), "without the line's end"
 
 
-def _address(value: str, *, listens: bool) -> Iterator[tuple[str, str]]:
-    """Hosts and port as Patroni takes them apart: the port is what follows the last colon."""
+def _address(value: str, *, everywhere: bool) -> Iterator[tuple[str, str]]:
+    """Hosts and port as Patroni takes them apart: the port is what follows the last colon. `everywhere`: no host is every
+    address (to PostgreSQL it would be none)."""
     hosts, _, port = value.rpartition(":")
-    if listens and not hosts:
+    if everywhere and not hosts:
         yield f"*:{port}", _EVERY_ADDRESS
     parts = [part.strip() for part in hosts.split(",")]
     if any(":" in part for part in parts):
@@ -454,15 +456,11 @@ def _has_unit(reading: Kind, value: Any) -> bool:
     return True
 
 
-def _order(section: Path) -> tuple[str, ...]:
-    return FIRST_COUNTS.get(section[0], ()) if len(section) == 1 else ()
-
-
 def _taken_instead(here: Path, raw: dict[str, Any]) -> str:
     """The key of this table that Patroni takes, and not this one, or ""."""
-    order = _order(here[:-1])
-    before = order[:order.index(here[-1])] if here[-1] in order else ()
-    return next((other for other in before if raw.get(other) is not None), "")
+    if here not in (("etcd", "host"), ("etcd3", "host")):
+        return ""
+    return next((other for other in BEFORE_HOST if raw.get(other) and (other != "url" or isinstance(raw[other], str))), "")
 
 
 def _not_for_toml(value: Any) -> str:

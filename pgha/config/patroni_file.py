@@ -222,10 +222,15 @@ def _with_variables(raw: dict[str, Any], environ: Mapping[str, str]) -> PatroniF
     file = PatroniFile(raw=raw, variables={}, replaced={}, unknown=tuple(printable(name) for name in sorted(environ)
                                                                                   if _meant(name) and environ[name] and variable_path(name) is None))
     for name in sorted(environ):
-        path = variable_path(name) if _meant(name) and environ[name] else None       # an empty one says nothing
-        if path is not None:
+        path = variable_path(name) if _meant(name) else None
+        if path is not None and (environ[name] or _empty_counts(path)):
             _put(file, path, _variable(name, environ[name], path[-1]), name)
     return file
+
+
+def _empty_counts(path: Path) -> bool:
+    """Does an empty variable replace what stands in the file? Only a store's does, but for its user and its switches."""
+    return path[0] in _STORES and path[-1] not in ("username", "password", "use_proxies", *_LISTS)
 
 
 def _meant(name: str) -> bool:

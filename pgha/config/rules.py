@@ -111,6 +111,7 @@ def _postgresql(local: LocalConfig, report: Report) -> Postgresql:
         of_all = local.bootstrap.dcs.get("postgresql")      # either layer may have the table
         for name in unknown:
             if isinstance(of_all, dict) and isinstance(of_all.get(name), dict) and "command" in of_all[name]:
+                report.warn(("postgresql", "create_replica_methods"), f"names {shown(name)}, whose table is in bootstrap.dcs: an existing cluster has it only if its /config does")
                 continue
             report.problem(("postgresql", "create_replica_methods"), f"names {shown(name)}; allowed: basebackup, and names that have a table with a command, here [postgresql.{name}]")
         for name in postgres.methods:

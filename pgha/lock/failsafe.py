@@ -31,6 +31,8 @@ log = Log("pgha.failsafe")
 AGAIN_S = 0.1
 #: Less than this, and no answer is to be expected any more.
 SHORTEST_POST_S = 0.05
+#: No time to sleep for: a round may begin so much before it is due.
+SOON_S = 0.001
 LARGEST_ANSWER_BYTES = 4096
 
 
@@ -138,7 +140,7 @@ class Rounds:
         if mandate is None or remaining_s(mandate, now) <= 0:
             return 0.2          # as the renewer: no mandate, no licence
         wait_s = left_s - round_s(self._renewer.licence.ttl_s)
-        return min(60.0, wait_s) if wait_s > 0.001 else 0.0        # less is no time to sleep for
+        return min(60.0, wait_s) if wait_s > SOON_S else 0.0
 
     async def _round(self) -> None:
         order, limit = self._order, self._limit()
@@ -168,7 +170,7 @@ class Rounds:
         licence, limit = self._renewer.licence, self._limit()
         if limit is None or licence.epoch != begun.epoch or licence.sequence > begun.sequence:
             return True
-        return remaining_s(limit, self._clock.now()) > round_s(licence.ttl_s)
+        return remaining_s(limit, self._clock.now()) > round_s(licence.ttl_s) + SOON_S
 
     async def _persuade(self, name: str, url: str, begun: Round, asked: dict[str, str]) -> None:
         """Ask until it accepts; the round bounds it. `asked`: what it said last, "" once it has accepted."""

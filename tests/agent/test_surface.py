@@ -7,7 +7,7 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from pgha.dcs.etcd3 import Etcd3Store
 from pgha.errors import ConfigError, PostgresUnreachable
 from pgha.model.cluster import ClusterView, Member
 from pgha.postgres.connection import resolve
+from pgha.reread import Reread
 from pgha.rest.access import Access
 from pgha.rest.refusals import AGAIN_S, Refusals
 from pgha.rest.tls import make_context
@@ -302,20 +303,71 @@ def test_a_key_that_does_not_fit_leaves_the_certificate_in_use_as_it_was(certifi
     trio.run(main)
 
 
-def test_a_disk_that_hangs_during_a_reload_holds_up_nobody_else(certificates: Path, tmp_path: Path) -> None:
-    def given(cacert: Path) -> LocalConfig:
-        return local("", f'protocol = "https"\ncacert = "{cacert}"')
+def test_a_disk_that_hangs_during_a_reload_holds_up_nobody(certificates: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the loop, not what else the reload brings, and not the next reload, which brings another path."""
+    monkeypatch.setattr("pgha.surface.FILES_S", 0.2)
+
+    def given(cacert: Path, password: str) -> LocalConfig:
+        return local('allowlist = ["10.0.0.1"]', f'protocol = "https"\ncacert = "{cacert}"', f'[restapi.authentication]\nusername = "u"\npassword = "{password}"\n')
 
     async def main() -> None:
-        surface = Surface(given(certificates / "old.crt"))
-        store = surface.open_store(given(certificates / "old.crt"))
+        surface = Surface(given(certificates / "old.crt", "one"))
+        store = surface.open_store(given(certificates / "old.crt", "one"))
         await surface.listen()
         os.mkfifo(tmp_path / "hangs")
-        with trio.move_on_after(0.3) as limit:      # the loop goes on, or this never ends
-            await surface.reload(given(tmp_path / "hangs"))
-        assert limit.cancelled_caught
-        os.close(os.open(tmp_path / "hangs", os.O_WRONLY))      # lets the thread end
+        reread = Reread(partial(again, surface, iter([given(tmp_path / "hangs", "two"), given(certificates / "new.crt", "three")])))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(reread.run)
+            for password in ("two", "three"):
+                with trio.fail_after(10):
+                    await reread.outcome()
+                assert surface.access.password == password
+            nursery.cancel_scope.cancel()
+        assert [r.facts["problem"] for r in caplog.records] == ["their files could not be read within 0.2 s"]     # type: ignore[attr-defined]
+        for _ in range(2):      # the thread reads it, and OpenSSL reads it: let both come to an end
+            os.close(os.open(tmp_path / "hangs", os.O_WRONLY))
         await store.aclose()
+
+    async def again(surface: Surface, configurations: Iterator[LocalConfig]) -> tuple[str, ...]:
+        await surface.reload(next(configurations))
+        return ()
+
+    trio.run(main)
+
+
+PASSWORD = '[restapi.authentication]\nusername = "u"\npassword = "p"\n'
+LIST = 'allowlist = ["10.0.0.0/8"]'
+STRICT = 'certfile = "{new}.crt"\nkeyfile = "{new}.key"\ncafile = "{new}.crt"\nverify_client = "required"'
+PLAIN = 'certfile = "{new}.crt"\nkeyfile = "{new}.key"'
+
+
+@pytest.mark.parametrize(("before", "after", "in_the_end"), [
+    (("", PASSWORD), (LIST, ""), 403),
+    ((LIST, ""), ("", PASSWORD), 401),
+    ((PLAIN, PASSWORD), (STRICT, ""), 403),
+    # The certificate that would be asked for cannot be loaded: what was asked for before still is.
+    ((PLAIN, PASSWORD), (STRICT.replace('cafile = "{new}.crt"', 'cafile = "{new}.gone"'), ""), 401),
+    ((f"{PLAIN}\n{LIST}", ""), (STRICT.replace('cafile = "{new}.crt"', 'cafile = "{new}.gone"'), ""), 403),
+    (("", PASSWORD), ("", ""), None),
+], ids=str)
+def test_a_reload_is_never_open_to_everybody_meanwhile(certificates: Path, before: tuple[str, str], after: tuple[str, str], in_the_end: int | None) -> None:
+    """What replaces a protection is in force before that one goes."""
+    stranger = Request(method="POST", path="/restart", peer="203.0.113.9")
+
+    def given(restapi: str, more: str) -> LocalConfig:
+        return local(restapi.format(new=certificates / "new"), more=more)
+
+    def status(access: Access) -> int | None:
+        refusal = access.refuses(stranger)
+        return None if refusal is None else refusal.status
+
+    async def main() -> None:
+        surface = Surface(given(*before))
+        await surface.listen()
+        taken = [status(surface.access)]
+        await surface.reload(given(*after), lambda access: taken.append(status(access)))
+        assert taken[-1] == in_the_end == status(surface.access)
+        assert all(taken[:-1]), taken
 
     trio.run(main)
 

@@ -211,8 +211,8 @@ KEYS = [
     ("postgresql.callbacks.on_stop", "/x --password 'hush-1 2", "missing postgresql.callbacks.on_stop: has a quote that is not closed; allowed: a command: a program and its arguments"),
     ("postgresql.before_stop", "/x y", "carried postgresql.before_stop"),
     ("postgresql.create_replica_methods", [], "missing postgresql.create_replica_methods: names no method; allowed: a list of basebackup and names of tables beside it that have a command, in the order in which they are tried"),
-    ("postgresql.create_replica_methods", ["walg", "basebackup"], "missing postgresql.create_replica_methods: names walg, without a table of that name with a command in it; allowed: names of such tables, and what pgha itself can"),
-    ("bootstrap.method", "walg", "missing bootstrap.method: names walg, without a table of that name with a command in it; allowed: names of such tables, and what pgha itself can"),
+    ("postgresql.create_replica_methods", ["walg", "basebackup"], "missing postgresql.create_replica_methods: names a method (number 1) that has no table with a command in it; allowed: names of such tables, and what pgha itself can"),
+    ("bootstrap.method", "walg", "missing bootstrap.method: names a method that has no table with a command in it; allowed: names of such tables, and what pgha itself can"),
     ("bootstrap.method", "initdb", "carried bootstrap.method"),
     ("bootstrap.dcs.postgresql.create_replica_methods", ["basebackup"], "carried bootstrap.dcs.postgresql.create_replica_methods"),
     ("postgresql.custom_conf", "/x", "carried postgresql.custom_conf"),
@@ -229,11 +229,11 @@ KEYS = [
     ("etcd.hosts", "a,b", "missing etcd.hosts: etcd3 is given, too; allowed: the one that is used"),
     ("etcd3.srv", "example.org", "missing etcd3.srv: not supported yet by this version; allowed: host, hosts or url"),
     ("etcd3.use_proxies", "off", "dropped etcd3.use_proxies: off is what pgha does"),
-    ("etcd3.url", "https://u:hush-url@h:1", "missing etcd3.url: has credentials in it; they belong into username and password; allowed: http://host:port or https://host:port"),
+    ("etcd3.url", "https://u:hush-url@h:1", "missing etcd3.url: is given together with hosts; allowed: one of them"),
     ("bootstrap.dcs.ttl", 10, "changed bootstrap.dcs.ttl → 20: "),
     ("bootstrap.dcs.ttl", "30", "changed bootstrap.dcs.ttl → 30: as Patroni takes it (plain seconds)"),
-    ("bootstrap.dcs.ttl", "40s", "missing bootstrap.dcs.ttl: is no whole number of seconds, so that Patroni takes nothing of this table; allowed: a number"),
-    ("bootstrap.dcs.loop_wait", "${HUSH}", "missing bootstrap.dcs.loop_wait: is no whole number of seconds, so that Patroni takes nothing of this table; allowed: a number"),
+    ("bootstrap.dcs.ttl", "40s", "missing bootstrap.dcs.ttl: is no whole number of seconds, so that Patroni takes neither the timings nor postgresql of this table; allowed: a number"),
+    ("bootstrap.dcs.loop_wait", "${HUSH}", "missing bootstrap.dcs.loop_wait: is no whole number of seconds, so that Patroni takes neither the timings nor postgresql of this table; allowed: a number"),
     ("bootstrap.dcs.loop_wait", 0, "changed bootstrap.dcs.loop_wait → 1: "),
     ("bootstrap.dcs.maximum_lag_on_failover", "16MB", "changed bootstrap.dcs.maximum_lag_on_failover → 1048576: has a unit, with which Patroni takes its default instead"),
     ("bootstrap.dcs.master_stop_timeout", "30s", "changed bootstrap.dcs.master_stop_timeout → bootstrap.dcs.primary_stop_timeout = 0: has a unit, with which Patroni takes its default instead; its present name"),
@@ -246,9 +246,10 @@ KEYS = [
     ("tags.noloadbalance", False, "carried tags.noloadbalance"),
     ("tags.nostream", "false", "carried tags.nostream"),
     ("bootstrap.dcs.postgresql.parameters.wal_level", "LOGICAL", "carried bootstrap.dcs.postgresql.parameters.wal_level"),
-    ("bootstrap.dcs.postgresql.create_replica_methods", ["wal_g"], "missing bootstrap.dcs.postgresql.create_replica_methods: names wal_g, without a table of that name with a command in it; allowed: names of such tables, and what pgha itself can"),
+    ("bootstrap.dcs.postgresql.create_replica_methods", ["wal_g"], "missing bootstrap.dcs.postgresql.create_replica_methods: names a method (number 1) that has no table with a command in it; allowed: names of such tables, and what pgha itself can"),
     ("etcd3.host", "a", "dropped etcd3.host: is given together with hosts, which Patroni takes in its place"),
     ("restapi.listen", ":8008", 'changed restapi.listen → "*:8008": no host is every address'),
+    ("postgresql.listen", ":5432", 'missing postgresql.listen: is "…", in which "…" is no host; allowed: '),
     ("postgresql.listen", "*, ::1:5432", 'changed postgresql.listen → "*,[::1]:5432": an IPv6 address stands in brackets'),
     ("postgresql.connect_address", "fd00::7:5432", 'changed postgresql.connect_address → "[fd00::7]:5432": an IPv6 address stands in brackets'),
     ("postgresql.name", "hush-1", "dropped postgresql.name: name is given at the top, which Patroni takes in its place"),
@@ -491,6 +492,16 @@ def test_variables_alone(tmp_path, monkeypatch, capfd):
     assert local.log.loggers == {"urllib3": "DEBUG", "etcd": "INFO"}
     assert local.restapi.allowlist == ("10.0.0.0/8", "127.0.0.1")
     assert local.postgresql.authentication.superuser.password.reveal() == "hush-superuser"
+
+
+def test_an_empty_variable_says_what_it_says_to_patroni():
+    """Nothing; but of a store's keys it takes away what stands in the file, and its line says so."""
+    file = read_patroni_text("scope: a\npostgresql: {authentication: {superuser: {password: hush-1}}}\netcd3: {host: h, protocol: https, cacert: /ca, password: hush-2}\n",
+                             PATRONI_SCOPE="", PATRONI_SUPERUSER_PASSWORD="", PATRONI_ETCD3_CACERT="", PATRONI_ETCD3_PASSWORD="", PATRONI_NAEM="")
+    assert file.raw == {"scope": "a", "postgresql": {"authentication": {"superuser": {"password": "hush-1"}}},
+                        "etcd3": {"host": "h", "protocol": "https", "cacert": "", "password": "hush-2"}}
+    assert file.unknown == ()
+    assert "dropped  etcd3.cacert (PATRONI_ETCD3_CACERT): is empty" in [str(line) for line in convert(file).lines]
 
 
 def test_variables_win_over_the_file():
