@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import ipaddress
 import math
 import ssl
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
@@ -135,7 +134,7 @@ class Surface:
         listed = await self._listed_names.networks(rest.allowlist) if rest.allowlist else None
         if self._local is local:
             self._listed = listed
-            self._ask_listed_at = _again_at(self._listed_names, rest.allowlist)
+            self._ask_listed_at = _again_at(self._listed_names)
             self._allow()
 
     def _allow(self) -> None:
@@ -155,7 +154,7 @@ class Surface:
                 # A view without members is one that tells nothing: whoever was a member stays allowed until others are.
                 if hosts and (hosts != known or trio.current_time() >= self._ask_members_at):
                     self._members, known = await self._member_names.networks(sorted(hosts)), hosts
-                    self._ask_members_at = _again_at(self._member_names, hosts)
+                    self._ask_members_at = _again_at(self._member_names)
                     self._allow()
                     take(self.access)
             if self._local.restapi.allowlist and trio.current_time() >= self._ask_listed_at:
@@ -189,14 +188,14 @@ class Surface:
         take(self.access)
         self._ask_members_at = 0.0
         rest = local.restapi
+        lists = bool(rest.allowlist) or rest.allowlist_include_members
         as_wanted = self.tls is None or not rest.tls or (found is not None and found.rest is not None)
-        if as_wanted or rest.allowlist or rest.allowlist_include_members:
+        if as_wanted or lists:
             await self._take_listed(local)
         if self._local is local:
             self._take_credentials(removal=as_wanted)
         take(self.access)
-        if not as_wanted and ((self.access.username and not rest.authentication.username) or (
-                self.access.networks is not None and not rest.allowlist and not rest.allowlist_include_members)):
+        if not as_wanted and ((self.access.username and not rest.authentication.username) or (self.access.networks is not None and not lists)):
             log.error("the REST API still asks for what it asked for before", problem="without its new certificate it may be open to everybody")
 
     def _read_files(self, local: LocalConfig) -> _Contexts:
@@ -227,19 +226,11 @@ class Surface:
                 await store.connect_with(found.etcd)
 
 
-def _again_at(names: Names, items: Collection[str]) -> float:
-    """When they are to be asked for again. What is an address already needs nobody to tell."""
+def _again_at(names: Names) -> float:
+    """When they are to be asked for again."""
     if names.unresolved:
         return trio.current_time() + ASK_AGAIN_S
-    return trio.current_time() + ASK_ANEW_S if any(not _is_network(item) for item in items) else math.inf
-
-
-def _is_network(item: str) -> bool:
-    try:
-        ipaddress.ip_network(item, strict=False)
-    except ValueError:
-        return False
-    return True
+    return trio.current_time() + ASK_ANEW_S if names.has_names else math.inf
 
 
 def _host(api_url: str) -> str:

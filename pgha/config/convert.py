@@ -268,8 +268,6 @@ class _Converter:
             self._all_lines(Fate.MISSING, path, value, f"names {one} that has no table with a command in it; allowed: names of such tables, and what pgha itself can")
         elif kind is ClusterConfig and known.name in WITHOUT_UNIT and _has_unit(reading, value):
             self._carry(path, to, value, WITHOUT_UNIT[known.name], "has a unit, with which Patroni takes its default instead", show=True)
-        elif to in ON_BY_ANY_TEXT and isinstance(value, str) and value and _off(value):
-            self._carry(path, to, value, True, "is text, which Patroni takes for true whatever it says", show=True)
         elif without := self._without_effect(path, to):
             self._all_lines(Fate.DROPPED, path, value, f"has no effect without {without}")
         else:
@@ -277,6 +275,9 @@ class _Converter:
 
     def _judged(self, reading: Kind, value: Any, path: Path, to: Path, *, name: str | None = None) -> None:
         """Carried if `reading` takes it, or takes what it plainly means; `name`: as an item of a table (None: for itself)."""
+        if to in ON_BY_ANY_TEXT and isinstance(value, str) and value and _off(value):
+            self._carry(path, to, value, True, "is text, which Patroni takes for true whatever it says", show=True)
+            return
         faults = []
         for candidate, why in _spellings(value, secret=reading.secret, path=to):
             try:
@@ -313,8 +314,6 @@ class _Converter:
             self._all_lines(Fate.DROPPED, path, value, "is the same on all nodes; " + _AS_THERE)
         elif table == "parameters" and shared and (fault := gucs.problem(name, value)):
             self._carry(path, to, value, PARAMETER_DEFAULTS[lower], f"{_quotes_nothing(fault)}; Patroni uses this instead", show=True)
-        elif to in ON_BY_ANY_TEXT and isinstance(value, str) and value and _off(value):
-            self._carry(path, to, value, True, "is text, which Patroni takes for true whatever it says", show=True)
         elif table == "loggers" and lower.split(".")[0] == "patroni":
             self._line(Fate.DROPPED, path, why="names a part of Patroni")
         elif table == "recovery_conf" and (lower.startswith("recovery_target") or lower in ("primary_conninfo", "primary_slot_name", "standby_mode")):
@@ -382,9 +381,9 @@ class _Converter:
             if value == whole and not beside:
                 self._carry((*at, name), (*at, name), value, value)
             else:
-                own = [problem.removeprefix("/config: ") for problem in problems if problem.startswith(f"/config: {name}: ")] or [
-                    problem.removeprefix("/config: ") for problem in problems if "used instead" in problem]
-                why = "; ".join(map(_quotes_nothing, own)) or "plain seconds"
+                faults = [_quotes_nothing(problem).removeprefix("/config: ") for problem in problems]
+                own = [fault for fault in faults if fault.startswith(f"{name}: ")] or [fault for fault in faults if "used instead" in fault]
+                why = "; ".join(own) or "plain seconds"
                 self._carry((*at, name), (*at, name), value, whole, f"{f'with {beside} beside it, ' if beside else ''}as Patroni takes it ({why})", show=value != whole)
         for name, seconds in implied.items():
             self._set((*at, name), seconds)

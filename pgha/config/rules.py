@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Container
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
@@ -43,10 +44,9 @@ def finish(local: LocalConfig, report: Report) -> LocalConfig:
     method = local.bootstrap.method
     if method != INITDB and method not in local.bootstrap.methods:
         report.problem(("bootstrap", "method"), f"is {shown(method)}; allowed: initdb, or a name that has a table with a command, here [bootstrap.{method}]")
-    if "dcs" in local.bootstrap.given:
-        read_strictly(local.bootstrap.dcs, ("bootstrap", "dcs"), report)
+    of_all = read_strictly(local.bootstrap.dcs, ("bootstrap", "dcs"), report).postgresql.methods if "dcs" in local.bootstrap.given else {}
     return replace(
-        local, restapi=_restapi(local.restapi, report), etcd3=_etcd3(local, report), postgresql=_postgresql(local, report),
+        local, restapi=_restapi(local.restapi, report), etcd3=_etcd3(local, report), postgresql=_postgresql(local, of_all, report),
         ctl=replace(local.ctl, authentication=_with_password(local.ctl.authentication, ("ctl", "authentication"), report)),
     )
 
@@ -97,7 +97,8 @@ def _etcd3(local: LocalConfig, report: Report) -> Etcd3:
     return _with_password(etcd, ("etcd3",), report)
 
 
-def _postgresql(local: LocalConfig, report: Report) -> Postgresql:
+def _postgresql(local: LocalConfig, of_all: Container[str], report: Report) -> Postgresql:
+    """`of_all`: methods whose tables are the cluster's."""
     postgres = local.postgresql
     for name in postgres.parameters:
         lower = name.lower()
@@ -108,12 +109,11 @@ def _postgresql(local: LocalConfig, report: Report) -> Postgresql:
             report.warn(("postgresql", "parameters", name), f"is the same on all nodes, so it is ignored here; allowed: {remedy}")
     if "create_replica_methods" in postgres.given:
         _, unknown = known_methods(postgres)
-        of_all = local.bootstrap.dcs.get("postgresql")      # either layer may have the table
         for name in unknown:
-            if isinstance(of_all, dict) and isinstance(of_all.get(name), dict) and "command" in of_all[name]:
+            if name in of_all:
                 report.warn(("postgresql", "create_replica_methods"), f"names {shown(name)}, whose table is in bootstrap.dcs: an existing cluster has it only if its /config does")
-                continue
-            report.problem(("postgresql", "create_replica_methods"), f"names {shown(name)}; allowed: basebackup, and names that have a table with a command, here [postgresql.{name}]")
+            else:
+                report.problem(("postgresql", "create_replica_methods"), f"names {shown(name)}; allowed: basebackup, and names that have a table with a command, here [postgresql.{name}]")
         for name in postgres.methods:
             if name not in postgres.create_replica_methods:
                 report.warn(("postgresql", name), "has no effect, since create_replica_methods does not name it; allowed: leave it out, or name it")

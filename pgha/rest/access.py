@@ -86,6 +86,11 @@ class Names:
         self._turns = 0
         self.unresolved: frozenset[str] = frozenset()
 
+    @property
+    def has_names(self) -> bool:
+        """Was there anything to look up? What is an address already needs nobody to tell."""
+        return bool(self._known or self.unresolved)
+
     async def networks(self, items: Sequence[str], *, deadline_s: float = 5.0) -> tuple[Network, ...]:
         """All of them. Called beside the agent's work, never while a request waits. A name that nobody knows allows nobody."""
         found: list[Network] = []

@@ -60,6 +60,12 @@ class Leader(Node):
         until = self.licence.valid_until
         return remaining_s(until, self.clock.now()) if self.licence.state is LicenceState.HELD and until is not None else 0.0
 
+    async def lose_store(self) -> None:
+        """Until the licence comes from a round."""
+        self.store.link(up=False)
+        while not self.licence.by_failsafe:
+            await trio.sleep(0.01)
+
     def demotion_in_s(self) -> float:
         licence = self.licence
         return remaining_s(demote_at(licence.valid_until, licence.ttl_s, since=licence.since, loop_wait_s=self.timing.loop_wait_s), self.clock.now())
@@ -105,9 +111,7 @@ def test_without_the_store_it_leads_on_and_never_comes_to_its_demotion(ttl_s):
 def test_what_a_round_gives_counts_from_its_first_post():
     async def steps(node: Leader) -> None:
         node.members.takes_s = {"b": 0.3, "c": 0.1}
-        node.store.link(up=False)
-        while not node.licence.by_failsafe:
-            await trio.sleep(0.01)
+        await node.lose_store()
         first_s = node.members.asked[0][0]
         assert node.left_s() == pytest.approx(4.95 - (trio.current_time() - first_s), abs=0.001)
         assert trio.current_time() - first_s >= 0.3
@@ -258,9 +262,7 @@ def test_a_round_that_is_under_way_when_the_store_answers_gives_nothing_more():
     """Else the agent said "continue to run because failsafe mode is enabled" once more, between two words of the store."""
     async def steps(node: Leader) -> None:
         node.members.takes_s = {"b": 0.1, "c": 0.1}
-        node.store.link(up=False)
-        while not node.licence.by_failsafe:
-            await trio.sleep(0.01)
+        await node.lose_store()
         given = node.licence.sequence
         through = node.store.transact
 
